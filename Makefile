@@ -1,0 +1,106 @@
+# Each target is the one definition of its check; .ci/run calls them.
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.NOTPARALLEL:  # several targets fill the same .venv
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+UV ?= uv
+checked := $(wildcard taskiq_sa_pg migrations examples scripts benchmarks tests/typing)
+
+# $(call pip,VENV): a pip from outside, so that Pythons without ensurepip (Debian's) work too.
+pip = $(PYTHON) -m pip --python $(1)/bin/python -qq --disable-pip-version-check
+
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+		"taskiq_sa_pg needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Try: make PYTHON=python3.13" \
+		% sys.version_info[:2])'
+	test -x $(1)/bin/python || $(PYTHON) -m venv --without-pip $(1)
+endef
+
+# $(call install,VENV,REQUIREMENTS)
+define install
+	$(call make_venv,$(1))
+	$(call pip,$(1)) install --root-user-action=ignore --require-hashes -r $(2)
+	$(call pip,$(1)) install --root-user-action=ignore --no-deps --no-build-isolation -e .
+	@touch $@
+endef
+
+.PHONY: help
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The larger requirements hold the smaller ones at the same versions, so one venv serves them all.
+.venv/.%: requirements/%.txt pyproject.toml
+	$(call install,.venv,$<)
+
+.venv-lowest/.lowest: requirements/lowest.txt pyproject.toml
+	$(call install,.venv-lowest,$<)
+
+.PHONY: demo
+demo: .venv/.demo  ## run the example on a PostgreSQL of its own
+	.venv/bin/python examples/demo.py
+
+.PHONY: test
+test: .venv/.test  ## run the tests and measure their coverage; ARGS="-k name" are for pytest
+	.venv/bin/python -m coverage run -m pytest $(ARGS)
+	.venv/bin/python -m coverage report
+
+.PHONY: cov
+cov: .venv/.test  ## write the coverage of the last `make test` to build/coverage/index.html
+	.venv/bin/python -m coverage html --fail-under=0
+
+.PHONY: lowest
+lowest: .venv-lowest/.lowest  ## run the tests on the oldest dependencies that pyproject.toml allows
+	.venv-lowest/bin/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: .venv/.lint  ## check format and style
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+.PHONY: types
+types: .venv/.lint  ## check types
+	.venv/bin/mypy $(checked)
+
+.PHONY: imports
+imports: .venv/.lint  ## check the import contracts
+	.venv/bin/lint-imports --no-logo
+
+# The wheel is built from the sdist, so both are checked.
+.PHONY: wheel
+wheel: .venv/.lint  ## build the wheel, install it into an empty venv and use it there
+	rm -rf build/dist build/venv
+	mkdir -p build
+	.venv/bin/python -m build --no-isolation --outdir build/dist . >build/wheel.log || \
+		{ cat build/wheel.log; exit 1; }
+	$(call make_venv,build/venv)
+	$(call pip,build/venv) install --root-user-action=ignore --require-hashes -r requirements/demo.txt
+	$(call pip,build/venv) install --root-user-action=ignore --no-deps --no-index build/dist/*.whl
+	build/venv/bin/python -I scripts/check_wheel.py
+
+.PHONY: format
+format: .venv/.lint  ## format the code and mend what ruff can mend
+	.venv/bin/ruff check --fix-only .
+	.venv/bin/ruff format .
+
+compile = $(UV) pip compile --quiet --no-config --universal --python-version 3.11 \
+	--annotation-style line --custom-compile-command "make requirements" $(UPGRADE) pyproject.toml
+
+# The runtime dependencies alone go down to their lower bounds; the tests' tools stay current.
+.PHONY: requirements
+requirements:  ## compile requirements/ with uv; UPGRADE=--upgrade takes newer releases
+	mkdir -p build
+	$(compile) --generate-hashes --group lint -o requirements/lint.txt
+	$(compile) --generate-hashes --group test -c requirements/lint.txt -o requirements/test.txt
+	$(compile) --generate-hashes --group demo -c requirements/lint.txt -o requirements/demo.txt
+	rm -f build/lowest.txt
+	$(compile) --all-extras --no-deps --resolution lowest-direct -o build/lowest.txt
+	$(compile) --generate-hashes --group test -c build/lowest.txt -o requirements/lowest.txt
+
+.PHONY: clean
+clean:  ## remove everything that these targets make
+	rm -rf .venv .venv-lowest build .coverage .hypothesis .import_linter_cache .mypy_cache \
+		.pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

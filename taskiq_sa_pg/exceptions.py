@@ -1,0 +1,110 @@
+"""The errors of the package, all of them TaskiqSaPgError.
+
+Each is rebuilt from its `args`, so that it survives pickle and a result backend.
+"""
+
+from taskiq.exceptions import ResultBackendError, ResultGetError, ResultSetError
+
+
+class TaskiqSaPgError(ResultBackendError):
+    """Anything that this package raises on its own account."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__()
+        # taskiq's errors take keywords and keep the formatted text alone in `args`.
+        self.args = args
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}({', '.join(map(repr, self.args))})"
+
+    @property
+    def message(self) -> str:
+        """What happened, to what, and what mends it."""
+        return " ".join(map(str, self.args))
+
+
+class ConfigurationError(TaskiqSaPgError, ValueError):
+    """A name, a type or an address that cannot work; raised before anything connects."""
+
+
+class NotStartedError(TaskiqSaPgError, RuntimeError):
+    """The backend was used before `startup()` or after `shutdown()`."""
+
+
+class InvalidTaskIdError(TaskiqSaPgError, ValueError):
+    """A task id that the task-id column cannot hold. Its args: the task id, the reason."""
+
+    @property
+    def message(self) -> str:
+        """Which id, and why not."""
+        task_id, reason = self.args
+        return f"task id {task_id!r} {reason}"
+
+
+class SchemaError(TaskiqSaPgError):
+    """The tables are absent or unfit, or could not be made; the text names the remedy."""
+
+
+class StorageError(TaskiqSaPgError):
+    """PostgreSQL refused a statement or could not be reached. Its args: the text, the SQLSTATE."""
+
+    @property
+    def message(self) -> str:
+        """What was attempted, and what PostgreSQL or the driver said."""
+        return str(self.args[0])
+
+    @property
+    def sqlstate(self) -> str | None:
+        """PostgreSQL's five-character error code; None when no server answered."""
+        sqlstate = self.args[1] if len(self.args) > 1 else None
+        return None if sqlstate is None else str(sqlstate)
+
+
+class ResultIsMissingError(TaskiqSaPgError, ResultGetError):
+    """There is no result: the task has not finished, or its result was taken or deleted.
+
+    Its args: the task id, the table.
+    """
+
+    @property
+    def message(self) -> str:
+        """Which task, and in which table it was looked for."""
+        task_id, table = self.args
+        return f"no result of task {task_id!r} in table {table}"
+
+
+class ResultDecodeError(TaskiqSaPgError, ResultGetError):
+    """A stored value that cannot be read back; the row stays where it is.
+
+    Its args: what was read, the table, the reason.
+    """
+
+    @property
+    def message(self) -> str:
+        """Which value, where, and why it cannot be read."""
+        what, table, reason = self.args
+        return (
+            f"cannot decode {what} in table {table}: {reason}. "
+            "The row was left in place; was it written with another serializer, "
+            "or by code that this process cannot import?"
+        )
+
+
+class ResultSerializationError(TaskiqSaPgError, ResultSetError):
+    """A value that the serializer cannot hold, not even in its JSON-able form.
+
+    A task that returns one gets this error as its result. Its args: what it was, the name of
+    its type, the reason.
+    """
+
+    @property
+    def message(self) -> str:
+        """What could not be serialized, its type, and why."""
+        what, type_name, reason = self.args
+        return (
+            f"cannot serialize {what} of type {type_name}: {reason}. "
+            "Return plain data, or choose a serializer that can hold it"
+        )

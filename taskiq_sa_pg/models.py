@@ -1,0 +1,292 @@
+"""The declarative models: column mixins, and build_models(), which makes classes from a TableConfig."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    Boolean,
+    DateTime,
+    Double,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    Uuid,
+    column,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, declared_attr, mapped_column, registry
+from sqlalchemy.sql.elements import conv, quoted_name
+from sqlalchemy.types import String, TypeEngine
+
+from taskiq_sa_pg.config import (
+    DEFAULT_TABLE_NAME,
+    PayloadField,
+    TableConfig,
+    TaskIdField,
+)
+from taskiq_sa_pg.exceptions import ConfigurationError
+
+# Negative, so that the columns which a subclass adds follow ours.
+_FIRST = -100
+
+
+def _task_id_type(field: TaskIdField) -> TypeEngine[Any]:
+    types: dict[TaskIdField, TypeEngine[Any]] = {
+        "VarChar": String(),
+        "Text": Text(),
+        "Uuid": Uuid(),
+    }
+    return types[field]
+
+
+def _payload_type(field: PayloadField) -> TypeEngine[Any]:
+    # none_as_null: a None that an application writes itself is SQL's NULL and not JSON's null.
+    return LargeBinary() if field == "Bytea" else JSONB(none_as_null=True)
+
+
+def _quoted(name: str) -> quoted_name:
+    # Always quoted: the list of reserved words grows from one PostgreSQL to the next.
+    return quoted_name(name, quote=True)
+
+
+def _final(name: str) -> conv:
+    # Beyond the reach of the metadata's naming_convention, which may rewrite given names too.
+    return conv(_quoted(name))
+
+
+class ResultMixin:
+    """The columns and indexes of a results table.
+
+    Subclass it beside your own Base to add columns; `__table_config__` says which types and
+    names the table has, and nothing else has to be set:
+
+        class Result(ResultMixin, Base):
+            __table_config__ = TableConfig(table_name="results")
+            tenant: Mapped[str | None]
+    """
+
+    __table_config__: ClassVar[TableConfig] = TableConfig()
+
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return _quoted(cls.__table_config__.table_name)
+
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[Any, ...]:
+        config = cls.__table_config__
+        return (
+            PrimaryKeyConstraint("task_id", name=_final(config.primary_key_name)),
+            Index(
+                _final(config.finished_at_index_name),
+                "finished_at",
+                postgresql_using="brin",
+            ),
+            Index(
+                _final(config.expires_at_index_name),
+                "expires_at",
+                postgresql_where=column("expires_at").is_not(None),
+            ),
+            _table_options(config),
+        )
+
+    @declared_attr
+    def task_id(cls) -> Mapped[Any]:
+        """A str, or a uuid.UUID where the column is UUID."""
+        column_type = _task_id_type(cls.__table_config__.field_for_task_id)
+        return mapped_column(column_type, sort_order=_FIRST)
+
+    is_err: Mapped[bool] = mapped_column(Boolean, sort_order=_FIRST + 1)
+
+    @declared_attr
+    def return_value(cls) -> Mapped[Any]:
+        """The serialized return value: bytes, or JSON where the column is JSONB."""
+        column_type = _payload_type(cls.__table_config__.field_for_payload)
+        return mapped_column(column_type, nullable=False, sort_order=_FIRST + 2)
+
+    @declared_attr
+    def error(cls) -> Mapped[Any]:
+        """The serialized exception, or None."""
+        column_type = _payload_type(cls.__table_config__.field_for_payload)
+        return mapped_column(column_type, nullable=True, sort_order=_FIRST + 3)
+
+    error_type: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 4)
+    traceback: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 5)
+    execution_time: Mapped[float] = mapped_column(Double, sort_order=_FIRST + 6)
+    labels: Mapped[dict[str, Any]] = mapped_column(JSONB, sort_order=_FIRST + 7)
+    log: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 8)
+    task_name: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 9)
+    attempt: Mapped[int] = mapped_column(
+        Integer, default=0, server_default=text("0"), sort_order=_FIRST + 10
+    )
+    finished_at: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.now(), sort_order=_FIRST + 11
+    )
+    expires_at: Mapped[datetime | None] = mapped_column(
+        DateTime(timezone=True), sort_order=_FIRST + 12
+    )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(task_id={self.task_id!r}, is_err={self.is_err!r})"
+
+
+class ProgressMixin:
+    """The columns of a progress table; subclass it as you subclass ResultMixin."""
+
+    __table_config__: ClassVar[TableConfig] = TableConfig()
+
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return _quoted(cls.__table_config__.progress_table_name)
+
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[Any, ...]:
+        config = cls.__table_config__
+        return (
+            PrimaryKeyConstraint("task_id", name=_final(config.progress_primary_key_name)),
+            # Half-empty pages and no further index keep the frequent updates HOT.
+            # `postgresql_with` would say it better, and came with SQLAlchemy 2.1.
+            _table_options(config, postgresql_using="heap WITH (fillfactor = 50)"),
+        )
+
+    @declared_attr
+    def task_id(cls) -> Mapped[Any]:
+        """A str, or a uuid.UUID where the column is UUID."""
+        column_type = _task_id_type(cls.__table_config__.field_for_task_id)
+        return mapped_column(column_type, sort_order=_FIRST)
+
+    state: Mapped[str] = mapped_column(Text, sort_order=_FIRST + 1)
+
+    @declared_attr
+    def meta(cls) -> Mapped[Any]:
+        """The serialized metadata of the progress, or None."""
+        column_type = _payload_type(cls.__table_config__.field_for_payload)
+        return mapped_column(column_type, nullable=True, sort_order=_FIRST + 2)
+
+    updated_at: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.now(), sort_order=_FIRST + 3
+    )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(task_id={self.task_id!r}, state={self.state!r})"
+
+
+def _table_options(config: TableConfig, **options: Any) -> dict[str, Any]:
+    schema = None if config.schema is None else _quoted(config.schema)
+    return {"schema": schema, **options}
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The two mapped classes of one configuration.
+
+    Attributes:
+        Result: The results' model; `select(models.Result)` reads them like any other rows.
+        Progress: The progress rows' model.
+
+    Raises:
+        ConfigurationError: The two classes were not made from one TableConfig, or their tables
+            are not the ones that it names.
+    """
+
+    Result: type[ResultMixin]
+    Progress: type[ProgressMixin]
+
+    def __post_init__(self) -> None:
+        if self.Result.__table_config__ != self.Progress.__table_config__:
+            raise ConfigurationError(
+                "Result and Progress must share one __table_config__, not "
+                f"{self.Result.__table_config__} and {self.Progress.__table_config__}"
+            )
+        config = self.config
+        for table, name in (
+            (self.results_table, config.table_name),
+            (self.progress_table, config.progress_table_name),
+        ):
+            if (table.schema, table.name) != (config.schema, name):
+                raise ConfigurationError(
+                    f"table {table.fullname} must be named {name} in schema {config.schema}: "
+                    "leave __tablename__ to the mixin, and give __table_config__ the schema"
+                )
+
+    @property
+    def config(self) -> TableConfig:
+        """Names and types of the tables."""
+        return self.Result.__table_config__
+
+    @property
+    def metadata(self) -> MetaData:
+        """The MetaData that holds both tables: for `target_metadata` in an Alembic env.py."""
+        return self.results_table.metadata
+
+    @property
+    def results_table(self) -> Table:
+        """The Core table of Result."""
+        return _table_of(self.Result)
+
+    @property
+    def progress_table(self) -> Table:
+        """The Core table of Progress."""
+        return _table_of(self.Progress)
+
+
+def _table_of(model: type[Any]) -> Table:
+    table: Table = model.__table__
+    return table
+
+
+def build_models(
+    table_name: str = DEFAULT_TABLE_NAME,
+    *,
+    field_for_task_id: TaskIdField = "VarChar",
+    field_for_payload: PayloadField = "Bytea",
+    schema: str | None = None,
+    metadata: MetaData | None = None,
+) -> Models:
+    """Fresh declarative classes for one pair of tables.
+
+    Args:
+        table_name: The results table; the progress table is `<table_name>_progress`.
+        field_for_task_id: Type of the task-id columns.
+        field_for_payload: Type of return_value, error and meta.
+        schema: PostgreSQL schema of the tables; None takes the metadata's, and where that has
+            none, leaves it to the search_path.
+        metadata: Your application's (`Base.metadata`), so that its autogenerate sees the
+            tables; None makes one of their own.
+
+    Returns:
+        The classes, on a registry of their own: two calls never share a class.
+
+    Raises:
+        ConfigurationError: A name or type that cannot work, or a table that this metadata
+            already has.
+    """
+    if schema is None and metadata is not None:
+        schema = metadata.schema
+    config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
+    mapper_registry = registry(metadata=metadata)
+    _refuse_tables_again(mapper_registry.metadata, config)
+    return Models(
+        Result=_map("Result", ResultMixin, config, mapper_registry),
+        Progress=_map("Progress", ProgressMixin, config, mapper_registry),
+    )
+
+
+def _refuse_tables_again(metadata: MetaData, config: TableConfig) -> None:
+    present = {(table.schema, table.name) for table in metadata.tables.values()}
+    for name in (config.table_name, config.progress_table_name):
+        if (config.schema, name) in present:
+            raise ConfigurationError(
+                f"the metadata already has a table {name!r}: build the models of a table once "
+                "and use them wherever they are needed"
+            )
+
+
+def _map(name: str, mixin: type[Any], config: TableConfig, mapper_registry: registry) -> type[Any]:
+    return mapper_registry.mapped(type(name, (mixin,), {"__table_config__": config}))

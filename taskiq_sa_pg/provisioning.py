@@ -1,0 +1,205 @@
+"""Provisioning: the schema's steps carried out, by an Alembic command or at startup.
+
+The only user of Alembic. Each results table has a version table of its own: with a shared one,
+Alembic would take the second table for made.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+from alembic import context
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy.sql.elements import quoted_name
+
+from taskiq_sa_pg.config import TableConfig
+from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError, TaskiqSaPgError
+from taskiq_sa_pg.models import build_models
+from taskiq_sa_pg.schema import LATEST_VERSION, alembic_command, upgrade_step
+from taskiq_sa_pg.store import Store, reason_of
+
+_ENVIRONMENT_PREFIX: Final = "TASKIQ_SA_PG_"
+_OPTIONS: Final = tuple(option.name for option in fields(TableConfig))
+
+
+def script_location() -> str:
+    """The directory of the Alembic environment, `taskiq_sa_pg:_migrations` once installed."""
+    installed = Path(__file__).with_name("_migrations")
+    checkout = Path(__file__).parents[1] / "migrations"
+    return str(installed if installed.is_dir() else checkout)
+
+
+async def provision(store: Store, config: TableConfig) -> None:
+    """Brings the tables to the latest version, whoever else is at it at the same time.
+
+    The steps that are missing run in one transaction under an advisory lock, and are recorded
+    in the version table as `alembic upgrade head` records them.
+
+    Raises:
+        SchemaError: The tables cannot be made; says why and what to do.
+        StorageError: PostgreSQL could not be reached.
+    """
+    # Not through alembic.command: its `op` and `context` are global, and two backends that
+    # start at the same time would run each other's migrations.
+    await _in_transaction(store, config, _upgrade_to_latest)
+
+
+async def _in_transaction(
+    store: Store, config: TableConfig, work: Callable[[sa.Connection, TableConfig], None]
+) -> None:
+    purpose = f"bring table {config.qualified_name} up to date"
+    try:
+        async with store.transaction(purpose) as connection:
+            await connection.run_sync(work, config)
+    except StorageError as exc:
+        remedy = _remedies(config).get(exc.sqlstate or "")
+        if remedy is None or not isinstance(exc.__cause__, Exception):
+            raise
+        raise SchemaError(f"cannot {purpose}: {reason_of(exc.__cause__)}; {remedy}") from exc
+
+
+def _upgrade_to_latest(connection: sa.Connection, config: TableConfig) -> None:
+    _lock(connection, config)
+    migration_context = MigrationContext.configure(
+        connection, opts={"fn": None, **_version_table(config)}
+    )
+    heads = migration_context.get_current_heads()
+    current = max(map(int, heads), default=0)
+    pending = range(current + 1, LATEST_VERSION + 1)
+    for version in pending:
+        upgrade_step(Operations(migration_context), version, config)
+    if pending:
+        migration_context.stamp(ScriptDirectory(script_location()), f"{LATEST_VERSION:04}")
+
+
+def _lock(connection: sa.Connection, config: TableConfig) -> None:
+    # Without the schema, which one process may name and the next leave to the search_path.
+    key = sa.func.hashtextextended(f"taskiq_sa_pg {config.table_name}", 0)
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
+
+
+def _version_table(config: TableConfig) -> dict[str, Any]:
+    return {
+        "version_table": quoted_name(config.version_table_name, quote=True),
+        "version_table_schema": config.schema and quoted_name(config.schema, quote=True),
+    }
+
+
+def environment_config() -> TableConfig:
+    """The configuration that an Alembic command asks for.
+
+    Each option comes from `-x name=value`, the environment variable TASKIQ_SA_PG_NAME, or the
+    .ini section, in this order. An empty variable counts as none.
+
+    Raises:
+        CommandError: An option or a value that does not exist.
+    """
+    # Cut at the colon: a DSN without `dsn=` before it may hold a password.
+    passed = {name.partition(":")[0] for name in context.get_x_argument(as_dictionary=True)}
+    unknown = passed - {"dsn", *_OPTIONS}
+    if unknown:
+        raise CommandError(
+            f"unknown option -x {', '.join(sorted(unknown))}; the options are "
+            f"{', '.join(('dsn', *_OPTIONS))}"
+        )
+    given = {name: value for name in _OPTIONS if (value := _environment_option(name)) is not None}
+    try:
+        return TableConfig(**given)  # type: ignore[arg-type]  # checked by TableConfig itself
+    except ConfigurationError as exc:
+        raise CommandError(str(exc)) from exc
+
+
+def environment_options() -> dict[str, Any]:
+    """environment_config() as the arguments of schema.upgrade() and schema.downgrade()."""
+    return asdict(environment_config())
+
+
+def _environment_option(name: str) -> str | None:
+    passed: dict[str, str] = context.get_x_argument(as_dictionary=True)
+    if name in passed:
+        return passed[name]
+    variable = os.environ.get(_ENVIRONMENT_PREFIX + name.upper())
+    return variable or context.config.get_main_option(name)
+
+
+def run_environment() -> None:
+    """What env.py does: runs an Alembic command's migrations, online or offline.
+
+    Raises:
+        CommandError: The command cannot be carried out; Alembic prints its text alone.
+    """
+    config = environment_config()
+    if context.is_offline_mode():
+        if "\t" in config.qualified_name:
+            raise CommandError("--sql cannot write a name with a tab: Alembic makes spaces of it")
+        # asyncpg's dialect and named parameters: no percent sign in a name is doubled.
+        context.configure(
+            dialect_name="postgresql+asyncpg",
+            dialect_opts={"paramstyle": "named"},
+            literal_binds=True,
+            **_version_table(config),
+        )
+        with context.begin_transaction():
+            context.run_migrations()
+        return
+    try:
+        asyncio.run(_run_online(config))
+    except TaskiqSaPgError as exc:
+        raise CommandError(str(exc)) from exc
+
+
+async def _run_online(config: TableConfig) -> None:
+    dsn = _environment_option("dsn") or context.config.get_main_option("sqlalchemy.url")
+    if not dsn:
+        raise CommandError("which database? Set TASKIQ_SA_PG_DSN, or pass -x dsn=postgresql://...")
+    store = Store(dsn, engine_kwargs={"poolclass": sa.NullPool})
+    await store.open()
+    try:
+        await _in_transaction(store, config, _run_on)
+    finally:
+        await store.close()
+
+
+def _run_on(connection: sa.Connection, config: TableConfig) -> None:
+    _lock(connection, config)
+    # Alembic calls the schema that is first in the search_path None.
+    is_default = config.schema == connection.dialect.default_schema_name
+    schema = None if is_default else config.schema
+
+    def is_ours(name: str | None, kind: str, _parents: Any) -> bool:
+        if kind == "schema":
+            return name == schema
+        return kind != "table" or name in {config.table_name, config.progress_table_name}
+
+    context.configure(
+        connection=connection,
+        target_metadata=build_models(**asdict(config)).metadata,
+        include_schemas=config.schema is not None,
+        include_name=is_ours,
+        **_version_table(config),
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _remedies(config: TableConfig) -> dict[str, str]:
+    """What a person can do about an SQLSTATE."""
+    schema = config.schema or "the first one of the search_path"
+    return {
+        "42P07": f"a table or index of {config.qualified_name} exists already and was left "
+        "untouched. If it belongs to something else, choose another table_name; if it was made "
+        "from these models in another way, record that with "
+        f"`{alembic_command(config, 'stamp head')}`",
+        "3D000": "create the database first (`createdb NAME`), or correct the dsn",
+        "3F000": f"create the schema first (CREATE SCHEMA); the tables go into {schema}",
+        "42501": "run this as the owner of the tables or, to make them, as a role that may: "
+        f"GRANT USAGE, CREATE ON SCHEMA ... TO ... (schema: {schema})",
+        "28P01": "correct user and password in the dsn",
+    }

@@ -1,0 +1,243 @@
+"""The tables' schema: its versioned DDL steps, and the check of what a database really has.
+
+The steps are history: they name every column themselves and never look at the models, which may
+move on. A step that has been released is never edited; a change is a new step.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.sql.elements import conv, quoted_name
+from sqlalchemy.types import TypeEngine
+
+from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
+from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.statements import ProgressRow, ResultRow, describe_tables
+from taskiq_sa_pg.store import Store
+
+LATEST_VERSION: Final = 1
+
+
+def upgrade(
+    op: Any,
+    version: int,
+    *,
+    table_name: str = DEFAULT_TABLE_NAME,
+    field_for_task_id: TaskIdField = "VarChar",
+    field_for_payload: PayloadField = "Bytea",
+    schema: str | None = None,
+) -> None:
+    """Takes the tables from version - 1 to version: one step, for a revision of your own.
+
+    Args:
+        op: Alembic's `op`.
+        version: The step; 1 makes the tables.
+        table_name: The results table.
+        field_for_task_id: Type of the task-id columns.
+        field_for_payload: Type of return_value, error and meta.
+        schema: PostgreSQL schema of the tables, which must exist; None is the search_path's.
+
+    Raises:
+        ConfigurationError: A version that does not exist, or a name or type that cannot work.
+    """
+    config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
+    upgrade_step(op, version, config)
+
+
+def downgrade(
+    op: Any,
+    version: int,
+    *,
+    table_name: str = DEFAULT_TABLE_NAME,
+    field_for_task_id: TaskIdField = "VarChar",
+    field_for_payload: PayloadField = "Bytea",
+    schema: str | None = None,
+) -> None:
+    """Takes the tables from version back to version - 1; of step 1, drops them.
+
+    Arguments as upgrade().
+
+    Raises:
+        ConfigurationError: As upgrade().
+    """
+    config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
+    _step(version)[1](op, config)
+
+
+def upgrade_step(op: Any, version: int, config: TableConfig) -> None:
+    """upgrade() for a TableConfig."""
+    _step(version)[0](op, config)
+
+
+def _create_tables(op: Any, config: TableConfig) -> None:
+    id_types: dict[str, TypeEngine[Any]] = {
+        "VarChar": sa.String(),
+        "Text": sa.Text(),
+        "Uuid": sa.Uuid(),
+    }
+    payload_types: dict[str, TypeEngine[Any]] = {
+        "Bytea": sa.LargeBinary(),
+        "Jsonb": postgresql.JSONB(),
+    }
+    id_type = id_types[config.field_for_task_id]
+    payload_type = payload_types[config.field_for_payload]
+    schema = _quoted_schema(config)
+    timestamp = sa.DateTime(timezone=True)
+    op.create_table(
+        _quoted(config.table_name),
+        sa.Column("task_id", id_type, nullable=False),
+        sa.Column("is_err", sa.Boolean(), nullable=False),
+        sa.Column("return_value", payload_type, nullable=False),
+        sa.Column("error", payload_type, nullable=True),
+        sa.Column("error_type", sa.Text(), nullable=True),
+        sa.Column("traceback", sa.Text(), nullable=True),
+        sa.Column("execution_time", sa.Double(), nullable=False),
+        sa.Column("labels", postgresql.JSONB(), nullable=False),
+        sa.Column("log", sa.Text(), nullable=True),
+        sa.Column("task_name", sa.Text(), nullable=True),
+        sa.Column("attempt", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("finished_at", timestamp, server_default=sa.func.now(), nullable=False),
+        sa.Column("expires_at", timestamp, nullable=True),
+        sa.PrimaryKeyConstraint("task_id", name=_final(config.primary_key_name)),
+        schema=schema,
+    )
+    op.create_index(
+        _final(config.finished_at_index_name),
+        _quoted(config.table_name),
+        ["finished_at"],
+        schema=schema,
+        postgresql_using="brin",
+    )
+    op.create_index(
+        _final(config.expires_at_index_name),
+        _quoted(config.table_name),
+        ["expires_at"],
+        schema=schema,
+        postgresql_where=sa.column("expires_at").is_not(None),
+    )
+    op.create_table(
+        _quoted(config.progress_table_name),
+        sa.Column("task_id", id_type, nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("meta", payload_type, nullable=True),
+        sa.Column("updated_at", timestamp, server_default=sa.func.now(), nullable=False),
+        sa.PrimaryKeyConstraint("task_id", name=_final(config.progress_primary_key_name)),
+        schema=schema,
+        # `postgresql_with` would say it better, and came with SQLAlchemy 2.1.
+        postgresql_using="heap WITH (fillfactor = 50)",
+    )
+
+
+def _drop_tables(op: Any, config: TableConfig) -> None:
+    schema = _quoted_schema(config)
+    op.drop_table(_quoted(config.progress_table_name), schema=schema)
+    op.drop_table(_quoted(config.table_name), schema=schema)
+
+
+_Step = Callable[[Any, TableConfig], None]
+_STEPS: Final[Mapping[int, tuple[_Step, _Step]]] = {1: (_create_tables, _drop_tables)}
+
+
+def _step(version: int) -> tuple[_Step, _Step]:
+    if version not in _STEPS:
+        raise ConfigurationError(
+            f"there is no version {version!r} of the schema; the versions are 1 to {LATEST_VERSION}"
+        )
+    return _STEPS[version]
+
+
+def _quoted(name: str) -> quoted_name:
+    return quoted_name(name, quote=True)
+
+
+def _final(name: str) -> conv:
+    # Beyond the reach of the metadata's naming_convention, which may rewrite given names too.
+    return conv(_quoted(name))
+
+
+def _quoted_schema(config: TableConfig) -> quoted_name | None:
+    return None if config.schema is None else _quoted(config.schema)
+
+
+def alembic_command(config: TableConfig, command: str) -> str:
+    """The command line of an Alembic command for these tables."""
+    options = [
+        f"-x {shlex.quote(f'{option.name}={getattr(config, option.name)}')} "
+        for option in fields(config)
+        if getattr(config, option.name) != option.default
+    ]
+    return f"alembic {''.join(options)}{command}"
+
+
+async def check(store: Store, models: Models) -> None:
+    """Compares the tables with the models, by one query of the catalogue.
+
+    Raises:
+        SchemaError: A table is absent or unfit; names the differences and what mends them.
+        StorageError: PostgreSQL could not be reached.
+    """
+    config = models.config
+    rows = await store.fetch(
+        describe_tables(config), {}, f"check the schema of table {config.qualified_name}"
+    )
+    results, progress = models.results_table, models.progress_table
+    command = f"`{alembic_command(config, 'upgrade head')}`"
+    if not rows:
+        raise SchemaError(
+            f"tables {results.fullname} and {progress.fullname} do not exist; make them with "
+            f"{command} or run_migrations=True"
+        )
+    differences = [
+        *_differences(results, ResultRow._fields, "finished_at", rows),
+        *_differences(progress, ProgressRow._fields, "updated_at", rows),
+    ]
+    if differences:
+        raise SchemaError(
+            f"the results backend cannot use its tables: {'; '.join(differences)}. Make them, "
+            f"or bring them up to date, with {command} (or run_migrations=True). If a table "
+            "belongs to something else, choose another table_name; if only a type differs, pass "
+            "the field_for_... that it was made with"
+        )
+
+
+def _differences(
+    expected: sa.Table, written: Sequence[str], stamp: str, rows: Sequence[sa.Row[Any]]
+) -> list[str]:
+    table = expected.name
+    found = {row.column_name: row for row in rows if row.table_name == table}
+    if not found:
+        return [f"table {expected.fullname} does not exist"]
+    differences = []
+    for name in (*written, stamp):
+        wanted = _type_name(expected.c[name].type)
+        if name not in found:
+            differences.append(f"column {table}.{name} is missing")
+        elif found[name].type_name != wanted:
+            differences.append(
+                f"column {table}.{name} is {found[name].type_name} and should be {wanted}"
+            )
+    if "task_id" in found and not found["task_id"].is_unique:
+        differences.append(f"column {table}.task_id is neither primary key nor unique")
+    differences.extend(
+        f"column {table}.{name} is NOT NULL without a default, and the backend may leave it empty"
+        for name, row in found.items()
+        if row.is_required and not _is_filled(expected, name, written)
+    )
+    return differences
+
+
+def _is_filled(expected: sa.Table, name: str, written: Sequence[str]) -> bool:
+    """Whether every INSERT has a value for the column, be it a default of the model's."""
+    if name in written:
+        return not expected.c[name].nullable
+    return name in expected.c and expected.c[name].default is not None
+
+
+def _type_name(wanted: sa.types.TypeEngine[Any]) -> str:
+    name = wanted.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
+    return "character varying" if name == "varchar" else name

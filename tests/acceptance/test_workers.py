@@ -1,0 +1,89 @@
+"""Tasks that real worker processes run, seen by their client through public names alone."""
+
+import asyncio
+from datetime import UTC, datetime
+from decimal import Decimal
+from types import ModuleType
+
+import pytest
+import taskiq
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from taskiq_sa_pg import ResultSerializationError
+from taskiq_sa_pg.engines import make_engine
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+TIMEOUT = 30
+
+
+async def test_a_declared_return_type_comes_back(tasks: ModuleType) -> None:
+    placed_at = datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=UTC)
+    task = await tasks.place.kiq(7, placed_at)
+    result = await task.wait_result(timeout=TIMEOUT)
+    assert result.return_value == tasks.Order(
+        number=7, price=Decimal("9.90"), placed_at=placed_at
+    )
+
+
+async def test_a_synchronous_task_returns_a_dataclass(tasks: ModuleType) -> None:
+    task = await tasks.mirror.kiq(1, 2)
+    result = await task.wait_result(timeout=TIMEOUT)
+    assert result.return_value == tasks.Point(2, 1)
+
+
+async def test_a_hundred_tasks_gathered_return_each_its_own_result(tasks: ModuleType) -> None:
+    sent = [await tasks.add.kiq(number, 1000) for number in range(100)]
+    results = await taskiq.gather(*sent, timeout=TIMEOUT)
+    assert [result.return_value for result in results] == [1000 + n for n in range(100)]
+    by_id = await tasks.backend.get_results([task.task_id for task in sent])
+    assert by_id == dict(zip([task.task_id for task in sent], results, strict=True))
+
+
+async def test_an_exception_arrives_with_its_class_attributes_and_cause(
+    tasks: ModuleType,
+) -> None:
+    task = await tasks.pay.kiq()
+    result = await task.wait_result(timeout=TIMEOUT)
+    assert result.is_err
+    with pytest.raises(tasks.PaymentError, match="refused with code 7") as caught:
+        result.raise_for_error()
+    assert caught.value.code == 7
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+async def test_a_value_that_cannot_be_stored_gives_an_error_and_no_hanging_waiter(
+    tasks: ModuleType,
+) -> None:
+    task = await tasks.return_a_lambda.kiq()
+    result = await task.wait_result(timeout=TIMEOUT)
+    assert isinstance(result.error, ResultSerializationError)
+    assert "function" in str(result.error)
+
+
+async def test_the_last_progress_outlives_the_result(tasks: ModuleType) -> None:
+    task = await tasks.report.kiq(5)
+    await task.wait_result(timeout=TIMEOUT)
+    progress = await task.get_progress()
+    assert (progress.state, progress.meta) == ("STARTED", 4)
+
+
+async def test_retries_end_in_one_row_of_the_last_attempt(tasks: ModuleType) -> None:
+    task = await tasks.fail_until_attempt.kiq(2)
+    result = await task.wait_result(timeout=TIMEOUT)
+    assert result.return_value == 2
+    stored = tasks.backend.models.Result
+    engine = make_engine(tasks.dsn)
+    async with AsyncSession(engine) as session:
+        rows = await session.scalars(select(stored).where(stored.task_id == task.task_id))
+        assert [(row.attempt, row.is_err) for row in rows] == [(2, False)]
+    await engine.dispose()
+
+
+async def test_two_clients_wait_for_one_result(tasks: ModuleType) -> None:
+    task = await tasks.add.kiq(1, 2)
+    first, second = await asyncio.gather(
+        task.wait_result(timeout=TIMEOUT), task.wait_result(timeout=TIMEOUT)
+    )
+    assert first == second

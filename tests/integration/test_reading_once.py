@@ -1,0 +1,240 @@
+"""keep_results=False: one reader gets the result, and what cannot be handed out is not deleted."""
+
+import asyncio
+import random
+import uuid
+from collections.abc import Awaitable
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
+from taskiq import TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg import ResultDecodeError, ResultIsMissingError, SQLAlchemyResultBackend
+from tests.conftest import (
+    BackendFactory,
+    Database,
+    assert_nothing_checked_out,
+    engine_of,
+    eventually,
+)
+
+Backend = SQLAlchemyResultBackend[Any]
+
+READERS = 20
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+async def once(
+    request: pytest.FixtureRequest, database: Database, start_backend: BackendFactory
+) -> Backend:
+    """A backend that deletes what it reads."""
+    dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
+    backend: Backend = await start_backend(f"{dsn}&application_name=once", keep_results=False)
+    return backend
+
+
+async def store(backend: Backend, *task_ids: str, progress: bool = True) -> None:
+    for task_id in task_ids:
+        result: TaskiqResult[Any] = TaskiqResult(
+            is_err=False, return_value=task_id, execution_time=0.1
+        )
+        await backend.set_result(task_id, result)
+        if progress:
+            await backend.set_progress(task_id, TaskProgress(state="done", meta=None))
+
+
+async def spoil(database: Database, task_id: str) -> None:
+    """Makes a stored result one that cannot be read back."""
+    spoilt = await database.fetch(
+        "UPDATE taskiq_results SET return_value = 'garbage' WHERE task_id = $1 RETURNING 1", task_id
+    )
+    assert len(spoilt) == 1
+
+
+async def stored_ids(database: Database) -> set[str]:
+    return {row["task_id"] for row in await database.fetch("SELECT task_id FROM taskiq_results")}
+
+
+async def ids_with_progress(database: Database) -> set[str]:
+    rows = await database.fetch("SELECT task_id FROM taskiq_results_progress")
+    return {row["task_id"] for row in rows}
+
+
+async def assert_one_got_it(readers: list[Awaitable[TaskiqResult[Any]]], task_id: str) -> None:
+    outcomes = await asyncio.gather(*readers, return_exceptions=True)
+    handed_out = [o.return_value for o in outcomes if isinstance(o, TaskiqResult)]
+    missed = [o for o in outcomes if isinstance(o, ResultIsMissingError)]
+    assert handed_out == [task_id]
+    assert len(missed) == len(readers) - 1
+
+
+async def test_of_many_readers_exactly_one_gets_the_result(
+    once: Backend, database: Database
+) -> None:
+    for task_id in map(str, range(10)):
+        await store(once, task_id)
+        await assert_one_got_it([once.get_result(task_id) for _ in range(READERS)], task_id)
+    assert await stored_ids(database) == set()
+    assert await ids_with_progress(database) == set()
+
+
+async def test_of_readers_in_two_backends_exactly_one_gets_the_result(
+    once: Backend, start_backend: BackendFactory
+) -> None:
+    other: Backend = await start_backend(keep_results=False, pool_size=10)
+    for task_id in map(str, range(10)):
+        await store(once, task_id)
+        readers = [b.get_result(task_id) for _ in range(READERS // 2) for b in (once, other)]
+        await assert_one_got_it(readers, task_id)
+
+
+async def test_of_readers_of_several_results_each_result_goes_to_one(
+    once: Backend, start_backend: BackendFactory
+) -> None:
+    other: Backend = await start_backend(keep_results=False)
+    task_ids = [str(i) for i in range(50)]
+    await store(once, *task_ids, progress=False)
+    got = await asyncio.gather(
+        *[b.get_results(task_ids[i:]) for i in range(5) for b in (once, other)]
+    )
+    assert sorted(i for results in got for i in results) == sorted(task_ids)
+
+
+async def test_a_reader_who_meets_a_later_attempt_gets_that(
+    once: Backend, database: Database
+) -> None:
+    await store(once, "task")
+    later: TaskiqResult[Any] = TaskiqResult(
+        is_err=False, return_value="later", execution_time=0.1, labels={"_retries": 1}
+    )
+    writer = create_async_engine(database.dsn.replace("postgresql:", "postgresql+asyncpg:"))
+    async with writer.connect() as connection, connection.begin():
+        # The row is locked, so the reader waits and then sees what was written meanwhile.
+        await connection.exec_driver_sql("UPDATE taskiq_results SET attempt = 0")
+        reading = asyncio.create_task(once.get_result("task"))
+        await eventually(lambda: is_waiting_for_a_lock(database))
+        await connection.exec_driver_sql("UPDATE taskiq_results SET is_err = true, attempt = 1")
+    assert (await reading).is_err is True
+    await once.set_result("task", later)
+    assert (await once.get_result("task")).return_value == "later"
+    await writer.dispose()
+
+
+async def is_waiting_for_a_lock(database: Database) -> bool:
+    query = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'once' AND wait_event_type = 'Lock'"
+    return bool(await database.fetch(query))
+
+
+async def test_progress_goes_with_its_result_and_not_without(
+    once: Backend, database: Database
+) -> None:
+    await store(once, "read", "unread")
+    await once.set_progress("running", TaskProgress(state="running", meta=None))
+    await once.get_results(["read", "running", "unknown"])
+    with pytest.raises(ResultIsMissingError):
+        await once.get_result("running")
+    assert await ids_with_progress(database) == {"unread", "running"}
+    assert await once.get_progress("read") is None
+
+
+async def test_a_result_that_cannot_be_decoded_stays(once: Backend, database: Database) -> None:
+    await store(once, "task")
+    await spoil(database, "task")
+    for _ in range(2):
+        with pytest.raises(ResultDecodeError, match="'task'.*left in place"):
+            await once.get_result("task")
+    assert await once.is_result_ready("task")
+    assert await ids_with_progress(database) == {"task"}
+
+
+async def test_of_many_readers_of_what_cannot_be_decoded_none_deletes_it(
+    once: Backend, database: Database
+) -> None:
+    await store(once, "task")
+    await spoil(database, "task")
+    readers = [once.get_result("task") for _ in range(READERS)]
+    outcomes = await asyncio.gather(*readers, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {ResultDecodeError}
+    assert await stored_ids(database) == {"task"}
+
+
+@pytest.mark.parametrize("position", [0, 250, 449])
+async def test_one_result_that_cannot_be_decoded_keeps_all_of_its_call(
+    once: Backend, database: Database, position: int
+) -> None:
+    task_ids = [f"{i:03}" for i in range(450)]
+    await asyncio.gather(*[store(once, i, progress=False) for i in task_ids])
+    await spoil(database, task_ids[position])
+    with pytest.raises(ResultDecodeError, match=repr(task_ids[position])):
+        await once.get_results(task_ids)
+    assert await stored_ids(database) == set(task_ids)
+    del task_ids[position]
+    assert list(await once.get_results(task_ids)) == task_ids
+
+
+async def test_cancelling_a_reader_loses_nothing_by_half(once: Backend, database: Database) -> None:
+    chance = random.Random(7)
+    outcomes = set()
+    for _ in range(150):
+        task_id = uuid.uuid4().hex
+        await store(once, task_id)
+        reading = asyncio.create_task(once.get_result(task_id))
+        await turns_of_the_loop(chance.randrange(80))
+        reading.cancel()
+        [outcome] = await asyncio.gather(reading, return_exceptions=True)
+        is_there = await once.is_result_ready(task_id)
+        assert (await once.get_progress(task_id) is not None) == is_there
+        if isinstance(outcome, TaskiqResult):
+            assert not is_there
+        else:
+            assert isinstance(outcome, asyncio.CancelledError)
+        if is_there:
+            assert (await once.get_result(task_id)).return_value == task_id
+        outcomes.add((type(outcome), is_there))
+    assert outcomes >= {(TaskiqResult, False), (asyncio.CancelledError, True)}
+    await assert_at_rest(once, database)
+
+
+async def test_cancelling_callers_leaks_no_connection(once: Backend, database: Database) -> None:
+    chance = random.Random(7)
+    await store(once, "kept")
+    for _ in range(30):
+        calls: list[asyncio.Task[Any]] = [
+            asyncio.create_task(call)
+            for call in (
+                once.is_result_ready("kept"),
+                store(once, "other"),
+                once.get_progress("kept"),
+                once.get_result("unknown"),
+                once.get_results(["unknown", "other"]),
+                store(once, "another"),
+                once.is_result_ready("other"),
+            )
+        ]
+        for call in chance.sample(calls, len(calls)):
+            await turns_of_the_loop(chance.randrange(20))
+            call.cancel()
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            unwanted = isinstance(outcome, Exception) and not isinstance(
+                outcome, ResultIsMissingError
+            )
+            assert not unwanted, outcome
+    await assert_at_rest(once, database)
+    assert (await once.get_result("kept")).return_value == "kept"
+
+
+async def turns_of_the_loop(number: int) -> None:
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def assert_at_rest(backend: Backend, database: Database) -> None:
+    """No connection is checked out, and no session has a transaction open."""
+
+    async def is_at_rest() -> bool:
+        return set(await database.sessions("once")) <= {"idle"}
+
+    await eventually(is_at_rest)
+    assert_nothing_checked_out(engine_of(backend))

@@ -1,0 +1,400 @@
+"""Values through the codec: what each serializer holds, what it does not, and what cannot be."""
+
+import asyncio
+import itertools
+import math
+import threading
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from taskiq import TaskiqResult
+from taskiq.abc.serializer import TaskiqSerializer
+from taskiq.depends.progress_tracker import TaskProgress, TaskState
+from taskiq.serializers import (
+    CBORSerializer,
+    JSONSerializer,
+    MSGPackSerializer,
+    ORJSONSerializer,
+    PickleSerializer,
+)
+
+from taskiq_sa_pg.codec import Codec
+from taskiq_sa_pg.config import TableConfig
+from taskiq_sa_pg.exceptions import (
+    ConfigurationError,
+    InvalidTaskIdError,
+    ResultDecodeError,
+    ResultSerializationError,
+)
+from taskiq_sa_pg.statements import ResultRow, StoredProgress, StoredResult
+
+BYTEA, JSONB = TableConfig("jobs"), TableConfig("jobs", field_for_payload="Jsonb")
+PLAIN = [JSONSerializer, ORJSONSerializer, MSGPackSerializer, CBORSerializer]
+CODECS = {
+    "pickle": Codec(BYTEA),
+    **{serializer.__name__: Codec(BYTEA, serializer()) for serializer in PLAIN},
+    "jsonb": Codec(JSONB),
+    "jsonb-orjson": Codec(JSONB, ORJSONSerializer()),
+}
+every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+every_plain_codec = pytest.mark.parametrize(
+    "codec", list(CODECS.values())[1:], ids=list(CODECS)[1:]
+)
+
+
+class Order(BaseModel):
+    """A task's return type."""
+
+    id: UUID
+    total: Decimal
+    placed_at: datetime
+    tags: set[str] = set()
+
+
+@dataclass
+class Point:
+    x: int
+    y: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Feed:
+    items: Any
+
+
+class Envelope(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    content: Any = None
+
+
+class Stream(BaseModel):
+    numbers: Iterable[int]
+
+
+Pair = namedtuple("Pair", "left right")  # noqa: PYI024 - the untyped kind is returned too
+
+ORDER = Order(id=UUID(int=7), total=Decimal("9.90"), placed_at=datetime(2024, 2, 29, tzinfo=UTC))
+BERLIN = ZoneInfo("Europe/Berlin")
+ALL_BYTES = bytes(range(256))
+
+VALUES = [
+    *(None, True, False, 0, -1, 2**64, -(2**200), 0.1, -0.0, 1e300, 5e-324, ""),
+    datetime(2024, 10, 27, 2, 30, fold=1, tzinfo=BERLIN),
+    datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=-5, minutes=-30))),
+    datetime(9999, 12, 31, 23, 59, 59, 999999),  # noqa: DTZ001 - naive ones come back naive
+    *(date(2024, 2, 29), timedelta(days=-1, microseconds=1), Decimal("1.50"), UUID(int=1)),
+    *(ALL_BYTES, (1, (2,), ()), {1, "a"}, frozenset({(1, 2)}), {1: {(2, "x"): [3]}}),
+    *(Point(1, (2, 3)), ORDER, Pair(1, 2), TaskState.STARTED, Path("/tmp/x"), range(3)),
+    *(math.inf, -math.inf, "a\x00b", "\ud800", "\udfff😀", {"\x00": "\udc80"}, 1j),
+    *({"$serialized": "x"}, {"$bytes": "x"}, [{"$serialized": 1}]),
+]
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(
+            st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["$serialized"]),
+            inner,
+        )
+    ),
+    max_leaves=20,
+)
+ANY_SCALAR = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters())
+    | st.binary()
+    | st.datetimes(timezones=st.timezones())
+    | st.decimals(allow_nan=False)
+    | st.uuids()
+    | st.timedeltas()
+)
+ANY_VALUES = st.recursive(
+    ANY_SCALAR,
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.frozensets(ANY_SCALAR)
+        | st.dictionaries(st.integers() | st.tuples(st.integers(), st.text()), inner)
+    ),
+    max_leaves=20,
+)
+
+
+def result_of(value: Any, **fields: Any) -> TaskiqResult[Any]:
+    return TaskiqResult(is_err=False, return_value=value, execution_time=0.5, **fields)
+
+
+def stored(row: ResultRow) -> StoredResult:
+    return StoredResult._make(getattr(row, name) for name in StoredResult._fields)
+
+
+def through(codec: Codec, result: TaskiqResult[Any], *, with_logs: bool = False) -> Any:
+    return codec.decode_result("t1", stored(codec.encode_result("t1", result)), with_logs=with_logs)
+
+
+def returned(codec: Codec, value: Any) -> Any:
+    result = through(codec, result_of(value))
+    assert not result.is_err, result.error
+    return result.return_value
+
+
+def same(value: Any, original: Any) -> None:
+    """Equal, and alike to the last type, sign and key."""
+    assert value == original
+    assert type(value) is type(original)
+    assert repr(value) == repr(original) or isinstance(original, set | frozenset | dict)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_pickle_returns_equal_values_of_the_same_type(value: Any) -> None:
+    same(returned(CODECS["pickle"], value), value)
+
+
+@given(ANY_VALUES)
+def test_pickle_returns_any_nested_value(value: Any) -> None:
+    same(returned(CODECS["pickle"], value), value)
+
+
+@every_codec
+@given(value=JSON_VALUES)
+def test_any_json_value_comes_back_equal(codec: Codec, value: Any) -> None:
+    same(returned(codec, value), value)
+
+
+@pytest.mark.parametrize("name", ["pickle", "JSONSerializer", "jsonb", "CBORSerializer"])
+def test_nan_comes_back(name: str) -> None:
+    assert math.isnan(returned(CODECS[name], math.nan))
+
+
+@pytest.mark.parametrize("name", ["JSONSerializer", "jsonb"])
+@pytest.mark.parametrize(
+    "value",
+    ["\ud800", "a\x00b", "\udfff😀", {"\x00": ["\ud83d"]}, math.inf, 2**100, [-0.0, 1e16]],
+    ids=ascii,
+)
+def test_json_keeps_what_jsonb_alone_cannot_hold(name: str, value: Any) -> None:
+    same(returned(CODECS[name], value), value)
+
+
+@pytest.mark.parametrize("name", ["pickle", "JSONSerializer", "MSGPackSerializer", "jsonb"])
+@pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: {"a": v}], ids=["list", "dict"])
+def test_400_levels_come_back(name: str, wrap: Callable[[Any], Any]) -> None:
+    value: Any = "bottom"
+    for _ in range(400):
+        value = wrap(value)
+    assert returned(CODECS[name], value) == value
+
+
+@every_codec
+def test_50_megabytes_come_back(codec: Codec) -> None:
+    value = "x" * 50_000_000
+    assert returned(codec, value) == value
+
+
+@every_codec
+@pytest.mark.parametrize(
+    ("declared", "value"),
+    [
+        (Order, ORDER),
+        (Point, Point(1, (2, 3))),
+        (Pair, Pair(1, 2)),
+        (list[Order], [ORDER]),
+        (datetime, datetime(2024, 2, 29, 12, tzinfo=UTC)),
+        (datetime, datetime(2024, 2, 29, 12, 0, 0, 123456)),  # noqa: DTZ001 - naive
+        (date, date(2024, 2, 29)),
+        (timedelta, timedelta(days=-1, microseconds=1)),
+        (Decimal, Decimal("1.50")),
+        (UUID, UUID(int=1)),
+        (bytes, "Grüße".encode()),
+        (tuple[int, ...], (1, 2)),
+        (set[int], {1, 2}),
+        (frozenset[str], frozenset({"a"})),
+        (dict[int, str], {1: "a"}),
+        (TaskState, TaskState.RETRY),
+        (Path, Path("/tmp/x")),
+    ],
+    ids=repr,
+)
+def test_the_declared_type_reads_back(codec: Codec, declared: Any, value: Any) -> None:
+    adapter = TypeAdapter(declared)
+    same(adapter.validate_python(returned(codec, value)), value)
+
+
+@every_plain_codec
+def test_tuple_keys_take_their_json_form_where_there_is_none_other(codec: Codec) -> None:
+    assert returned(codec, {(1, 2): 3}) in ({"1,2": 3}, {(1, 2): 3})
+
+
+def endless() -> Any:
+    yield from itertools.count()
+
+
+async def endless_async() -> Any:
+    for number in itertools.count():
+        yield number
+
+
+UNSTORABLE: dict[str, Callable[[], Any]] = {
+    "lambda": lambda: lambda: None,
+    "generator": endless,
+    "async generator": endless_async,
+    "open file": lambda: Path(__file__).open(),
+    "lock": threading.Lock,
+    "event loop": lambda: asyncio.AbstractEventLoop.run_forever,
+    "generator in a list": lambda: [1, {"a": (endless(),)}],
+    "generator in a dataclass with slots": lambda: Feed(endless()),
+    "generator in a model": lambda: Envelope(content=endless()),
+    "generator in a model's extra": lambda: Envelope(more=endless()),
+    "generator in a typed model": lambda: Stream(numbers=endless()),
+}
+del UNSTORABLE["event loop"]  # a function of a module pickles by name
+
+
+@every_codec
+@pytest.mark.parametrize("make", UNSTORABLE.values(), ids=UNSTORABLE)
+@pytest.mark.timeout(20)
+def test_what_cannot_be_stored_becomes_an_error_result(
+    codec: Codec, make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    value = make()
+    row = codec.encode_result("t1", result_of(value, labels={"queue": "a"}))
+    result = codec.decode_result("t1", stored(row))
+    assert result.is_err
+    assert result.return_value is None
+    assert result.labels == {"queue": "a"}
+    assert type(result.error) is ResultSerializationError
+    assert type(value).__name__ in str(result.error)
+    assert row.error_type == "taskiq_sa_pg.exceptions.ResultSerializationError"
+    assert "t1" in caplog.text
+    getattr(value, "close", lambda: None)()
+
+
+@every_plain_codec
+@pytest.mark.timeout(20)
+def test_an_endless_iterator_becomes_an_error_result(codec: Codec) -> None:
+    assert through(codec, result_of(itertools.count())).is_err
+
+
+@every_plain_codec
+def test_a_value_that_contains_itself_becomes_an_error_result(codec: Codec) -> None:
+    value: list[Any] = []
+    value.append(value)
+    assert type(through(codec, result_of(value)).error) is ResultSerializationError
+
+
+def test_pickle_returns_a_value_that_contains_itself() -> None:
+    value: list[Any] = []
+    value.append(value)
+    [inside] = cycle = returned(CODECS["pickle"], value)
+    assert inside is cycle
+
+
+@every_codec
+def test_a_value_without_a_text_becomes_an_error_result(codec: Codec) -> None:
+    class Mute:
+        def __reduce__(self) -> Any:
+            raise MuteError
+
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise self
+
+    assert type(through(codec, result_of(Mute())).error) is ResultSerializationError
+
+
+@every_codec
+def test_the_other_fields_come_back(codec: Codec) -> None:
+    result = result_of([1], log="line\n", labels={"a": 1})
+    read = through(codec, result, with_logs=True)
+    assert (read.is_err, read.execution_time, read.error) == (False, 0.5, None)
+    assert (read.log, read.labels) == ("line\n", {"a": 1})
+
+
+def test_the_log_is_left_out_unless_asked_for() -> None:
+    assert through(CODECS["pickle"], result_of(1, log="line")).log is None
+
+
+def test_a_log_that_postgresql_cannot_hold_is_escaped() -> None:
+    read = through(CODECS["pickle"], result_of(1, log="a\x00b\ud800"), with_logs=True)
+    assert read.log == "a\\x00b\\ud800"
+
+
+def test_a_uuid_column_takes_uuids_only() -> None:
+    codec = Codec(TableConfig("jobs", field_for_task_id="Uuid"))
+    task_id = str(UUID(int=5))
+    assert codec.encode_result(task_id, result_of(1)).task_id == UUID(int=5)
+    with pytest.raises(InvalidTaskIdError, match="t1"):
+        codec.encode_result("t1", result_of(1))
+
+
+@every_codec
+@pytest.mark.parametrize("meta", [None, 0, "", [1, {"a": None}], {"$serialized": "x"}], ids=repr)
+@pytest.mark.parametrize("state", [TaskState.STARTED, "half\x00way"], ids=repr)
+def test_progress_comes_back(codec: Codec, state: Any, meta: Any) -> None:
+    row = codec.encode_progress("t1", TaskProgress(state=state, meta=meta))
+    progress = codec.decode_progress("t1", StoredProgress._make(row))
+    assert progress.state == state.replace("\x00", "\\x00")
+    assert progress.meta == meta
+
+
+@every_codec
+def test_progress_that_cannot_be_stored_is_refused(codec: Codec) -> None:
+    with pytest.raises(ResultSerializationError, match="the progress's meta of type function"):
+        codec.encode_progress("t1", TaskProgress(state="x", meta=lambda: None))
+
+
+class Base64Serializer(PickleSerializer):
+    """Writes text that is no JSON."""
+
+
+class ReversedSerializer(JSONSerializer):
+    def dumpb(self, value: Any) -> bytes:
+        return super().dumpb(value)[::-1]
+
+
+@pytest.mark.parametrize(
+    "serializer",
+    [PickleSerializer(), MSGPackSerializer(), CBORSerializer(), ReversedSerializer()],
+    ids=lambda serializer: type(serializer).__name__,
+)
+def test_jsonb_refuses_serializers_that_do_not_write_json(serializer: TaskiqSerializer) -> None:
+    with pytest.raises(ConfigurationError, match=type(serializer).__name__):
+        Codec(JSONB, serializer)
+
+
+@pytest.mark.parametrize("config", [BYTEA, JSONB], ids=["bytea", "jsonb"])
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04X", b"{", b"\xff", b"\x80\x04K\x01"])
+def test_a_damaged_value_names_the_task_and_the_table(config: TableConfig, damage: bytes) -> None:
+    codec = Codec(config)
+    row = stored(codec.encode_result("t1", result_of([1])))
+    damaged = damage if config is BYTEA else damage.decode(errors="replace")
+    with pytest.raises(ResultDecodeError, match=r"task 't1' in table jobs"):
+        codec.decode_result("t1", row._replace(return_value=damaged))
+    with pytest.raises(ResultDecodeError, match=r"task 't1' in table jobs"):
+        codec.decode_progress("t1", StoredProgress("t1", "x", damaged))
+
+
+@pytest.mark.parametrize("content", ['"no base64!"', "5", "null", '"eA=="'])
+def test_a_damaged_wrapper_names_the_task_and_the_table(content: str) -> None:
+    codec = CODECS["jsonb"]
+    row = stored(codec.encode_result("t1", result_of([1])))
+    with pytest.raises(ResultDecodeError, match=r"task 't1' in table jobs"):
+        codec.decode_result("t1", row._replace(return_value=f'{{"$serialized": {content}}}'))

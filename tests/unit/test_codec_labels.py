@@ -1,0 +1,212 @@
+"""Labels through the codec: they never prevent storing, and come back as far as they can."""
+
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from taskiq import TaskiqResult
+from taskiq.serializers import (
+    CBORSerializer,
+    JSONSerializer,
+    MSGPackSerializer,
+    ORJSONSerializer,
+    PickleSerializer,
+)
+
+from taskiq_sa_pg.codec import Codec
+from taskiq_sa_pg.config import TableConfig
+from taskiq_sa_pg.exceptions import ResultDecodeError
+from taskiq_sa_pg.statements import ResultRow, StoredResult
+
+SERIALIZERS = [
+    *(PickleSerializer, JSONSerializer, ORJSONSerializer),
+    *(MSGPackSerializer, CBORSerializer),
+]
+CODECS = {
+    **{cls.__name__: Codec(TableConfig("jobs"), cls()) for cls in SERIALIZERS},
+    "jsonb": Codec(TableConfig("jobs", field_for_payload="Jsonb")),
+}
+every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+
+JSON_LABELS = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"))
+    | st.sampled_from(["$serialized", "$bytes"]),
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text(st.characters(exclude_categories=["Cs"])),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(st.sampled_from(["a", "$serialized", "$bytes"]), inner)
+        ),
+    ),
+)
+ANY_LABELS = st.dictionaries(
+    st.text(st.characters()),
+    st.text(st.characters())
+    | st.floats(allow_nan=False)
+    | st.binary()
+    | st.datetimes(timezones=st.timezones())
+    | st.tuples(st.uuids(), st.decimals(allow_nan=False)),
+)
+
+
+def encode(codec: Codec, labels: dict[Any, Any]) -> ResultRow:
+    # Not validated: middlewares put into labels what they like.
+    result: TaskiqResult[Any] = TaskiqResult.model_construct(
+        is_err=False, return_value=1, execution_time=0.1, labels=labels, log=None, error=None
+    )
+    return codec.encode_result("t1", result)
+
+
+def through(codec: Codec, labels: dict[Any, Any]) -> dict[str, Any]:
+    row = encode(codec, labels)
+    stored = StoredResult._make(getattr(row, name) for name in StoredResult._fields)
+    result = codec.decode_result("t1", stored)
+    assert not result.is_err
+    assert result.return_value == 1
+    return result.labels
+
+
+@every_codec
+@given(labels=JSON_LABELS)
+def test_labels_that_are_json_come_back(codec: Codec, labels: dict[str, Any]) -> None:
+    assert through(codec, labels) == labels
+
+
+@given(ANY_LABELS)
+def test_pickle_returns_labels_of_any_type(labels: dict[str, Any]) -> None:
+    assert through(CODECS["PickleSerializer"], labels) == labels
+
+
+@every_codec
+@given(labels=ANY_LABELS)
+def test_labels_never_prevent_storing(codec: Codec, labels: dict[str, Any]) -> None:
+    assert isinstance(through(codec, labels), dict)
+
+
+@every_codec
+def test_labels_that_are_json_stay_readable_in_sql(codec: Codec) -> None:
+    assert encode(codec, {"queue": "größe", "n": 1}).labels == '{"queue": "größe", "n": 1}'
+
+
+@every_codec
+def test_bytes_come_back_whole(codec: Codec) -> None:
+    labels = {"raw": bytes(range(256)), "queue": "a"}
+    assert through(codec, labels) == labels
+
+
+@every_codec
+def test_a_datetime_comes_back_as_one_or_as_iso_text(codec: Codec) -> None:
+    at = datetime(2024, 2, 29, tzinfo=UTC)
+    read = through(codec, {"at": at, "queue": "a"})
+    assert read["queue"] == "a"
+    assert read["at"] in (at, "2024-02-29T00:00:00Z", "2024-02-29T00:00:00+00:00")
+
+
+@every_codec
+@pytest.mark.parametrize("name", ["$serialized", "$bytes"])
+def test_a_label_that_looks_like_a_wrapper_comes_back(codec: Codec, name: str) -> None:
+    for labels in ({name: "x"}, {"a": {name: "x"}}, {"a": [{name: 1}]}):
+        assert through(codec, labels) == labels
+
+
+class Mute:
+    """Nothing can be got out of it."""
+
+    def __repr__(self) -> str:
+        raise MuteError
+
+    def __reduce__(self) -> Any:
+        raise MuteError
+
+    def __int__(self) -> int:
+        raise MuteError
+
+
+class MuteError(Exception):
+    def __repr__(self) -> str:
+        raise self
+
+    __str__ = __repr__
+
+
+def cycle() -> list[Any]:
+    value: list[Any] = []
+    value.extend([value, value])
+    return value
+
+
+def deep() -> list[Any]:
+    value: list[Any] = []
+    for _ in range(2_000):
+        value = [value]
+    return value
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "mute": Mute,
+    "cycle": cycle,
+    "deep": deep,
+    "function": lambda: lambda: None,
+    "object": object,
+    "unprintable integer": lambda: 10**5000,
+    "NaN": lambda: math.nan,
+}
+
+
+@every_codec
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+@pytest.mark.timeout(20)
+def test_odd_labels_leave_their_neighbours_alone(codec: Codec, make: Callable[[], Any]) -> None:
+    read = through(codec, {"odd": make(), "queue": "a"})
+    assert read.keys() == {"odd", "queue"}
+    assert read["queue"] == "a"
+
+
+@every_codec
+def test_a_label_that_cannot_be_held_comes_back_as_its_repr(codec: Codec) -> None:
+    assert through(codec, {"odd": [lambda: None]})["odd"].startswith("[<function ")
+
+
+@every_codec
+@pytest.mark.parametrize("names", [("a\x00b", "c"), (1, "1"), ((1, 2), None)], ids=repr)
+def test_odd_label_names_do_not_prevent_storing(codec: Codec, names: tuple[Any, ...]) -> None:
+    assert through(codec, dict.fromkeys(names, b"\xff"))
+
+
+ATTEMPTS = [
+    *((3, 3), ("4", 4), (True, 1), (2.9, 2), (0, 0)),
+    *((-1, 0), (2**40, 2**31 - 1), (10**400, 2**31 - 1), (-(10**400), 0)),
+    *((None, 0), ("", 0), ("many", 0), ("9" * 5000, 0), ([], 0), (b"x", 0)),
+    *((math.nan, 0), (math.inf, 0), (Mute(), 0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("label", "attempt"),
+    ATTEMPTS,
+    ids=[f"{index} {type(label).__name__}" for index, (label, _) in enumerate(ATTEMPTS)],
+)
+def test_the_attempt_is_read_from_the_retry_label(label: Any, attempt: int) -> None:
+    assert encode(CODECS["PickleSerializer"], {"_retries": label}).attempt == attempt
+
+
+def test_the_attempt_is_0_without_a_retry_label() -> None:
+    assert encode(CODECS["PickleSerializer"], {}).attempt == 0
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "5x", '{"a": {"$serialized": "!"}}', '{"a": {"$serialized": 5}}']
+)
+def test_damaged_labels_name_the_task_and_the_table(damage: str) -> None:
+    codec = CODECS["PickleSerializer"]
+    row = encode(codec, {})._replace(labels=damage)
+    stored = StoredResult._make(getattr(row, name) for name in StoredResult._fields)
+    with pytest.raises(ResultDecodeError, match=r"task 't1' in table jobs"):
+        codec.decode_result("t1", stored)

@@ -1,0 +1,145 @@
+"""TableConfig: which names and types it takes, and that it refuses the rest before anything connects."""
+
+import dataclasses
+import uuid
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskiq_sa_pg import (
+    ConfigurationError,
+    InvalidTaskIdError,
+    SQLAlchemyResultBackend,
+    TableConfig,
+    build_models,
+)
+
+# The longest derived name is `<table_name>_finished_at_idx`.
+LONGEST = 63 - len("_finished_at_idx")
+
+# Any text that PostgreSQL could hold, and more than it could.
+any_name = st.text(max_size=70)
+
+
+def fits(name: str) -> bool:
+    return "\x00" not in name and 0 < len(name.encode()) <= LONGEST
+
+
+@given(any_name)
+def test_a_name_is_kept_to_the_letter_or_refused(name: str) -> None:
+    if fits(name):
+        assert TableConfig(name).table_name == name
+        return
+    with pytest.raises(ConfigurationError):
+        TableConfig(name)
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "表", "🦆"])
+def test_the_longest_name_is_counted_in_bytes(letter: str) -> None:
+    size = len(letter.encode())
+    longest = letter * (LONGEST // size) + "x" * (LONGEST % size)
+    assert max(len(name.encode()) for name in TableConfig(longest).derived_names) == 63
+    with pytest.raises(ConfigurationError, match="64 bytes"):
+        TableConfig(longest + "x")
+
+
+def test_every_derived_name_fits_and_starts_with_the_tables() -> None:
+    config = TableConfig("x" * LONGEST)
+    assert all(name.startswith(config.table_name) for name in config.derived_names)
+    assert len(set(config.derived_names)) == len(config.derived_names)
+
+
+@pytest.mark.parametrize("parameter", ["table_name", "schema"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "must not be empty"),
+        ("a\x00b", "NUL"),
+        ("a\ud800b", "surrogate"),
+        ("x" * 64, "64 bytes"),
+        (b"results", "must be a str"),
+        (7, "must be a str"),
+    ],
+)
+def test_a_name_that_postgresql_cannot_hold_is_refused(
+    parameter: str, name: Any, reason: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=reason) as caught:
+        TableConfig(**{parameter: name})
+    assert parameter in str(caught.value)
+
+
+def test_a_schema_may_take_all_63_bytes() -> None:
+    assert TableConfig(schema="s" * 63).schema == "s" * 63
+
+
+@pytest.mark.parametrize("parameter", ["field_for_task_id", "field_for_payload"])
+@pytest.mark.parametrize("value", ["varchar", "Json", "", None, 7, ["Text"]])
+def test_an_unknown_type_is_refused_with_the_known_ones(parameter: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"{parameter} must be one of") as caught:
+        TableConfig(**{parameter: value})
+    known = "VarChar" if parameter == "field_for_task_id" else "Jsonb"
+    assert f'"{known}"' in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"table_name": ""}, {"schema": "a\x00"}, {"field_for_task_id": "Int"}],
+)
+def test_models_and_backend_refuse_what_the_configuration_refuses(arguments: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        build_models(**arguments)
+    with pytest.raises(ConfigurationError):
+        SQLAlchemyResultBackend("postgresql://nowhere.invalid/x", **arguments)
+
+
+def test_a_configuration_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="table_name"):
+        TableConfig("")
+
+
+def test_configurations_are_frozen_and_compare_by_value() -> None:
+    config = TableConfig("results", schema="app")
+    assert config == TableConfig("results", schema="app")
+    assert len({config, TableConfig("results", schema="app")}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.table_name = "other"  # type: ignore[misc]
+
+
+def test_the_qualified_name_has_the_schema_if_there_is_one() -> None:
+    assert TableConfig("results").qualified_name == "results"
+    assert TableConfig("results", schema="app").qualified_name == "app.results"
+
+
+@given(st.uuids())
+def test_a_uuid_column_takes_every_spelling_of_a_uuid(task_id: uuid.UUID) -> None:
+    config = TableConfig(field_for_task_id="Uuid")
+    for spelling in (str(task_id), task_id.hex, str(task_id).upper(), f"{{{task_id}}}"):
+        assert config.to_column_task_id(spelling) == task_id
+
+
+@pytest.mark.parametrize("task_id", ["", "7", "not-a-uuid", "\ud800", None, 7])
+def test_a_uuid_column_refuses_other_ids(task_id: Any) -> None:
+    with pytest.raises(InvalidTaskIdError, match="is not a UUID"):
+        TableConfig(field_for_task_id="Uuid").to_column_task_id(task_id)
+
+
+@given(st.text())
+def test_a_text_column_takes_every_id_without_nul(task_id: str) -> None:
+    for config in (TableConfig(), TableConfig(field_for_task_id="Text")):
+        if "\x00" in task_id:
+            with pytest.raises(InvalidTaskIdError, match="NUL"):
+                config.to_column_task_id(task_id)
+        else:
+            assert config.to_column_task_id(task_id) == task_id
+
+
+@pytest.mark.parametrize(
+    ("task_id", "reason"), [("\ud800", "surrogate"), (7, "not a str"), (None, "not a str")]
+)
+def test_a_text_column_refuses_what_it_cannot_hold(task_id: Any, reason: str) -> None:
+    with pytest.raises(InvalidTaskIdError, match=reason):
+        TableConfig().to_column_task_id(task_id)

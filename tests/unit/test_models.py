@@ -1,0 +1,275 @@
+"""The models: columns, types and names in the DDL, whose metadata they join, and what they refuse."""
+
+import re
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy.dialects.postgresql import JSONB, asyncpg
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from taskiq_sa_pg import (
+    ConfigurationError,
+    Models,
+    ProgressMixin,
+    ResultMixin,
+    TableConfig,
+    build_models,
+)
+from taskiq_sa_pg.statements import build_statements, describe_tables
+from tests.unit.test_config import fits
+
+# A convention that rewrites given names as well.
+CONVENTION = {kind: f"{kind}_%(constraint_name)s" for kind in ("pk", "ix", "uq", "ck")}
+
+RESULT_COLUMNS = [
+    "task_id",
+    "is_err",
+    "return_value",
+    "error",
+    "error_type",
+    "traceback",
+    "execution_time",
+    "labels",
+    "log",
+    "task_name",
+    "attempt",
+    "finished_at",
+    "expires_at",
+]
+PROGRESS_COLUMNS = ["task_id", "state", "meta", "updated_at"]
+
+names = st.text(min_size=1, max_size=47).filter(fits)
+
+
+def compiled(element: Any) -> str:
+    return str(element.compile(dialect=asyncpg.dialect()))
+
+
+def ddl(models: Models) -> list[str]:
+    tables = (models.results_table, models.progress_table)
+    indexes = sorted(models.results_table.indexes, key=lambda index: str(index.name))
+    return [*map(compiled, map(CreateTable, tables)), *map(compiled, map(CreateIndex, indexes))]
+
+
+def statements(models: Models) -> list[str]:
+    return [*map(compiled, build_statements(models)), compiled(describe_tables(models.config))]
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def without_quoted_names(sql: str) -> str:
+    return re.sub(r'"(?:[^"]|"")*"', "NAME", sql)
+
+
+@given(names, st.none() | names)
+def test_names_are_in_the_ddl_to_the_letter(name: str, schema: str | None) -> None:
+    config = TableConfig(name, schema=schema)
+    text = "\n".join(ddl(build_models(name, schema=schema)))
+    prefix = "" if schema is None else f"{quoted(schema)}."
+    assert f"CREATE TABLE {prefix}{quoted(name)} (" in text
+    assert f"CREATE TABLE {prefix}{quoted(config.progress_table_name)} (" in text
+    assert f"CREATE INDEX {quoted(config.finished_at_index_name)} ON {prefix}" in text
+    assert f"CREATE INDEX {quoted(config.expires_at_index_name)} ON {prefix}" in text
+    assert f"CONSTRAINT {quoted(config.primary_key_name)} PRIMARY KEY" in text
+    assert f"CONSTRAINT {quoted(config.progress_primary_key_name)} PRIMARY KEY" in text
+
+
+@given(names, st.none() | names)
+def test_nothing_of_a_name_stands_unquoted_in_any_sql(name: str, schema: str | None) -> None:
+    usual = build_models(schema=None if schema is None else "app")
+    models = build_models(name, schema=schema)
+    assert list(map(without_quoted_names, ddl(models))) == list(
+        map(without_quoted_names, ddl(usual))
+    )
+    assert list(map(without_quoted_names, statements(models))) == list(
+        map(without_quoted_names, statements(usual))
+    )
+
+
+@pytest.mark.parametrize("name", ["results", "user", "Order", "select"])
+def test_names_are_quoted_even_where_todays_postgresql_needs_no_quotes(name: str) -> None:
+    models = build_models(name, schema="app")
+    for statement in build_statements(models):
+        assert f'"app"."{name}' in compiled(statement)
+
+
+def test_every_operation_is_one_statement() -> None:
+    assert all(";" not in sql for sql in statements(build_models()))
+
+
+def test_the_columns_stand_in_the_documented_order() -> None:
+    models = build_models()
+    assert models.results_table.c.keys() == RESULT_COLUMNS
+    assert models.progress_table.c.keys() == PROGRESS_COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("field", "ddl_type"), [("VarChar", "VARCHAR"), ("Text", "TEXT"), ("Uuid", "UUID")]
+)
+def test_both_task_ids_have_the_chosen_type(field: Any, ddl_type: str) -> None:
+    for table in build_models(field_for_task_id=field).metadata.tables.values():
+        assert f"task_id {ddl_type} NOT NULL" in compiled(CreateTable(table))
+
+
+@pytest.mark.parametrize(("field", "ddl_type"), [("Bytea", "BYTEA"), ("Jsonb", "JSONB")])
+def test_serialized_values_have_the_chosen_type(field: Any, ddl_type: str) -> None:
+    results, progress, *_ = ddl(build_models(field_for_payload=field))
+    assert f"return_value {ddl_type} NOT NULL" in results
+    assert f"error {ddl_type}," in results
+    assert "labels JSONB NOT NULL" in results
+    assert f"meta {ddl_type}," in progress
+
+
+def test_the_columns_are_not_null_and_default_as_documented() -> None:
+    models = build_models()
+    required = [column.name for column in models.results_table.c if not column.nullable]
+    assert required == [
+        *("task_id", "is_err", "return_value", "execution_time", "labels"),
+        *("attempt", "finished_at"),
+    ]
+    results, progress, *_ = ddl(models)
+    assert "attempt INTEGER DEFAULT 0 NOT NULL" in results
+    assert "execution_time DOUBLE PRECISION NOT NULL" in results
+    assert "finished_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL" in results
+    assert "expires_at TIMESTAMP WITH TIME ZONE," in results
+    assert "state TEXT NOT NULL" in progress
+    assert "updated_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL" in progress
+
+
+def test_finished_at_has_a_brin_index_and_expires_at_a_partial_one() -> None:
+    _, _, expires_at, finished_at = ddl(build_models())
+    assert finished_at.endswith('ON "taskiq_results" USING brin (finished_at)')
+    assert expires_at.endswith('ON "taskiq_results" (expires_at) WHERE expires_at IS NOT NULL')
+
+
+def test_progress_rows_leave_room_for_updates_and_have_no_index_but_the_key() -> None:
+    models = build_models()
+    assert "WITH (fillfactor = 50)" in compiled(CreateTable(models.progress_table))
+    assert not models.progress_table.indexes
+    assert "fillfactor" not in compiled(CreateTable(models.results_table))
+
+
+def test_each_call_makes_fresh_classes() -> None:
+    one, other = build_models("one"), build_models("other")
+    again = build_models("one")
+    assert len({one.Result, other.Result, again.Result, ResultMixin}) == 4
+    assert one.metadata is not again.metadata
+    assert one.results_table.name == "one"
+    assert other.results_table.name == "other"
+
+
+def test_the_classes_have_a_repr_without_values() -> None:
+    models = build_models()
+    result = models.Result(task_id="1", is_err=False, return_value=b"secret")
+    assert repr(result) == "Result(task_id='1', is_err=False)"
+    assert repr(models.Progress(task_id="1", state="half")) == (
+        "Progress(task_id='1', state='half')"
+    )
+
+
+def test_a_given_metadata_gets_the_tables() -> None:
+    metadata = sa.MetaData()
+    models = build_models("results", metadata=metadata)
+    assert models.metadata is metadata
+    assert set(metadata.tables) == {"results", "results_progress"}
+
+
+def test_a_given_metadata_may_hold_several_pairs_of_tables() -> None:
+    metadata = sa.MetaData()
+    build_models("one", metadata=metadata)
+    build_models("two", metadata=metadata)
+    build_models("one", metadata=metadata, schema="app")
+    assert len(metadata.tables) == 6
+
+
+def test_the_schema_of_a_given_metadata_is_the_default() -> None:
+    metadata = sa.MetaData(schema="app")
+    models = build_models(metadata=metadata)
+    assert models.config.schema == "app"
+    assert models.results_table.schema == "app"
+    other = build_models(metadata=metadata, schema="other")
+    assert other.results_table.schema == "other"
+
+
+def test_a_naming_convention_changes_no_name() -> None:
+    metadata = sa.MetaData(naming_convention=CONVENTION)
+    assert ddl(build_models(metadata=metadata)) == ddl(build_models())
+
+
+@pytest.mark.parametrize("present", ["results", "results_progress"])
+def test_a_metadata_that_has_one_of_the_tables_is_refused_and_left_as_it_is(present: str) -> None:
+    metadata = sa.MetaData()
+    sa.Table(present, metadata)
+    with pytest.raises(ConfigurationError, match=f"already has a table '{present}'"):
+        build_models("results", metadata=metadata)
+    assert set(metadata.tables) == {present}
+
+
+def test_mixins_make_models_on_a_base_of_your_own_with_columns_of_your_own() -> None:
+    class Base(DeclarativeBase):
+        metadata = sa.MetaData(naming_convention=CONVENTION)
+
+    config = TableConfig("own", "Uuid", "Jsonb", schema="app")
+
+    class OwnResult(ResultMixin, Base):
+        __table_config__ = config
+        tenant: Mapped[str | None] = mapped_column(index=True)
+
+    class OwnProgress(ProgressMixin, Base):
+        __table_config__ = config
+
+    models = Models(OwnResult, OwnProgress)
+    assert models.config == config
+    assert models.metadata is Base.metadata
+    assert models.results_table.c.keys() == [*RESULT_COLUMNS, "tenant"]
+    assert isinstance(models.results_table.c.task_id.type, sa.Uuid)
+    assert isinstance(models.results_table.c.return_value.type, JSONB)
+    built = build_models("own", field_for_task_id="Uuid", field_for_payload="Jsonb", schema="app")
+    assert compiled(CreateTable(models.progress_table)) == ddl(built)[1]
+
+
+def test_mixins_of_two_configurations_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="must share one __table_config__"):
+        Models(build_models("one").Result, build_models("two").Progress)
+
+
+def test_a_table_that_the_configuration_does_not_name_is_refused() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class OwnResult(ResultMixin, Base):
+        __tablename__ = "own"
+
+    class OwnProgress(ProgressMixin, Base):
+        pass
+
+    with pytest.raises(ConfigurationError, match="leave __tablename__ to the mixin"):
+        Models(OwnResult, OwnProgress)
+
+
+def test_a_schema_that_only_the_base_knows_is_refused() -> None:
+    class Base(DeclarativeBase):
+        metadata = sa.MetaData(schema="app")
+
+    class OwnResult(ResultMixin, Base):
+        pass
+
+    class OwnProgress(ProgressMixin, Base):
+        pass
+
+    with pytest.raises(ConfigurationError, match="give __table_config__ the schema"):
+        Models(OwnResult, OwnProgress)
+
+
+def test_models_of_one_configuration_do_not_share_their_registry() -> None:
+    """Two calls on one metadata make no warning about classes of the same name."""
+    metadata = sa.MetaData()
+    one = build_models("one", metadata=metadata)
+    two = build_models("two", metadata=metadata)
+    assert sa.inspect(one.Result).registry is not sa.inspect(two.Result).registry
