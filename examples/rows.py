@@ -4,7 +4,7 @@ import asyncio
 import os
 
 from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from taskiq_sa_pg import build_models
 from taskiq_sa_pg.engines import make_engine
@@ -22,7 +22,9 @@ async def main() -> None:
     )
     async with AsyncSession(engine) as session:
         for result in await session.scalars(slow_successes):
-            print(f"{result!r} took {result.execution_time} s, done at {result.finished_at:%H:%M:%S}")
+            print(
+                f"{result!r} took {result.execution_time} s, done at {result.finished_at:%H:%M:%S}"
+            )
     await engine.dispose()
 
 

@@ -158,7 +158,7 @@ def _pack_whole(exception: BaseException, packer: Packer) -> Any:
         # same, and garble them.
         is_faithful = (
             type(copy) is type(exception)
-            and copy.args == exception.args
+            and exception.args in ((), copy.args)
             and _text_of(copy) == _text_of(exception)
             and _state_of(copy).keys() == _state_of(exception).keys()
         )
@@ -209,6 +209,8 @@ def _build_all(nodes: list[Document], packer: Packer) -> dict[int, BaseException
 def _build(node: Document, members: list[BaseException], packer: Packer) -> BaseException:
     whole = _unpack_or(None, node.get("object"), packer)
     if isinstance(whole, BaseException):
+        if not node["args"]:  # pydantic's ValidationError gets some by being rebuilt
+            _set(whole, "args", ())
         return whole
     args = [_unpack_or(node["text"], arg, packer) for arg in node["args"]]
     if members:

@@ -1,4 +1,4 @@
-"""The declarative models: column mixins, and build_models(), which makes classes from a TableConfig."""
+"""The declarative models: column mixins, and build_models(), which makes classes of them."""
 
 from dataclasses import dataclass
 from datetime import datetime

@@ -22,9 +22,7 @@ async def test_a_declared_return_type_comes_back(tasks: ModuleType) -> None:
     placed_at = datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=UTC)
     task = await tasks.place.kiq(7, placed_at)
     result = await task.wait_result(timeout=TIMEOUT)
-    assert result.return_value == tasks.Order(
-        number=7, price=Decimal("9.90"), placed_at=placed_at
-    )
+    assert result.return_value == tasks.Order(number=7, price=Decimal("9.90"), placed_at=placed_at)
 
 
 async def test_a_synchronous_task_returns_a_dataclass(tasks: ModuleType) -> None:

@@ -1,6 +1,5 @@
 """Values through the codec: what each serializer holds, what it does not, and what cannot be."""
 
-import asyncio
 import itertools
 import math
 import threading
@@ -156,27 +155,34 @@ def returned(codec: Codec, value: Any) -> Any:
     return result.return_value
 
 
-def same(value: Any, original: Any) -> None:
-    """Equal, and alike to the last type, sign and key."""
-    assert value == original
+def assert_alike(value: Any, original: Any) -> None:
+    """Equal, and of the same types in the same order all the way down."""
     assert type(value) is type(original)
-    assert repr(value) == repr(original) or isinstance(original, set | frozenset | dict)
+    assert value == original
+    if isinstance(original, float):
+        assert math.copysign(1, value) == math.copysign(1, original)
+    if isinstance(original, dict):
+        assert set(map(type, value)) == set(map(type, original))
+        value, original = [value[name] for name in original], list(original.values())
+    if isinstance(original, list | tuple):
+        for part, original_part in zip(value, original, strict=True):
+            assert_alike(part, original_part)
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=ascii)
 def test_pickle_returns_equal_values_of_the_same_type(value: Any) -> None:
-    same(returned(CODECS["pickle"], value), value)
+    assert_alike(returned(CODECS["pickle"], value), value)
 
 
 @given(ANY_VALUES)
 def test_pickle_returns_any_nested_value(value: Any) -> None:
-    same(returned(CODECS["pickle"], value), value)
+    assert_alike(returned(CODECS["pickle"], value), value)
 
 
 @every_codec
 @given(value=JSON_VALUES)
 def test_any_json_value_comes_back_equal(codec: Codec, value: Any) -> None:
-    same(returned(codec, value), value)
+    assert_alike(returned(codec, value), value)
 
 
 @pytest.mark.parametrize("name", ["pickle", "JSONSerializer", "jsonb", "CBORSerializer"])
@@ -191,7 +197,7 @@ def test_nan_comes_back(name: str) -> None:
     ids=ascii,
 )
 def test_json_keeps_what_jsonb_alone_cannot_hold(name: str, value: Any) -> None:
-    same(returned(CODECS[name], value), value)
+    assert_alike(returned(CODECS[name], value), value)
 
 
 @pytest.mark.parametrize("name", ["pickle", "JSONSerializer", "MSGPackSerializer", "jsonb"])
@@ -209,33 +215,41 @@ def test_50_megabytes_come_back(codec: Codec) -> None:
     assert returned(codec, value) == value
 
 
+DECLARED = [
+    (Order, ORDER),
+    (Point, Point(1, (2, 3))),
+    (Pair, Pair(1, 2)),
+    (list[Order], [ORDER]),
+    (datetime, datetime(2024, 2, 29, 12, tzinfo=UTC)),
+    (datetime, datetime(2024, 2, 29, 12, 0, 0, 123456)),  # noqa: DTZ001 - naive
+    (date, date(2024, 2, 29)),
+    (timedelta, timedelta(days=-1, microseconds=1)),
+    (Decimal, Decimal("1.50")),
+    (UUID, UUID(int=1)),
+    (bytes, "Grüße".encode()),
+    (tuple[int, ...], (1, 2)),
+    (set[int], {1, 2}),
+    (frozenset[str], frozenset({"a"})),
+    (dict[int, str], {1: "a"}),
+    (TaskState, TaskState.RETRY),
+    (Path, Path("/tmp/x")),
+]
+
+
 @every_codec
 @pytest.mark.parametrize(
     ("declared", "value"),
-    [
-        (Order, ORDER),
-        (Point, Point(1, (2, 3))),
-        (Pair, Pair(1, 2)),
-        (list[Order], [ORDER]),
-        (datetime, datetime(2024, 2, 29, 12, tzinfo=UTC)),
-        (datetime, datetime(2024, 2, 29, 12, 0, 0, 123456)),  # noqa: DTZ001 - naive
-        (date, date(2024, 2, 29)),
-        (timedelta, timedelta(days=-1, microseconds=1)),
-        (Decimal, Decimal("1.50")),
-        (UUID, UUID(int=1)),
-        (bytes, "Grüße".encode()),
-        (tuple[int, ...], (1, 2)),
-        (set[int], {1, 2}),
-        (frozenset[str], frozenset({"a"})),
-        (dict[int, str], {1: "a"}),
-        (TaskState, TaskState.RETRY),
-        (Path, Path("/tmp/x")),
+    DECLARED,
+    ids=[
+        f"{index} {getattr(declared, '__name__', declared)}"
+        for index, (declared, _) in enumerate(DECLARED)
     ],
-    ids=repr,
 )
 def test_the_declared_type_reads_back(codec: Codec, declared: Any, value: Any) -> None:
     adapter = TypeAdapter(declared)
-    same(adapter.validate_python(returned(codec, value)), value)
+    read = adapter.validate_python(returned(codec, value))
+    assert read == value
+    assert type(read) is type(value)
 
 
 @every_plain_codec
@@ -258,14 +272,12 @@ UNSTORABLE: dict[str, Callable[[], Any]] = {
     "async generator": endless_async,
     "open file": lambda: Path(__file__).open(),
     "lock": threading.Lock,
-    "event loop": lambda: asyncio.AbstractEventLoop.run_forever,
     "generator in a list": lambda: [1, {"a": (endless(),)}],
     "generator in a dataclass with slots": lambda: Feed(endless()),
     "generator in a model": lambda: Envelope(content=endless()),
     "generator in a model's extra": lambda: Envelope(more=endless()),
     "generator in a typed model": lambda: Stream(numbers=endless()),
 }
-del UNSTORABLE["event loop"]  # a function of a module pickles by name
 
 
 @every_codec
@@ -359,10 +371,6 @@ def test_progress_comes_back(codec: Codec, state: Any, meta: Any) -> None:
 def test_progress_that_cannot_be_stored_is_refused(codec: Codec) -> None:
     with pytest.raises(ResultSerializationError, match="the progress's meta of type function"):
         codec.encode_progress("t1", TaskProgress(state="x", meta=lambda: None))
-
-
-class Base64Serializer(PickleSerializer):
-    """Writes text that is no JSON."""
 
 
 class ReversedSerializer(JSONSerializer):

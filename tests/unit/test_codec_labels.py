@@ -32,13 +32,14 @@ CODECS = {
 }
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
 JSON_LABELS = st.dictionaries(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"))
     | st.sampled_from(["$serialized", "$bytes"]),
     st.recursive(
         st.none()
         | st.booleans()
-        | st.integers()
+        | INTEGERS
         | st.text(st.characters(exclude_categories=["Cs"])),
         lambda inner: (
             st.lists(inner)

@@ -1,0 +1,145 @@
+"""Alembic as a process of its own, what the catalogue says of the tables, and roles."""
+
+import asyncio
+import os
+import sys
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.conftest import Database
+
+ROOT = Path(__file__).parents[2]
+
+# In no message, whatever goes wrong; every DSN of these tests has it.
+PASSWORD = "geheim+7%"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def message(self) -> str:
+        """The line that Alembic prints when it gives up, and no traceback beside it."""
+        assert "Traceback" not in self.stderr
+        assert self.status != 0
+        *_, last = self.stdout.splitlines()
+        assert last.startswith("FAILED: "), self.stdout
+        return last.removeprefix("FAILED: ")
+
+
+Run = Callable[..., Awaitable[Outcome]]
+
+
+async def run(*command: str, cwd: Path = ROOT, **environment: str) -> Outcome:
+    """Runs a command in the checkout, without the TASKIQ_SA_PG_* variables of the caller."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("TASKIQ_SA_PG_")}
+    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=cwd,
+        env={**kept, "PYTHONWARNINGS": "error", **environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    stdout, stderr = await process.communicate()
+    assert process.returncode is not None
+    outcome = Outcome(process.returncode, stdout.decode(), stderr.decode())
+    assert PASSWORD not in outcome.stdout + outcome.stderr
+    return outcome
+
+
+async def alembic(*arguments: str, **environment: str) -> Outcome:
+    """Runs an Alembic command."""
+    return await run(
+        sys.executable, "-m", "alembic", "-c", "alembic.ini", *arguments, **environment
+    )
+
+
+def with_password(dsn: str, **changes: Any) -> str:
+    """The DSN with a password that the embedded server does not ask for."""
+    url = make_url(dsn)
+    if "username" in changes or url.password is None:
+        url = url.set(password=PASSWORD)
+    return url.set(**changes).render_as_string(hide_password=False)
+
+
+_COLUMNS = """
+    SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+           pg_get_expr(d.adbin, d.adrelid)
+    FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0
+    LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+    WHERE c.relnamespace = $1::text::regnamespace AND c.relkind = 'r' AND c.relname = ANY($2)
+    ORDER BY c.relname, a.attnum
+"""
+_INDEXES = """
+    SELECT c.relname, pg_get_indexdef(i.indexrelid), i.indisprimary, i.indisunique
+    FROM pg_class c JOIN pg_index i ON i.indrelid = c.oid
+    WHERE c.relnamespace = $1::text::regnamespace AND c.relname = ANY($2)
+    ORDER BY 1, 2
+"""
+_CONSTRAINTS = """
+    SELECT c.relname, n.conname, pg_get_constraintdef(n.oid)
+    FROM pg_class c JOIN pg_constraint n ON n.conrelid = c.oid
+    WHERE c.relnamespace = $1::text::regnamespace AND c.relname = ANY($2)
+    ORDER BY 1, 2
+"""
+_TABLES = """
+    SELECT c.relname, c.reloptions, c.relpersistence, m.amname
+    FROM pg_class c JOIN pg_am m ON m.oid = c.relam
+    WHERE c.relnamespace = $1::text::regnamespace AND c.relkind = 'r' AND c.relname = ANY($2)
+    ORDER BY 1
+"""
+
+
+async def catalogue(database: Database, table_name: str = "taskiq_results") -> list[Any]:
+    """Everything that PostgreSQL knows of the two tables, without the name of the schema."""
+    names = [table_name, f"{table_name}_progress"]
+    rows: list[Any] = []
+    for query in (_TABLES, _COLUMNS, _INDEXES, _CONSTRAINTS):
+        for row in await database.fetch(query, f'"{database.schema}"', names):
+            rows.append(
+                tuple(
+                    value.replace(f"{database.schema}.", "") if isinstance(value, str) else value
+                    for value in row
+                )
+            )
+    return rows
+
+
+async def tables(database: Database) -> list[str]:
+    """The tables of the test's schema."""
+    rows = await database.fetch(
+        "SELECT tablename FROM pg_tables WHERE schemaname = $1 ORDER BY 1", database.schema
+    )
+    return [row["tablename"] for row in rows]
+
+
+@pytest.fixture
+async def other_database(server_dsn: str) -> AsyncIterator[Database]:
+    """A second empty schema."""
+    database = Database(server_dsn, f"test_{uuid.uuid4().hex}")
+    await database.fetch(f"CREATE SCHEMA {database.schema}")
+    yield database
+    await database.fetch(f"DROP SCHEMA {database.schema} CASCADE")
+
+
+@pytest.fixture
+async def role(database: Database) -> AsyncIterator[str]:
+    """A role that may see the test's schema, and nothing else."""
+    name = f"role_{uuid.uuid4().hex}"
+    await database.fetch(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'")
+    await database.fetch(f"GRANT USAGE ON SCHEMA {database.schema} TO {name}")
+    yield name
+    await database.fetch(f"DROP OWNED BY {name}")
+    await database.fetch(f"DROP ROLE {name}")
