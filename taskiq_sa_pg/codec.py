@@ -175,7 +175,7 @@ class Codec:
         except Exception as refusal:  # noqa: BLE001 - serializers raise what they like
             try:
                 return self._dump(_to_jsonable(value))
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - as above
                 raise ResultSerializationError(
                     what, qualified_name(type(value)), f"{_reason(refusal)}; {_reason(exc)}"
                 ) from refusal

@@ -2,7 +2,7 @@
 
 jsonb refuses NUL, lone surrogates, NaN and infinities, forgets the sign of -0.0 and turns a float
 that is written with an exponent into an integer. Such a value, and one that looks like a wrapper
-itself, is stored as `{"$serialized": "<base64 of the serializer's bytes>"}` and so comes back whole.
+itself, is stored as `{"$serialized": "<base64 of the serializer's bytes>"}`: it comes back whole.
 
 Bytes in labels and in exceptions, which JSON cannot hold, are `{"$bytes": "<base64>"}`.
 """
@@ -87,7 +87,7 @@ def is_plain(value: Any) -> bool:
 
 def _is_plain_scalar(value: Any, kind: type) -> bool:
     if kind is str:
-        return value.isascii() and "\x00" not in value or storable_text(value) == value
+        return (value.isascii() and "\x00" not in value) or storable_text(value) == value
     if kind is float:
         # From 1e16 on floats are written with an exponent, which jsonb turns into an integer.
         is_negative_zero = value == 0 and math.copysign(1, value) < 0

@@ -48,9 +48,6 @@ class Store:
         self._borrowed = engine
         self._engine_kwargs = dict(engine_kwargs or {})
         self._engine: AsyncEngine | None = None
-        # The same pool at the two isolation levels. A level ends with its checkout, so a
-        # borrowed engine's other users never meet it.
-        self._engines: dict[str, AsyncEngine] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._disposal: AsyncGenerator[None, None] | None = None
 
@@ -73,15 +70,11 @@ class Store:
             self._disposal = _disposing(engine)
             await anext(self._disposal)
         self._engine, self._loop = engine, loop
-        self._engines = {
-            level: engine.execution_options(isolation_level=level)
-            for level in ("AUTOCOMMIT", "READ COMMITTED")
-        }
         return True
 
     async def close(self) -> None:
         """Disposes the engine if it is owned; repeated calls do nothing."""
-        engine, self._engine, self._engines = self._engine, None, {}
+        engine, self._engine = self._engine, None
         disposal, self._disposal = self._disposal, None
         if engine is None or disposal is None:
             return
@@ -123,7 +116,7 @@ class Store:
 
     @asynccontextmanager
     async def _connect(self, isolation_level: str, purpose: str) -> AsyncIterator[AsyncConnection]:
-        engine = self._engines.get(isolation_level)
+        engine = self._engine
         if engine is None:
             raise NotStartedError(
                 f"cannot {purpose}: the result backend is not started. Call "
@@ -131,7 +124,7 @@ class Store:
             )
         with _translated(purpose, _driver_errors(engine)):
             async with engine.connect() as connection:
-                yield connection
+                yield await _at_isolation_level(connection, isolation_level)
 
 
 def _check_source(
@@ -160,6 +153,17 @@ def _check_source(
             f"{', '.join(sorted(engine_kwargs))}: arguments for an engine go with dsn=; the "
             "engine that was given is used as it is"
         )
+
+
+async def _at_isolation_level(connection: AsyncConnection, level: str) -> AsyncConnection:
+    # SQLAlchemy sets it back as the connection returns to the pool, so a borrowed engine's other
+    # users never meet it. It would not after a cancellation in the middle, and where the engine
+    # sets the level as it connects (engine.execution_options), it would lose the connection.
+    try:
+        return await connection.execution_options(isolation_level=level)
+    except BaseException:
+        await connection.invalidate()
+        raise
 
 
 async def _disposing(engine: AsyncEngine) -> AsyncGenerator[None, None]:

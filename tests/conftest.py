@@ -1,4 +1,4 @@
-"""Fixtures that every suite shares: a real PostgreSQL, a schema per test, backends that leak nothing."""
+"""Fixtures of every suite: a real PostgreSQL, a schema per test, backends that leak nothing."""
 
 import asyncio
 import os

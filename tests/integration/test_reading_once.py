@@ -7,11 +7,11 @@ from collections.abc import Awaitable
 from typing import Any
 
 import pytest
-from sqlalchemy.ext.asyncio import create_async_engine
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import ResultDecodeError, ResultIsMissingError, SQLAlchemyResultBackend
+from taskiq_sa_pg.engines import make_engine
 from tests.conftest import (
     BackendFactory,
     Database,
@@ -109,7 +109,7 @@ async def test_a_reader_who_meets_a_later_attempt_gets_that(
     later: TaskiqResult[Any] = TaskiqResult(
         is_err=False, return_value="later", execution_time=0.1, labels={"_retries": 1}
     )
-    writer = create_async_engine(database.dsn.replace("postgresql:", "postgresql+asyncpg:"))
+    writer = make_engine(database.dsn)
     async with writer.connect() as connection, connection.begin():
         # The row is locked, so the reader waits and then sees what was written meanwhile.
         await connection.exec_driver_sql("UPDATE taskiq_results SET attempt = 0")
@@ -123,8 +123,8 @@ async def test_a_reader_who_meets_a_later_attempt_gets_that(
 
 
 async def is_waiting_for_a_lock(database: Database) -> bool:
-    query = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'once' AND wait_event_type = 'Lock'"
-    return bool(await database.fetch(query))
+    query = "SELECT wait_event_type FROM pg_stat_activity WHERE application_name = 'once'"
+    return "Lock" in [row["wait_event_type"] for row in await database.fetch(query)]
 
 
 async def test_progress_goes_with_its_result_and_not_without(
@@ -143,7 +143,7 @@ async def test_a_result_that_cannot_be_decoded_stays(once: Backend, database: Da
     await store(once, "task")
     await spoil(database, "task")
     for _ in range(2):
-        with pytest.raises(ResultDecodeError, match="'task'.*left in place"):
+        with pytest.raises(ResultDecodeError, match=r"'task'.*left in place"):
             await once.get_result("task")
     assert await once.is_result_ready("task")
     assert await ids_with_progress(database) == {"task"}
@@ -171,7 +171,7 @@ async def test_one_result_that_cannot_be_decoded_keeps_all_of_its_call(
         await once.get_results(task_ids)
     assert await stored_ids(database) == set(task_ids)
     del task_ids[position]
-    assert list(await once.get_results(task_ids)) == task_ids
+    assert set(await once.get_results(task_ids)) == set(task_ids)
 
 
 async def test_cancelling_a_reader_loses_nothing_by_half(once: Backend, database: Database) -> None:

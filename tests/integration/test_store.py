@@ -1,0 +1,313 @@
+"""What an operation costs on the wire, and what owned and borrowed engines are left like."""
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, event, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import NullPool
+from taskiq import TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg import ResultDecodeError, ResultIsMissingError, SQLAlchemyResultBackend
+from taskiq_sa_pg.engines import make_engine, parse_dsn
+from tests.conftest import (
+    BackendFactory,
+    Database,
+    assert_nothing_checked_out,
+    engine_of,
+    eventually,
+)
+
+Backend = SQLAlchemyResultBackend[Any]
+
+
+def result_of(value: Any) -> TaskiqResult[Any]:
+    return TaskiqResult(is_err=False, return_value=value, execution_time=0.1)
+
+
+PROGRESS: TaskProgress[Any] = TaskProgress(state="running", meta={"done": 1})
+MANY = [str(i) for i in range(200)]
+
+OPERATIONS: dict[str, Callable[[Backend], Awaitable[Any]]] = {
+    "set_result": lambda b: b.set_result("1", result_of("x" * 1000)),
+    "is_result_ready": lambda b: b.is_result_ready("1"),
+    "get_result": lambda b: b.get_result("1"),
+    "get_results": lambda b: b.get_results(MANY),
+    "set_progress": lambda b: b.set_progress("1", PROGRESS),
+    "get_progress": lambda b: b.get_progress("1"),
+}
+
+
+class Wire:
+    """A Unix socket before the server, which counts the server's ReadyForQuery: the round trips."""
+
+    def __init__(self) -> None:
+        self.round_trips = 0
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    @contextlib.asynccontextmanager
+    async def before(self, database: Database) -> AsyncIterator[str]:
+        """The DSN that leads through here."""
+        address = parse_dsn(database.dsn)
+        [(host, port)] = address.hosts
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if host.startswith("/"):
+                path = f"{host}/.s.PGSQL.{port or 5432}"
+                server = await asyncio.open_unix_connection(path)
+            else:
+                server = await asyncio.open_connection(host, port or 5432)
+            self._start(self._send(reader, server[1]))
+            self._start(self._answer(server[0], writer))
+
+        with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+            path = Path(directory, ".s.PGSQL.5432")
+            async with await asyncio.start_unix_server(serve, path):
+                through = URL.create(
+                    "postgresql",
+                    address.username,
+                    address.password,
+                    database=address.database,
+                    query={**address.options, "host": directory, "port": "5432"},
+                )
+                yield through.render_as_string(hide_password=False)
+                await asyncio.gather(*self._pumps)
+
+    def _start(self, pump: Any) -> None:
+        self._pumps.add(asyncio.create_task(pump))
+
+    async def _send(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while sent := await reader.read(65536):
+            writer.write(sent)
+        writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readexactly(5)
+                body = await reader.readexactly(int.from_bytes(head[1:]) - 4)
+                self.round_trips += head[:1] == b"Z"
+                writer.write(head + body)
+        writer.close()
+
+
+@pytest.fixture
+async def wire() -> Wire:
+    return Wire()
+
+
+@contextlib.contextmanager
+def statements_of(engine: AsyncEngine) -> Any:
+    """What SQLAlchemy executes meanwhile."""
+    statements: list[str] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    yield statements
+    event.remove(engine.sync_engine, "before_cursor_execute", note)
+
+
+async def warm_up(backend: Backend) -> None:
+    for task_id in MANY:
+        await backend.set_result(task_id, result_of(task_id))
+    for operation in OPERATIONS.values():
+        for _ in range(8):  # psycopg prepares a statement when it comes for the sixth time
+            await operation(backend)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_each_operation_is_one_statement_and_one_round_trip(
+    driver: str, database: Database, start_backend: BackendFactory, wire: Wire
+) -> None:
+    async with wire.before(database) as address:
+        dsn = address.replace("postgresql:", f"postgresql+{driver}:")
+        backend: Backend = await start_backend(dsn, pool_size=1)
+        await warm_up(backend)
+        for name, operation in OPERATIONS.items():
+            before = wire.round_trips
+            with statements_of(engine_of(backend)) as statements:
+                await operation(backend)
+            assert (name, len(statements), wire.round_trips - before) == (name, 1, 1)
+        await backend.shutdown()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_deleting_read_is_one_statement_in_one_transaction(
+    driver: str, database: Database, start_backend: BackendFactory, wire: Wire
+) -> None:
+    async with wire.before(database) as address:
+        dsn = address.replace("postgresql:", f"postgresql+{driver}:")
+        backend: Backend = await start_backend(dsn, keep_results=False, pool_size=1)
+        for _ in range(8):
+            await backend.set_result("1", result_of(1))
+            await backend.get_result("1")
+        await backend.set_result("1", result_of(1))
+        before = wire.round_trips
+        with statements_of(engine_of(backend)) as statements:
+            await backend.get_result("1")
+        # BEGIN, the statement, COMMIT
+        assert (len(statements), wire.round_trips - before) == (1, 3)
+        await backend.shutdown()
+
+
+async def test_only_a_deleting_read_opens_a_transaction(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    logged: list[str] = []  # asyncpg logs what is not prepared
+
+    def log(dbapi_connection: Any, _record: Any) -> None:
+        connection = dbapi_connection.driver_connection
+        connection.add_query_logger(lambda record: logged.append(record.query.rstrip(";")))
+
+    backend: Backend = await start_backend(
+        database.dsn, keep_results=False, pool_size=1, pool_events=[(log, "connect")]
+    )
+    for name, operation in OPERATIONS.items():
+        await backend.set_result("1", result_of(1))
+        await operation(backend)
+        await asyncio.sleep(0)
+        logged.clear()
+        await backend.set_result("1", result_of(1))
+        await operation(backend)
+        await asyncio.sleep(0)
+        expected = ["BEGIN ISOLATION LEVEL READ COMMITTED", "COMMIT"]
+        assert (name, logged) == (name, expected if name.startswith("get_result") else [])
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+async def application(
+    request: pytest.FixtureRequest, database: Database
+) -> AsyncIterator[Callable[..., AsyncEngine]]:
+    """Makes engines of an application, with one connection each."""
+    made: list[AsyncEngine] = []
+
+    def make(**kwargs: Any) -> AsyncEngine:
+        dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
+        engine = make_engine(dsn, pool_size=1, **kwargs)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        await engine.dispose()
+
+
+async def test_a_borrowed_engine_is_never_disposed(
+    application: Callable[..., AsyncEngine], database: Database
+) -> None:
+    engine = application()
+    pool = engine.pool
+    backend = Backend(engine=engine, run_migrations=True)
+    await backend.startup()
+    await backend.set_result("1", result_of(1))
+    [session] = await sessions_on(engine)
+    await backend.shutdown()
+    await backend.shutdown()
+    assert engine.pool is pool
+    assert await sessions_on(engine) == [session]
+
+
+async def sessions_on(engine: AsyncEngine) -> list[int]:
+    async with engine.connect() as connection:
+        return list(await connection.scalars(text("SELECT pg_backend_pid()")))
+
+
+async def test_a_borrowed_engine_stays_usable_when_startup_fails(
+    application: Callable[..., AsyncEngine],
+) -> None:
+    engine = application()
+    [session] = await sessions_on(engine)
+    with pytest.raises(Exception, match="taskiq_results"):
+        await Backend(engine=engine).startup()
+    assert await sessions_on(engine) == [session]
+    assert_nothing_checked_out(engine)
+
+
+async def how_transactions_are(engine: AsyncEngine) -> tuple[str, int]:
+    """The isolation level of the engine's users, and how many of one row a rollback leaves."""
+    async with engine.connect() as connection:
+        level = await connection.scalar(text("SHOW transaction_isolation"))
+        await connection.execute(text("INSERT INTO t VALUES (1)"))
+        await connection.rollback()
+        left = await connection.scalar(text("SELECT count(*) FROM t"))
+        await connection.execute(text("DELETE FROM t"))
+        await connection.commit()
+    return str(level), int(left)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, ("read committed", 0)),
+        ({"isolation_level": "AUTOCOMMIT"}, ("read committed", 1)),
+        ({"isolation_level": "SERIALIZABLE"}, ("serializable", 0)),
+        ({"execution_options": {"isolation_level": "REPEATABLE READ"}}, ("repeatable read", 0)),
+    ],
+    ids=str,
+)
+async def test_other_users_of_a_borrowed_engine_keep_their_transactions(
+    application: Callable[..., AsyncEngine],
+    database: Database,
+    arguments: dict[str, Any],
+    expected: tuple[str, int],
+) -> None:
+    engine = application(**arguments)
+    await database.fetch("CREATE TABLE t (i integer)")
+    assert await how_transactions_are(engine) == expected
+    backend = Backend(engine=engine, keep_results=False, run_migrations=True)
+    await backend.startup()
+    for operation in (
+        backend.set_result("1", result_of(1)),
+        backend.is_result_ready("1"),
+        backend.get_result("1"),
+        backend.set_progress("1", PROGRESS),
+    ):
+        await operation
+        assert await how_transactions_are(engine) == expected
+    with pytest.raises(ResultIsMissingError):
+        await backend.get_result("1")
+    assert await how_transactions_are(engine) == expected
+    await backend.shutdown()
+    assert await how_transactions_are(engine) == expected
+
+
+@pytest.mark.parametrize("level", ["AUTOCOMMIT", "SERIALIZABLE"])
+async def test_a_deleting_read_is_a_transaction_whatever_the_engines_default(
+    application: Callable[..., AsyncEngine], database: Database, level: str
+) -> None:
+    backend = Backend(
+        engine=application(isolation_level=level), keep_results=False, run_migrations=True
+    )
+    await backend.startup()
+    await backend.set_result("1", result_of(1))
+    await database.fetch("UPDATE taskiq_results SET return_value = 'garbage'")
+    with pytest.raises(ResultDecodeError):
+        await backend.get_result("1")
+    assert await backend.is_result_ready("1")
+    await backend.set_result("1", result_of(1))
+    readers = await asyncio.gather(
+        *[backend.get_result("1") for _ in range(10)], return_exceptions=True
+    )
+    assert sum(isinstance(reader, TaskiqResult) for reader in readers) == 1
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_null_pool_will_do(driver: str, database: Database) -> None:
+    dsn = f"{database.dsn}&application_name=null".replace("postgresql:", f"postgresql+{driver}:")
+    backend = Backend(engine=make_engine(dsn, poolclass=NullPool), run_migrations=True)
+    await backend.startup()
+    await asyncio.gather(*[backend.set_result(i, result_of(i)) for i in MANY[:10]])
+    assert set(await backend.get_results(MANY)) == set(MANY[:10])
+
+    async def is_disconnected() -> bool:
+        return await database.sessions("null") == []
+
+    await eventually(is_disconnected)

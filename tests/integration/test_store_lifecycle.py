@@ -1,0 +1,305 @@
+"""Owned engines from startup to shutdown, on one event loop and on several; and what errors say."""
+
+import asyncio
+import gc
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from taskiq import TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg import (
+    ConfigurationError,
+    NotStartedError,
+    SchemaError,
+    SQLAlchemyResultBackend,
+    StorageError,
+)
+from tests.conftest import BackendFactory, Database, engine_of, eventually
+
+Backend = SQLAlchemyResultBackend[Any]
+
+DRIVERS = ["asyncpg", "psycopg"]
+
+
+@pytest.fixture(params=DRIVERS)
+def dsn(request: pytest.FixtureRequest, database: Database) -> str:
+    """An address whose sessions are called `owned`."""
+    dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
+    return f"{dsn}&application_name=owned"
+
+
+def result_of(value: Any) -> TaskiqResult[Any]:
+    return TaskiqResult(is_err=False, return_value=value, execution_time=0.1)
+
+
+async def use(backend: Backend) -> None:
+    """Opens every connection of the pool."""
+    for task_id in "abc":
+        calls = [backend.set_result(f"{task_id}{i}", result_of(i)) for i in range(10)]
+        await asyncio.gather(*calls)
+        assert await backend.is_result_ready(f"{task_id}0")
+
+
+async def assert_disconnected(database: Database) -> None:
+    async def is_disconnected() -> bool:
+        return await database.sessions("owned") == []
+
+    await eventually(is_disconnected)
+
+
+async def test_an_owned_engine_is_disposed_at_shutdown(dsn: str, database: Database) -> None:
+    backend = Backend(dsn, run_migrations=True)
+    await backend.startup()
+    await use(backend)
+    assert len(await database.sessions("owned")) == 5
+    await backend.shutdown()
+    await assert_disconnected(database)
+    with pytest.raises(NotStartedError, match="not started"):
+        await backend.is_result_ready("a0")
+
+
+async def test_startup_and_shutdown_may_be_repeated(dsn: str, database: Database) -> None:
+    backend = Backend(dsn, run_migrations=True)
+    for _ in range(2):
+        await backend.startup()
+        engine = engine_of(backend)
+        await backend.startup()
+        assert engine_of(backend) is engine
+        await use(backend)
+        await backend.shutdown()
+        await backend.shutdown()
+        await assert_disconnected(database)
+
+
+@pytest.mark.parametrize("shuts_down", [True, False])
+def test_a_backend_may_start_again_on_another_event_loop(
+    dsn: str, database: Database, shuts_down: bool
+) -> None:
+    backend = Backend(dsn, run_migrations=True)
+
+    async def run() -> None:
+        await backend.startup()
+        await use(backend)
+        if shuts_down:
+            await backend.shutdown()
+
+    for _ in range(3):
+        asyncio.run(run())
+        # Where nobody shut down, the connections were closed with the loop.
+        asyncio.run(assert_disconnected(database))
+    asyncio.run(backend.shutdown())
+    gc.collect()  # what was left open would warn, and warnings are errors
+
+
+def test_shutdown_may_run_on_another_event_loop(dsn: str, database: Database) -> None:
+    backend = Backend(dsn, run_migrations=True)
+    asyncio.run(backend.startup())
+    asyncio.run(backend.shutdown())
+    asyncio.run(assert_disconnected(database))
+
+
+# Nothing closes what such a loop leaves but the garbage collector, which warns.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_loop_that_is_closed_without_ceremony_does_no_harm(dsn: str, database: Database) -> None:
+    backend = Backend(dsn, run_migrations=True)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(backend.startup())
+    loop.run_until_complete(use(backend))
+    loop.close()
+
+    async def again() -> None:
+        await backend.startup()
+        await use(backend)
+        await backend.shutdown()
+
+    asyncio.run(again())
+    gc.collect()
+    asyncio.run(assert_disconnected(database))
+
+
+async def test_a_backend_that_is_forgotten_closes_its_connections(
+    dsn: str, database: Database
+) -> None:
+    backend = Backend(dsn, run_migrations=True)
+    await backend.startup()
+    await use(backend)
+    del backend
+    gc.collect()
+    await assert_disconnected(database)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_callable_dsn_is_asked_for_every_new_connection(
+    driver: str, database: Database
+) -> None:
+    asked = 0
+
+    def ask() -> str:
+        nonlocal asked
+        asked += 1
+        dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:")
+        return f"{dsn}&application_name=rotating{asked}"
+
+    names: list[str] = []
+
+    def note(dbapi_connection: Any, _record: Any) -> None:
+        connection = dbapi_connection.driver_connection
+        if driver == "asyncpg":
+            names.append(connection.get_settings().application_name)
+        else:
+            names.append(connection.info.parameter_status("application_name"))
+
+    backend = Backend(ask, run_migrations=True, pool_events=[(note, "connect")], pool_recycle=0)
+    await backend.startup()
+    for task_id in "abc":
+        await backend.set_result(task_id, result_of(1))
+    await backend.shutdown()
+    # The first answer chose the driver.
+    assert names == [f"rotating{i}" for i in range(2, asked + 1)]
+    assert len(names) >= 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("postgres@/postgres", "postgres:hunter2@/nowhere"), "nowhere"),
+        (("postgres@/postgres", "nobody:hunter2@/postgres"), "nobody"),
+        (("port=5432", "port=1"), "connection"),
+        (("host=/", "host=/no/such/directory/"), "No such file"),
+    ],
+    ids=lambda change: change[1] if isinstance(change, tuple) else "",
+)
+async def test_a_startup_that_fails_leaves_nothing_open_and_may_be_repeated(
+    dsn: str, database: Database, change: tuple[str, str], said: str
+) -> None:
+    good = dsn
+    bad = dsn.replace(*change)
+    current = [bad]
+    backend = Backend(lambda: current[0], run_migrations=True)
+    for _ in range(2):
+        with pytest.raises((StorageError, SchemaError), match=said) as caught:
+            await backend.startup()
+        assert "hunter2" not in str(caught.value)
+        with pytest.raises(NotStartedError):
+            await backend.is_result_ready("a")
+    await assert_disconnected(database)
+    current[0] = good
+    await backend.startup()
+    await use(backend)
+    await backend.shutdown()
+
+
+async def test_a_startup_without_tables_leaves_nothing_open(dsn: str, database: Database) -> None:
+    backend = Backend(dsn)
+    with pytest.raises(SchemaError, match="taskiq_results"):
+        await backend.startup()
+    await assert_disconnected(database)
+
+
+async def test_engine_arguments_that_do_not_exist_are_refused_at_startup(
+    database: Database,
+) -> None:
+    backend = Backend(database.dsn, no_such_argument=1)
+    with pytest.raises(ConfigurationError, match="no_such_argument"):
+        await backend.startup()
+
+
+SECRET = "a secret that is not for logs"
+
+
+async def all_calls(backend: Backend) -> dict[str, str]:
+    """What each method says about a task, with its SQLSTATE before it."""
+    said = {}
+    for name, call in {
+        "store the result": backend.set_result("task-7", result_of(SECRET)),
+        "look for the result": backend.is_result_ready("task-7"),
+        "read the result": backend.get_result("task-7"),
+        "store the progress": backend.set_progress(
+            "task-7", TaskProgress(state="running", meta=SECRET)
+        ),
+        "read the progress": backend.get_progress("task-7"),
+    }.items():
+        with pytest.raises(StorageError) as caught:
+            await call
+        said[name] = f"{caught.value.sqlstate} {caught.value}"
+        assert caught.value.__cause__ is not None
+        for text in (str(caught.value), str(caught.value.__cause__)):
+            assert SECRET not in text
+    return said
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_without_its_tables_every_call_says_what_to_do(
+    driver: str, database: Database, start_backend: BackendFactory
+) -> None:
+    dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:")
+    backend: Backend = await start_backend(dsn)
+    await backend.set_result("task-7", result_of(1))
+    await database.fetch("DROP TABLE taskiq_results, taskiq_results_progress")
+    for name, said in (await all_calls(backend)).items():
+        assert said.startswith(f"42P01 cannot {name} of task 'task-7' in table taskiq_results")
+        assert "does not exist (42P01)" in said
+        assert "alembic upgrade head" in said
+        assert "\n" not in said
+
+
+@pytest.fixture
+async def role(database: Database) -> AsyncIterator[str]:
+    """A role that may see the schema and no table."""
+    name = f"role_{uuid.uuid4().hex}"
+    await database.fetch(f"CREATE ROLE {name}")
+    await database.fetch(f"GRANT USAGE ON SCHEMA {database.schema} TO {name}")
+    yield name
+    await database.fetch(f"DROP OWNED BY {name}")
+    await database.fetch(f"DROP ROLE {name}")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_without_permission_every_call_says_what_to_grant(
+    driver: str, database: Database, role: str, start_backend: BackendFactory
+) -> None:
+    await start_backend(database.dsn)
+    dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:") + quote(f" -c role={role}")
+    backend: Backend = await start_backend(dsn, run_migrations=False)
+    for name, said in (await all_calls(backend)).items():
+        assert said.startswith(f"42501 cannot {name} of task 'task-7'")
+        assert "grant the role SELECT, INSERT, UPDATE and DELETE" in said
+    taking: Backend = await start_backend(dsn, keep_results=False, run_migrations=False)
+    with pytest.raises(StorageError, match=r"cannot take the result of task 't' .*42501"):
+        await taking.get_result("t")
+    await database.fetch(
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {database.schema} TO {role}"
+    )
+    await use(backend)
+    assert (await taking.get_result("a0")).return_value == 0
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_row_that_does_not_fit_is_an_error_of_its_call_alone(
+    driver: str, database: Database, start_backend: BackendFactory
+) -> None:
+    dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:")
+    backend: Backend = await start_backend(dsn)
+    too_long_for_the_index = "".join(chr(0x4E00 + i) for i in range(1500))
+    with pytest.raises(StorageError, match="index row") as caught:
+        await backend.set_result(too_long_for_the_index, result_of(SECRET))
+    assert caught.value.sqlstate == "54000"
+    assert SECRET not in str(caught.value)
+    await use(backend)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_pool_without_a_free_connection_is_a_storage_error(
+    driver: str, database: Database, start_backend: BackendFactory
+) -> None:
+    dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:")
+    backend: Backend = await start_backend(dsn, pool_size=1, pool_timeout=0.05)
+    async with engine_of(backend).connect():
+        with pytest.raises(StorageError, match=r"'task-7'.*no connection came free") as caught:
+            await backend.is_result_ready("task-7")
+    assert caught.value.sqlstate is None
+    assert await backend.is_result_ready("task-7") is False

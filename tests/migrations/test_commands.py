@@ -1,0 +1,248 @@
+"""Alembic's commands in a checkout, each a process of its own."""
+
+import asyncio
+import shlex
+import uuid
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from taskiq_sa_pg.provisioning import script_location
+from tests.conftest import BackendFactory, Database
+from tests.migrations.conftest import (
+    PASSWORD,
+    ROOT,
+    Outcome,
+    alembic,
+    catalogue,
+    tables,
+    with_password,
+)
+
+NAME = "taskiq_results"
+ODD_NAME = "Wéird \"Re-sults\" 'n' 100%(:x) \\n user"
+
+FOREIGN_TABLE = "(task_id VARCHAR UNIQUE, result BYTEA, progress BYTEA)"
+
+
+def succeeded(outcome: Outcome) -> Outcome:
+    assert outcome.status == 0, outcome.stdout + outcome.stderr
+    return outcome
+
+
+async def execute_script(database: Database, script: str) -> None:
+    connection = await asyncpg.connect(database.dsn)
+    try:
+        await connection.execute(script)
+    finally:
+        await connection.close()
+
+
+def all_of(table_name: str) -> list[str]:
+    return sorted([table_name, f"{table_name}_progress", f"{table_name}_version"])
+
+
+async def test_upgrade_current_check_and_downgrade_work_on_the_database_of_the_variable(
+    database: Database,
+) -> None:
+    environment = {"TASKIQ_SA_PG_DSN": with_password(database.dsn)}
+    succeeded(await alembic("upgrade", "head", **environment))
+    assert await tables(database) == all_of(NAME)
+    current, check = await asyncio.gather(
+        alembic("current", **environment), alembic("check", **environment)
+    )
+    assert "0001 (head)" in succeeded(current).stdout
+    assert "No new upgrade operations detected." in succeeded(check).stdout
+    await database.fetch(f"ALTER TABLE {NAME} ALTER error_type TYPE varchar(9)")
+    assert "error_type" in (await alembic("check", **environment)).message
+    succeeded(await alembic("downgrade", "-1", **environment))
+    assert await tables(database) == [f"{NAME}_version"]
+
+
+async def test_heads_and_history_need_no_database() -> None:
+    heads, history = await asyncio.gather(alembic("heads"), alembic("history"))
+    assert succeeded(heads).stdout == "0001 (head)\n"
+    assert "<base> -> 0001 (head)" in succeeded(history).stdout
+
+
+async def test_odd_names_work_in_every_command_and_in_the_backend(
+    database: Database, other_database: Database, start_backend: BackendFactory
+) -> None:
+    """The printed SQL, applied by hand, makes the same tables as the command."""
+    options = ("-x", f"table_name={ODD_NAME}", "-x", "field_for_payload=Jsonb")
+    dsn = ("-x", f"dsn={database.dsn}")
+    upgrade_sql, downgrade_sql, upgrade = await asyncio.gather(
+        alembic(*options, "upgrade", "head", "--sql"),
+        alembic(*options, "downgrade", "head:base", "--sql"),
+        alembic(*options, *dsn, "upgrade", "head"),
+    )
+    succeeded(upgrade)
+    await execute_script(other_database, succeeded(upgrade_sql).stdout)
+    made = await catalogue(database, ODD_NAME)
+    assert made
+    assert made == await catalogue(other_database, ODD_NAME)
+    assert await tables(database) == await tables(other_database) == all_of(ODD_NAME)
+    check, check_of_sql = await asyncio.gather(
+        alembic(*options, *dsn, "check"),
+        alembic(*options, "check", TASKIQ_SA_PG_DSN=other_database.dsn),
+    )
+    succeeded(check)
+    succeeded(check_of_sql)
+    backend = await start_backend(
+        table_name=ODD_NAME, field_for_payload="Jsonb", run_migrations=False
+    )
+    assert not await backend.is_result_ready("1")
+    succeeded(await alembic(*options, *dsn, "downgrade", "base"))
+    await execute_script(other_database, succeeded(downgrade_sql).stdout)
+    for left in (database, other_database):
+        assert await catalogue(left, ODD_NAME) == []
+
+
+async def test_options_win_over_variables_and_variables_over_the_ini_file(
+    database: Database, tmp_path: Path
+) -> None:
+    ini = tmp_path / "alembic.ini"
+    ini.write_text(
+        f"[alembic]\nscript_location = {script_location()}\ntable_name = from_ini\n"
+        "field_for_task_id = Text\nfield_for_payload = Jsonb\n"
+    )
+    outcome = await alembic(
+        *("-c", str(ini), "-x", f"dsn={database.dsn}", "-x", "table_name=from_x=y"),
+        *("upgrade", "head"),
+        TASKIQ_SA_PG_DSN="postgresql://nowhere.invalid/x",
+        TASKIQ_SA_PG_TABLE_NAME="from_variable",
+        TASKIQ_SA_PG_FIELD_FOR_TASK_ID="Uuid",
+        TASKIQ_SA_PG_FIELD_FOR_PAYLOAD="",
+    )
+    succeeded(outcome)
+    assert await tables(database) == all_of("from_x=y")
+    found = await catalogue(database, "from_x=y")
+    assert ("from_x=y", "task_id", "uuid", True, None) in found
+    assert ("from_x=y", "return_value", "jsonb", True, None) in found
+
+
+async def test_an_option_that_cannot_work_is_named() -> None:
+    messages = {
+        "tabel_name=a": "unknown option -x tabel_name; the options are dsn, table_name",
+        "field_for_task_id=Int": "field_for_task_id must be one of",
+        "table_name=": "table_name must not be empty",
+        f"table_name={'x' * 48}": "64 bytes long",
+        "dsn=": "which database?",
+        f"postgresql://u:{PASSWORD}@h/db?a=b": "unknown option -x postgresql;",
+        f"dsn=postgresql://u:{PASSWORD}@h:port/db": "dsn is not an address",
+        f"dsn=mysql://u:{PASSWORD}@h/db": "use postgresql://",
+    }
+    outcomes = await asyncio.gather(*(alembic("-x", option, "current") for option in messages))
+    for outcome, message in zip(outcomes, messages.values(), strict=True):
+        assert message in outcome.message
+
+
+async def test_sql_for_a_name_that_alembic_would_change_is_refused() -> None:
+    outcome = await alembic("-x", "table_name=a\tb", "upgrade", "head", "--sql")
+    assert "a name with a tab" in outcome.message
+    assert "CREATE TABLE" not in outcome.stdout
+
+
+async def test_two_results_tables_in_one_database_do_not_know_of_each_other(
+    database: Database,
+) -> None:
+    one = {"TASKIQ_SA_PG_DSN": database.dsn, "TASKIQ_SA_PG_TABLE_NAME": "one"}
+    two = {**one, "TASKIQ_SA_PG_TABLE_NAME": "two", "TASKIQ_SA_PG_FIELD_FOR_TASK_ID": "Uuid"}
+    succeeded(await alembic("upgrade", "head", **one))
+    succeeded(await alembic("upgrade", "head", **two))
+    assert await tables(database) == all_of("one") + all_of("two")
+    check_one, down_two = await asyncio.gather(
+        alembic("check", **one), alembic("downgrade", "base", **two)
+    )
+    succeeded(check_one)
+    succeeded(down_two)
+    assert await tables(database) == [*all_of("one"), "two_version"]
+
+
+async def test_a_named_schema_gets_the_tables_and_a_clean_check(
+    database: Database, other_database: Database
+) -> None:
+    """Also where it is the default one, and where another schema has tables of these names."""
+
+    own, other = (
+        ("-x", f"schema={schema}", "-x", f"dsn={database.dsn}")
+        for schema in (database.schema, other_database.schema)
+    )
+    for upgrade in await asyncio.gather(
+        alembic(*own, "upgrade", "head"), alembic(*other, "upgrade", "head")
+    ):
+        succeeded(upgrade)
+    assert await tables(database) == await tables(other_database) == all_of(NAME)
+    await other_database.fetch(f"ALTER TABLE {NAME} DROP COLUMN log")
+    fit, unfit = await asyncio.gather(alembic(*own, "check"), alembic(*other, "check"))
+    succeeded(fit)
+    assert "add_column" in unfit.message
+
+
+async def upgrade_error(dsn: str, *options: str) -> str:
+    outcome = await alembic(*options, "-x", f"dsn={dsn}", "upgrade", "head")
+    return outcome.message
+
+
+async def test_a_missing_database_or_schema_is_to_be_created(database: Database) -> None:
+    name = f"absent_{uuid.uuid4().hex}"
+    no_database, no_database_for_psycopg, no_schema = await asyncio.gather(
+        upgrade_error(with_password(database.dsn, database=name)),
+        upgrade_error(with_password(database.psycopg_dsn, database=name)),
+        upgrade_error(with_password(database.dsn), "-x", f"schema={name}"),
+    )
+    assert f'"{name}" does not exist; create the database first (`createdb' in no_database
+    assert f'"{name}" does not exist' in no_database_for_psycopg
+    assert f'"{name}" does not exist; create the schema first' in no_schema
+
+
+async def test_a_server_that_is_not_there_is_named() -> None:
+    message = await upgrade_error(with_password("postgresql://postgres@127.0.0.1:1/x"))
+    assert "no connection to PostgreSQL" in message
+    assert "127.0.0.1" in message
+
+
+async def test_a_role_that_may_not_create_tables_is_told_what_to_grant(
+    database: Database, role: str
+) -> None:
+    message = await upgrade_error(with_password(database.dsn, username=role))
+    assert "permission denied for schema" in message
+    assert "GRANT USAGE, CREATE ON SCHEMA" in message
+
+
+async def rows_of(database: Database, table: str) -> list[Any]:
+    return await database.fetch(f"SELECT * FROM {table}")
+
+
+@pytest.mark.parametrize("table", [NAME, f"{NAME}_progress"])
+async def test_a_foreign_table_of_the_same_name_is_left_untouched(
+    database: Database, table: str
+) -> None:
+    await database.fetch(f"CREATE TABLE {table} {FOREIGN_TABLE}")
+    await database.fetch(f"INSERT INTO {table} VALUES ('1', 'result', 'progress')")
+    before = await catalogue(database), await rows_of(database, table)
+    message = await upgrade_error(with_password(database.dsn))
+    assert f'"{table}" already exists' in message
+    assert "choose another table_name" in message
+    assert (await catalogue(database), await rows_of(database, table)) == before
+    assert await tables(database) == [table]
+
+
+async def test_tables_that_were_made_in_another_way_can_be_recorded(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    """With the command that the error names."""
+    environment = {"TASKIQ_SA_PG_DSN": database.dsn}
+    await start_backend(run_migrations=True)
+    await database.fetch(f"DROP TABLE {NAME}_version")
+    message = (await alembic("upgrade", "head", **environment)).message
+    command = message.split("`")[1]
+    assert command == "alembic stamp head"
+    succeeded(await alembic(*shlex.split(command)[1:], **environment))
+    succeeded(await alembic("check", **environment))
+
+
+def test_the_checkouts_ini_file_says_where_its_migrations_are() -> None:
+    assert Path(script_location()) == ROOT / "migrations"

@@ -1,0 +1,266 @@
+"""What startup() makes of the tables that it finds."""
+
+import logging
+import shlex
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from taskiq import TaskiqResult
+
+from taskiq_sa_pg import (
+    Models,
+    ProgressMixin,
+    ResultMixin,
+    SchemaError,
+    StorageError,
+)
+from taskiq_sa_pg.engines import make_engine
+from tests.conftest import BackendFactory, Database
+from tests.migrations.conftest import catalogue, run, tables, with_password
+
+NAME = "taskiq_results"
+
+RESULT: TaskiqResult[Any] = TaskiqResult(is_err=False, return_value=7, execution_time=0.5)
+
+
+async def refusal(start_backend: BackendFactory, **options: Any) -> str:
+    with pytest.raises(SchemaError) as caught:
+        await start_backend(**{"run_migrations": False, **options})
+    return str(caught.value)
+
+
+async def test_absent_tables_are_named_with_what_makes_them(start_backend: BackendFactory) -> None:
+    assert await refusal(start_backend) == (
+        "tables taskiq_results and taskiq_results_progress do not exist; make them with "
+        "`alembic upgrade head` or run_migrations=True"
+    )
+
+
+async def test_the_command_that_is_printed_makes_the_tables(
+    database: Database, other_database: Database, start_backend: BackendFactory
+) -> None:
+    options = {
+        "table_name": 'it\'s "odd" $(100%)',
+        "schema": other_database.schema,
+        "field_for_task_id": "Uuid",
+        "field_for_payload": "Jsonb",
+    }
+    message = await refusal(start_backend, **options)
+    command = shlex.split(message.split("`")[1])
+    outcome = await run(*command, TASKIQ_SA_PG_DSN=database.dsn)
+    assert outcome.status == 0, outcome.stderr
+    backend = await start_backend(**options, run_migrations=False)
+    task_id = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
+    await backend.set_result(task_id, RESULT)
+    assert (await backend.get_result(task_id)).return_value == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("DROP TABLE {0}_progress", "table {0}_progress does not exist"),
+        ("ALTER TABLE {0} DROP COLUMN log", "column {0}.log is missing"),
+        ("ALTER TABLE {0}_progress DROP COLUMN updated_at", "{0}_progress.updated_at is missing"),
+        (
+            "ALTER TABLE {0} ALTER error TYPE text",
+            "column {0}.error is text and should be bytea",
+        ),
+        (
+            "ALTER TABLE {0} ALTER expires_at TYPE timestamp",
+            "is timestamp without time zone and should be timestamp with time zone",
+        ),
+        (
+            "ALTER TABLE {0} DROP CONSTRAINT {0}_pkey",
+            "column {0}.task_id is neither primary key nor unique",
+        ),
+        ("ALTER TABLE {0} ADD tenant text NOT NULL", "column {0}.tenant is NOT NULL without"),
+        ("ALTER TABLE {0} ALTER error SET NOT NULL", "column {0}.error is NOT NULL without"),
+        ("ALTER TABLE {0} ALTER finished_at DROP DEFAULT", "column {0}.finished_at is NOT NULL"),
+    ],
+    ids=["table", "column", "stamp", "type", "time", "unique", "own", "null", "default"],
+)
+async def test_a_difference_is_named_with_what_mends_it(
+    database: Database, start_backend: BackendFactory, change: str, difference: str
+) -> None:
+    await start_backend(run_migrations=True)
+    await database.fetch(change.format(NAME))
+    message = await refusal(start_backend)
+    assert difference.format(NAME) in message
+    assert message.count(";") == 1
+    assert "`alembic upgrade head`" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE {0} ADD tenant text",
+        "ALTER TABLE {0} ADD tenant text NOT NULL DEFAULT 'none'",
+        "ALTER TABLE {0} ADD number bigint GENERATED ALWAYS AS IDENTITY",
+        "ALTER TABLE {0} ADD size int GENERATED ALWAYS AS (length(task_id)) STORED",
+        "ALTER TABLE {0} DROP CONSTRAINT {0}_pkey; CREATE UNIQUE INDEX ON {0} (task_id)",
+        "ALTER TABLE {0} ALTER task_id TYPE varchar(99)",
+        "DROP INDEX {0}_finished_at_idx",
+    ],
+    ids=["null", "default", "identity", "generated", "unique", "length", "index"],
+)
+async def test_a_difference_that_does_no_harm_is_none(
+    database: Database, start_backend: BackendFactory, change: str
+) -> None:
+    await start_backend(run_migrations=True)
+    for statement in change.format(NAME).split(";"):
+        await database.fetch(statement)
+    backend = await start_backend(run_migrations=False)
+    await backend.set_result("1", RESULT)
+    assert (await backend.get_result("1")).return_value == 7
+
+
+async def test_a_foreign_table_of_the_same_name_is_refused_and_left_untouched(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    """By startup() with and without run_migrations."""
+    await database.fetch(
+        f"CREATE TABLE {NAME} (task_id VARCHAR UNIQUE, result BYTEA, progress BYTEA)"
+    )
+    await database.fetch(f"INSERT INTO {NAME} VALUES ('1', 'result', 'progress')")
+    before = await catalogue(database)
+    message = await refusal(start_backend)
+    assert f"column {NAME}.return_value is missing" in message
+    assert "choose another table_name" in message
+    message = await refusal(start_backend, run_migrations=True)
+    assert f'"{NAME}" already exists' in message
+    assert "choose another table_name" in message
+    assert await catalogue(database) == before
+    assert await tables(database) == [NAME]
+    assert len(await database.fetch(f"SELECT * FROM {NAME}")) == 1
+
+
+async def test_warn_logs_the_difference_and_starts(
+    start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "taskiq_sa_pg"):
+        backend = await start_backend(run_migrations=False, check_schema="warn")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "do not exist" in caplog.text
+    with pytest.raises(StorageError, match="alembic upgrade head"):
+        await backend.is_result_ready("1")
+
+
+async def test_off_asks_nothing_and_starts(
+    database: Database, start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, statements = recording_engine(database)
+    await start_backend(engine=engine, run_migrations=False, check_schema="off")
+    await engine.dispose()
+    assert statements == []
+    assert caplog.records == []
+
+
+async def test_the_check_is_one_query_of_the_catalogue(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    await start_backend(run_migrations=True)
+    engine, statements = recording_engine(database)
+    await start_backend(engine=engine, run_migrations=False)
+    await engine.dispose()
+    assert len(statements) == 1
+    assert "pg_catalog.pg_attribute" in statements[0]
+
+
+def recording_engine(database: Database) -> tuple[AsyncEngine, list[str]]:
+    engine = make_engine(database.dsn)
+    statements: list[str] = []
+
+    @sa.event.listens_for(engine.sync_engine, "before_cursor_execute")
+    def record(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    return engine, statements
+
+
+async def test_tables_in_another_schema_than_the_one_named_do_not_count(
+    database: Database, other_database: Database, start_backend: BackendFactory
+) -> None:
+    await start_backend(run_migrations=True)
+    message = await refusal(start_backend, schema=other_database.schema)
+    assert f"tables {other_database.schema}.{NAME} and " in message
+    assert f"`alembic -x schema={other_database.schema} upgrade head`" in message
+
+
+async def test_a_role_that_may_only_read_and_write_rows_starts_stores_and_reads(
+    database: Database, start_backend: BackendFactory, role: str
+) -> None:
+    await start_backend(run_migrations=True)
+    await database.fetch(
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {NAME}, {NAME}_progress TO {role}"
+    )
+    dsn = with_password(database.dsn, username=role)
+    backend = await start_backend(dsn, keep_results=False, run_migrations=False)
+    for _ in range(2):
+        await backend.set_result("1", RESULT)
+    assert (await backend.get_result("1")).return_value == 7
+    assert not await backend.is_result_ready("1")
+
+
+async def test_a_role_that_may_not_create_tables_is_told_what_to_grant(
+    database: Database, start_backend: BackendFactory, role: str
+) -> None:
+    dsn = with_password(database.dsn, username=role)
+    message = await refusal(start_backend, dsn=dsn, run_migrations=True)
+    assert "permission denied for schema" in message
+    assert "GRANT USAGE, CREATE ON SCHEMA" in message
+    await database.fetch(f"GRANT USAGE, CREATE ON SCHEMA {database.schema} TO {role}")
+    await start_backend(dsn=dsn, run_migrations=True)
+
+
+async def test_a_role_that_may_only_read_and_write_rows_can_migrate_where_nothing_is_left_to_do(
+    database: Database, start_backend: BackendFactory, role: str
+) -> None:
+    await start_backend(run_migrations=True)
+    await database.fetch(
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {database.schema} TO {role}"
+    )
+    dsn = with_password(database.dsn, username=role)
+    await start_backend(dsn=dsn, run_migrations=True)
+
+
+def own_models(tenant_default: str | None) -> Models:
+    class Base(DeclarativeBase):
+        pass
+
+    class OwnResult(ResultMixin, Base):
+        tenant: Mapped[str] = mapped_column(default=tenant_default)
+
+    class OwnProgress(ProgressMixin, Base):
+        pass
+
+    return Models(OwnResult, OwnProgress)
+
+
+async def create(database: Database, models: Models) -> None:
+    engine = make_engine(database.dsn)
+    async with engine.begin() as connection:
+        await connection.run_sync(models.metadata.create_all)
+    await engine.dispose()
+
+
+async def test_a_column_of_your_own_is_filled_by_the_models_default(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    models = own_models(tenant_default="all")
+    await create(database, models)
+    backend = await start_backend(models=models, run_migrations=False)
+    await backend.set_result("1", RESULT)
+    rows = await database.fetch(f"SELECT tenant FROM {NAME}")
+    assert [row["tenant"] for row in rows] == ["all"]
+
+
+async def test_a_column_of_your_own_that_nothing_fills_is_refused(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    models = own_models(tenant_default=None)
+    await create(database, models)
+    message = await refusal(start_backend, models=models)
+    assert f"column {NAME}.tenant is NOT NULL without a default" in message
