@@ -3,17 +3,16 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import create_async_engine
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress, TaskState
 
 from taskiq_sa_pg import InvalidTaskIdError, ResultIsMissingError, SQLAlchemyResultBackend
 from taskiq_sa_pg.config import PayloadField, TaskIdField
+from taskiq_sa_pg.engines import make_engine
 from tests.conftest import Database, assert_nothing_checked_out, engine_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -37,19 +36,18 @@ class Combination(NamedTuple):
 
 
 COMBINATIONS = [
-    Combination(*choice)
-    for choice in product(
-        ("VarChar", "Text", "Uuid"),
-        ("Bytea", "Jsonb"),
-        ("owned", "borrowed"),
-        ("asyncpg", "psycopg"),
-    )
+    Combination(field_for_task_id, field_for_payload, engine, driver)
+    for field_for_task_id in get_args(TaskIdField)
+    for field_for_payload in get_args(PayloadField)
+    for engine in ("owned", "borrowed")
+    for driver in ("asyncpg", "psycopg")
 ]
 DRIVERS = [Combination(driver="asyncpg"), Combination(driver="psycopg")]
 ANY_TEXT_ID = [
-    Combination(field_for_task_id=field, driver=driver)
-    for field in ("VarChar", "Text")
-    for driver in ("asyncpg", "psycopg")
+    Combination("VarChar", driver="asyncpg"),
+    Combination("VarChar", driver="psycopg"),
+    Combination("Text", driver="asyncpg"),
+    Combination("Text", driver="psycopg"),
 ]
 UUID_IDS = [Combination(field_for_task_id="Uuid", driver=d) for d in ("asyncpg", "psycopg")]
 
@@ -326,9 +324,7 @@ async def test_an_id_that_no_column_holds_is_refused_before_any_statement(
 
 
 async def test_two_backends_share_one_engine_and_keep_to_their_tables(tables: Database) -> None:
-    engine = create_async_engine(
-        tables.dsn.replace("postgresql:", "postgresql+psycopg:"), pool_size=1, max_overflow=0
-    )
+    engine = make_engine(tables.dsn, pool_size=1)
     first, second = (
         Backend(engine=engine, table_name=f"results_VarChar_{payload}", field_for_payload=payload)
         for payload in ("Bytea", "Jsonb")

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import pytest
@@ -62,7 +62,7 @@ async def ids_with_progress(database: Database) -> set[str]:
     return {row["task_id"] for row in rows}
 
 
-async def assert_one_got_it(readers: list[Awaitable[TaskiqResult[Any]]], task_id: str) -> None:
+async def assert_one_got_it(readers: Sequence[Awaitable[TaskiqResult[Any]]], task_id: str) -> None:
     outcomes = await asyncio.gather(*readers, return_exceptions=True)
     handed_out = [o.return_value for o in outcomes if isinstance(o, TaskiqResult)]
     missed = [o for o in outcomes if isinstance(o, ResultIsMissingError)]

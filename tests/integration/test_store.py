@@ -279,6 +279,26 @@ async def test_other_users_of_a_borrowed_engine_keep_their_transactions(
     assert await how_transactions_are(engine) == expected
 
 
+async def test_other_users_keep_their_transactions_when_a_call_is_cancelled(
+    application: Callable[..., AsyncEngine], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # psycopg then gives way to the event loop in every call, and not only when it is busy.
+    monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", 0, raising=False)
+    engine = application()
+    await database.fetch("CREATE TABLE t (i integer)")
+    backend = Backend(engine=engine, keep_results=False, run_migrations=True)
+    await backend.startup()
+    for turns in range(40):
+        for call in (backend.is_result_ready("1"), backend.get_results(["1"])):
+            calling = asyncio.create_task(call)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            calling.cancel()
+            await asyncio.gather(calling, return_exceptions=True)
+            assert await how_transactions_are(engine) == ("read committed", 0)
+    assert_nothing_checked_out(engine)
+
+
 @pytest.mark.parametrize("level", ["AUTOCOMMIT", "SERIALIZABLE"])
 async def test_a_deleting_read_is_a_transaction_whatever_the_engines_default(
     application: Callable[..., AsyncEngine], database: Database, level: str

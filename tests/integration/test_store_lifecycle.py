@@ -104,12 +104,17 @@ def test_shutdown_may_run_on_another_event_loop(dsn: str, database: Database) ->
 
 # Nothing closes what such a loop leaves but the garbage collector, which warns.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_loop_that_is_closed_without_ceremony_does_no_harm(dsn: str, database: Database) -> None:
+@pytest.mark.parametrize("shuts_down", [True, False])
+def test_a_loop_that_is_closed_without_ceremony_does_no_harm(
+    dsn: str, database: Database, shuts_down: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     backend = Backend(dsn, run_migrations=True)
     loop = asyncio.new_event_loop()
     loop.run_until_complete(backend.startup())
     loop.run_until_complete(use(backend))
     loop.close()
+    if shuts_down:
+        asyncio.run(backend.shutdown())
 
     async def again() -> None:
         await backend.startup()
@@ -119,6 +124,7 @@ def test_a_loop_that_is_closed_without_ceremony_does_no_harm(dsn: str, database:
     asyncio.run(again())
     gc.collect()
     asyncio.run(assert_disconnected(database))
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_a_backend_that_is_forgotten_closes_its_connections(
