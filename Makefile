@@ -43,17 +43,17 @@ demo: .venv/.demo  ## run the example on a PostgreSQL of its own
 	.venv/bin/python examples/demo.py
 
 .PHONY: test
-test: .venv/.test  ## run the tests and measure their coverage; ARGS="-k name" are for pytest
-	.venv/bin/python -m coverage run -m pytest $(ARGS)
-	.venv/bin/python -m coverage report
+test: .venv/.test  ## run the tests; ARGS="-k name" are for pytest
+	.venv/bin/python -m pytest $(ARGS)
 
-.PHONY: cov
-cov: .venv/.test  ## write the coverage of the last `make test` to build/coverage/index.html
-	.venv/bin/python -m coverage html --fail-under=0
-
+# The tests' processes leave a file each, which `combine` puts together.
 .PHONY: lowest
-lowest: .venv-lowest/.lowest  ## run the tests on the oldest dependencies that pyproject.toml allows
-	.venv-lowest/bin/python -m pytest $(ARGS)
+lowest: .venv-lowest/.lowest  ## run the tests on the oldest dependencies, and measure their coverage
+	rm -f .coverage .coverage.*
+	.venv-lowest/bin/python -m coverage run -m pytest $(ARGS)
+	.venv-lowest/bin/python -m coverage combine -q
+	.venv-lowest/bin/python -m coverage html -q --fail-under=0
+	.venv-lowest/bin/python -m coverage report
 
 .PHONY: lint
 lint: .venv/.lint  ## check format and style
@@ -101,6 +101,6 @@ requirements:  ## compile requirements/ with uv; UPGRADE=--upgrade takes newer r
 
 .PHONY: clean
 clean:  ## remove everything that these targets make
-	rm -rf .venv .venv-lowest build .coverage .hypothesis .import_linter_cache .mypy_cache \
+	rm -rf .venv .venv-lowest build .coverage* .hypothesis .import_linter_cache .mypy_cache \
 		.pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

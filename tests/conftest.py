@@ -11,11 +11,23 @@ from urllib.parse import quote
 
 import asyncpg
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.embedded import postgres
+
+# No time limits, which a busy machine breaks; in CI the same examples every time.
+settings.register_profile(
+    "project",
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+    database=None,
+)
+settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")

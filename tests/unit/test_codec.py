@@ -188,12 +188,6 @@ def test_400_levels_come_back(name: str, wrap: Callable[[Any], Any]) -> None:
     assert returned(CODECS[name], value) == value
 
 
-@every_codec
-def test_50_megabytes_come_back(codec: Codec) -> None:
-    value = "x" * 50_000_000
-    assert returned(codec, value) == value
-
-
 DECLARED = [
     (Order, ORDER),
     (Point, Point(1, (2, 3))),

@@ -5,7 +5,7 @@ import uuid
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from taskiq_sa_pg import (
@@ -27,7 +27,6 @@ def fits(name: str) -> bool:
     return "\x00" not in name and 0 < len(name.encode()) <= LONGEST
 
 
-@settings(deadline=None)
 @given(any_name)
 def test_a_name_is_kept_to_the_letter_or_refused(name: str) -> None:
     if fits(name):
@@ -115,7 +114,6 @@ def test_the_qualified_name_has_the_schema_if_there_is_one() -> None:
     assert TableConfig("results", schema="app").qualified_name == "app.results"
 
 
-@settings(deadline=None)
 @given(st.uuids())
 def test_a_uuid_column_takes_every_spelling_of_a_uuid(task_id: uuid.UUID) -> None:
     config = TableConfig(field_for_task_id="Uuid")
@@ -129,7 +127,6 @@ def test_a_uuid_column_refuses_other_ids(task_id: Any) -> None:
         TableConfig(field_for_task_id="Uuid").to_column_task_id(task_id)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_a_text_column_takes_every_id_without_nul(task_id: str) -> None:
     for config in (TableConfig(), TableConfig(field_for_task_id="Text")):

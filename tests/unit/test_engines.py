@@ -4,7 +4,7 @@ import traceback
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -62,7 +62,6 @@ def test_special_characters_of_several_hosts_credentials() -> None:
     assert address.hosts == (("a", None), ("b", None))
 
 
-@settings(deadline=None)
 @given(
     username=st.text(min_size=1),
     password=st.text(min_size=1),

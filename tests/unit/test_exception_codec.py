@@ -264,7 +264,11 @@ def test_a_validation_error_keeps_its_text(codec: Codec) -> None:
 
 
 @every_codec
-@pytest.mark.parametrize("arg", [2**100, [[2**100]], "\ud800", lambda: None, 1j], ids=ascii)
+@pytest.mark.parametrize(
+    "arg",
+    [2**100, [[2**100]], "\ud800", lambda: None, 1j],
+    ids=["a large integer", "a nested one", "a lone surrogate", "a lambda", "a complex number"],
+)
 def test_an_argument_that_cannot_be_held_leaves_class_and_neighbours_alone(
     codec: Codec, arg: Any
 ) -> None:

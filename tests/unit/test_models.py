@@ -68,7 +68,7 @@ def without_quoted_names(sql: str) -> str:
     return re.sub(r'"(?:[^"]|"")*"', "NAME", sql)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(names, st.none() | names)
 def test_names_are_in_the_ddl_to_the_letter(name: str, schema: str | None) -> None:
     config = TableConfig(name, schema=schema)
@@ -82,7 +82,7 @@ def test_names_are_in_the_ddl_to_the_letter(name: str, schema: str | None) -> No
     assert f"CONSTRAINT {quoted(config.progress_primary_key_name)} PRIMARY KEY" in text
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(names, st.none() | names)
 def test_nothing_of_a_name_stands_unquoted_in_any_sql(name: str, schema: str | None) -> None:
     usual = build_models(schema=None if schema is None else "app")
