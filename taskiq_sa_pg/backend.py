@@ -196,12 +196,22 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             NotStartedError: Before startup().
             InvalidTaskIdError: The task-id column cannot hold one of the ids.
             StorageError: PostgreSQL could not be asked.
+            TypeError: task_ids is one str, whose letters would be taken for ids.
         """
-        names = {self._config.to_column_task_id(task_id): task_id for task_id in task_ids}
-        if not names:
+        if isinstance(task_ids, str):
+            raise TypeError(f"get_results() takes several ids, not one str: {task_ids!r}")
+        # A UUID has several spellings: those of one task get the same result.
+        column_ids = {task_id: self._config.to_column_task_id(task_id) for task_id in task_ids}
+        if not column_ids:
             return {}
+        names = {column_id: task_id for task_id, column_id in column_ids.items()}
         read = self._read if self.keep_results else self._take
-        return await read(names, with_logs)
+        results = await read(names, with_logs)
+        return {
+            task_id: results[column_id]
+            for task_id, column_id in column_ids.items()
+            if column_id in results
+        }
 
     async def set_progress(self, task_id: str, progress: TaskProgress[Any]) -> None:
         """Stores progress, replacing what was there.
@@ -249,8 +259,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
 
     async def _read(
         self, names: dict[Any, str], with_logs: bool
-    ) -> dict[str, TaskiqResult[_ReturnType]]:
-        results: dict[str, TaskiqResult[_ReturnType]] = {}
+    ) -> dict[Any, TaskiqResult[_ReturnType]]:
+        results: dict[Any, TaskiqResult[_ReturnType]] = {}
         for asked in _batches(names):
             rows = await self._store.fetch(
                 self._statements.select_results,
@@ -262,8 +272,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
 
     async def _take(
         self, names: dict[Any, str], with_logs: bool
-    ) -> dict[str, TaskiqResult[_ReturnType]]:
-        results: dict[str, TaskiqResult[_ReturnType]] = {}
+    ) -> dict[Any, TaskiqResult[_ReturnType]]:
+        results: dict[Any, TaskiqResult[_ReturnType]] = {}
         purpose = f"take {_results_of(names)} from table {self._table}"
         async with self._store.transaction(purpose) as connection:
             for asked in _batches(names):
@@ -274,13 +284,10 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
 
     def _decode(
         self, rows: Sequence[Row[Any]], names: dict[Any, str], with_logs: bool
-    ) -> dict[str, TaskiqResult[_ReturnType]]:
-        stored = [StoredResult._make(row) for row in rows]
+    ) -> dict[Any, TaskiqResult[_ReturnType]]:
         return {
-            names[row.task_id]: self._codec.decode_result(
-                names[row.task_id], row, with_logs=with_logs
-            )
-            for row in stored
+            row.task_id: self._codec.decode_result(names[row.task_id], row, with_logs=with_logs)
+            for row in map(StoredResult._make, rows)
         }
 
 

@@ -213,12 +213,19 @@ def describe_tables(config: TableConfig) -> Select[Any]:
         *("attrelid", "attname", "atttypid", "attnum", "attnotnull", "atthasdef"),
         *("attidentity", "attisdropped"),
     )
-    index = _catalogue("pg_index", "indrelid", "indisunique", "indnkeyatts", "indpred", "indkey")
+    index = _catalogue(
+        "pg_index",
+        *("indrelid", "indisunique", "indimmediate", "indisvalid"),
+        *("indnkeyatts", "indpred", "indkey"),
+    )
     is_unique = (
         select(1)
         .where(
             index.c.indrelid == classes.c.oid,
+            # ON CONFLICT can use no deferrable constraint, and no index that is not complete.
             index.c.indisunique,
+            index.c.indimmediate,
+            index.c.indisvalid,
             index.c.indnkeyatts == 1,
             index.c.indpred.is_(None),
             type_coerce(index.c.indkey, ARRAY(Integer))[0] == columns.c.attnum,

@@ -279,9 +279,10 @@ async def test_any_text_can_be_a_task_id(backend: Backend) -> None:
 async def test_a_uuid_is_one_task_id_however_it_is_written(backend: Backend) -> None:
     task_id = uuid.uuid4()
     await backend.set_result(task_id.hex, result_of(1))
-    for written in (task_id.hex, str(task_id), str(task_id).upper()):
+    spellings = [task_id.hex, str(task_id), str(task_id).upper()]
+    for written in spellings:
         assert await backend.is_result_ready(written)
-        assert list(await backend.get_results([written])) == [written]
+    assert list(await backend.get_results(spellings)) == spellings
 
 
 @pytest.mark.parametrize(
@@ -321,6 +322,12 @@ async def test_an_id_that_no_column_holds_is_refused_before_any_statement(
     assert statements == []
     await backend.is_result_ready(new_id())
     assert len(statements) == 1
+
+
+async def test_one_id_where_several_are_expected_is_refused() -> None:
+    backend = Backend("postgresql://")
+    with pytest.raises(TypeError, match=r"several ids, not one str"):
+        await backend.get_results("order-42")
 
 
 async def test_two_backends_share_one_engine_and_keep_to_their_tables(tables: Database) -> None:

@@ -76,11 +76,15 @@ async def test_the_command_that_is_printed_makes_the_tables(
             "ALTER TABLE {0} DROP CONSTRAINT {0}_pkey",
             "column {0}.task_id is neither primary key nor unique",
         ),
+        (
+            "ALTER TABLE {0} DROP CONSTRAINT {0}_pkey, ADD UNIQUE (task_id) DEFERRABLE",
+            "column {0}.task_id is neither primary key nor unique",
+        ),
         ("ALTER TABLE {0} ADD tenant text NOT NULL", "column {0}.tenant is NOT NULL without"),
         ("ALTER TABLE {0} ALTER error SET NOT NULL", "column {0}.error is NOT NULL without"),
         ("ALTER TABLE {0} ALTER finished_at DROP DEFAULT", "column {0}.finished_at is NOT NULL"),
     ],
-    ids=["table", "column", "stamp", "type", "time", "unique", "own", "null", "default"],
+    ids=["table", "column", "stamp", "type", "time", "key", "deferrable", "own", "null", "default"],
 )
 async def test_a_difference_is_named_with_what_mends_it(
     database: Database, start_backend: BackendFactory, change: str, difference: str
