@@ -148,7 +148,9 @@ def assert_alike(value: Any, original: Any) -> None:
             assert_alike(part, original_part)
 
 
-@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", VALUES, ids=[f"{i}-{type(v).__name__}" for i, v in enumerate(VALUES)]
+)
 def test_pickle_returns_equal_values_of_the_same_type(value: Any) -> None:
     assert_alike(returned(CODECS["pickle"], value), value)
 
