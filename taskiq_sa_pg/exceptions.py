@@ -3,6 +3,8 @@
 Each is rebuilt from its `args`, so that it survives pickle and a result backend.
 """
 
+from typing import Any
+
 from taskiq.exceptions import ResultBackendError, ResultGetError, ResultSetError
 
 
@@ -13,6 +15,12 @@ class TaskiqSaPgError(ResultBackendError):
         super().__init__()
         # taskiq's errors take keywords and keep the formatted text alone in `args`.
         self.args = args
+
+    # taskiq before 0.13 copies and pickles its errors by their keywords, and we have none.
+    __copy__ = __deepcopy__ = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args, vars(self)
 
     def __str__(self) -> str:
         return self.message
