@@ -9,28 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from taskiq import TaskiqResult
-from taskiq.serializers import (
-    CBORSerializer,
-    JSONSerializer,
-    MSGPackSerializer,
-    ORJSONSerializer,
-    PickleSerializer,
-)
 
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.exceptions import ResultDecodeError
 from taskiq_sa_pg.statements import ResultRow, StoredResult
-
-SERIALIZERS = [
-    *(PickleSerializer, JSONSerializer, ORJSONSerializer),
-    *(MSGPackSerializer, CBORSerializer),
-]
-CODECS = {
-    **{cls.__name__: Codec(TableConfig("jobs"), cls()) for cls in SERIALIZERS},
-    "jsonb": Codec(TableConfig("jobs", field_for_payload="Jsonb")),
-}
-every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+from tests.unit.codecs import CODECS, every_codec
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
 JSON_LABELS = st.dictionaries(

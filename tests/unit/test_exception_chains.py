@@ -6,27 +6,10 @@ from typing import Any
 
 import pytest
 from taskiq import TaskiqResult
-from taskiq.serializers import (
-    CBORSerializer,
-    JSONSerializer,
-    MSGPackSerializer,
-    ORJSONSerializer,
-    PickleSerializer,
-)
 
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.statements import StoredResult
-
-SERIALIZERS = [
-    *(PickleSerializer, JSONSerializer, ORJSONSerializer),
-    *(MSGPackSerializer, CBORSerializer),
-]
-CODECS = {
-    **{cls.__name__: Codec(TableConfig("jobs"), cls()) for cls in SERIALIZERS},
-    "jsonb": Codec(TableConfig("jobs", field_for_payload="Jsonb")),
-}
-every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+from tests.unit.codecs import every_codec
 
 
 def through(codec: Codec, exception: BaseException) -> Any:

@@ -13,29 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from taskiq import TaskiqResult
 from taskiq.exceptions import TaskiqResultTimeoutError
-from taskiq.serializers import (
-    CBORSerializer,
-    JSONSerializer,
-    MSGPackSerializer,
-    ORJSONSerializer,
-    PickleSerializer,
-)
 
 from taskiq_sa_pg import exceptions
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.statements import ResultRow, StoredResult
+from tests.unit.codecs import CODECS, every_codec
 
-SERIALIZERS = [
-    *(PickleSerializer, JSONSerializer, ORJSONSerializer),
-    *(MSGPackSerializer, CBORSerializer),
-]
-CODECS = {
-    **{cls.__name__: Codec(TableConfig("jobs"), cls()) for cls in SERIALIZERS},
-    "jsonb": Codec(TableConfig("jobs", field_for_payload="Jsonb")),
-}
 PICKLE = CODECS["PickleSerializer"]
-every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 
 
 class OtherArguments(Exception):

@@ -9,29 +9,13 @@ from typing import Any
 
 import pytest
 from taskiq import TaskiqResult
-from taskiq.serializers import (
-    CBORSerializer,
-    JSONSerializer,
-    MSGPackSerializer,
-    ORJSONSerializer,
-    PickleSerializer,
-)
 
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.exceptions import ResultDecodeError, ResultSerializationError
 from taskiq_sa_pg.statements import ResultRow, StoredResult
+from tests.unit.codecs import CODECS, every_codec
 
-SERIALIZERS = [
-    *(PickleSerializer, JSONSerializer, ORJSONSerializer),
-    *(MSGPackSerializer, CBORSerializer),
-]
-CODECS = {
-    **{cls.__name__: Codec(TableConfig("jobs"), cls()) for cls in SERIALIZERS},
-    "jsonb": Codec(TableConfig("jobs", field_for_payload="Jsonb")),
-}
 JSON = CODECS["JSONSerializer"]
-every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 
 
 def encode(codec: Codec, exception: BaseException) -> ResultRow:
