@@ -46,6 +46,10 @@ demo: .venv/.demo  ## run the example on a PostgreSQL of its own
 test: .venv/.test  ## run the tests; ARGS="-k name" are for pytest
 	.venv/bin/python -m pytest $(ARGS)
 
+.PHONY: bench
+bench: .venv/.bench  ## compare the speed with taskiq-postgres; ARGS=--quick for a short look
+	.venv/bin/python -m benchmarks $(ARGS)
+
 # The tests' processes leave a file each, which `combine` puts together.
 .PHONY: lowest
 lowest: .venv-lowest/.lowest  ## run the tests on the oldest dependencies, and measure their coverage
@@ -95,6 +99,7 @@ requirements:  ## compile requirements/ with uv; UPGRADE=--upgrade takes newer r
 	$(compile) --generate-hashes --group lint -o requirements/lint.txt
 	$(compile) --generate-hashes --group test -c requirements/lint.txt -o requirements/test.txt
 	$(compile) --generate-hashes --group demo -c requirements/lint.txt -o requirements/demo.txt
+	$(compile) --generate-hashes --group bench -c requirements/lint.txt -o requirements/bench.txt
 	rm -f build/lowest.txt
 	$(compile) --all-extras --no-deps --resolution lowest-direct -o build/lowest.txt
 	$(compile) --generate-hashes --group test -c build/lowest.txt -o requirements/lowest.txt

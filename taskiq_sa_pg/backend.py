@@ -1,36 +1,54 @@
 """SQLAlchemyResultBackend: taskiq's contract, kept thin. It encodes, stores and decodes."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeVar, get_args, overload
 
-from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
-from taskiq import AsyncResultBackend, TaskiqResult
+from taskiq import AsyncResultBackend, AsyncTaskiqTask, TaskiqResult
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
 from taskiq_sa_pg.engines import DsnSource
-from taskiq_sa_pg.exceptions import ConfigurationError, ResultIsMissingError, SchemaError
-from taskiq_sa_pg.models import Models, build_models
-from taskiq_sa_pg.schema import check
-from taskiq_sa_pg.statements import (
-    MAX_IDS_PER_READ,
-    StoredProgress,
-    StoredResult,
-    as_arrays,
-    build_statements,
+from taskiq_sa_pg.exceptions import (
+    ConfigurationError,
+    NotStartedError,
+    ResultIsMissingError,
+    SchemaError,
 )
-from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.models import Models, build_models
+from taskiq_sa_pg.notifications import Notifier
+from taskiq_sa_pg.operations import Operations
+from taskiq_sa_pg.results import Results, Task
+from taskiq_sa_pg.schema import check
+from taskiq_sa_pg.store import DEFAULT_MAX_CONNECTIONS, Store
+from taskiq_sa_pg.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
 _ReturnType = TypeVar("_ReturnType")
+_T = TypeVar("_T")
 
 SchemaCheck = Literal["error", "warn", "off"]
+
+
+class _Parts(NamedTuple):
+    """What a backend works with between startup() and shutdown(), on one event loop."""
+
+    notifier: Notifier | None
+    operations: Operations
+    waiting: Waiting
+    results: Results
+
+    async def close(self) -> None:
+        """Ends all waiting, and returns when everything else that was asked for is done."""
+        await self.waiting.close()
+        await self.operations.close()
+        if self.notifier is not None:
+            await self.notifier.close()
 
 
 class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
@@ -61,6 +79,11 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             SchemaError, "warn" logs it, "off" does not look.
         run_migrations: True makes or upgrades the tables at startup(), under a lock; the role
             then needs the right to create them.
+        notify: Whether to tell waiting processes of what was stored, and to listen for it. False
+            sends no notifications, and waiting looks ten times a second.
+        listen_dsn: Address for the listening connection, where the other leads through a
+            transaction pooler. None takes the other.
+        max_connections: The most connections that are in use at once, the listening one aside.
         **engine_kwargs: With dsn: passed on to create_async_engine(). Where no pool is chosen,
             pool_size is 5 and max_overflow 0.
 
@@ -82,6 +105,9 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         field_for_payload: PayloadField = "Bytea",
         check_schema: SchemaCheck = "error",
         run_migrations: bool = False,
+        notify: bool = True,
+        listen_dsn: DsnSource | None = None,
+        max_connections: int = DEFAULT_MAX_CONNECTIONS,
         **engine_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -97,8 +123,19 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         self._check_schema: Final = check_schema
         self._run_migrations: Final = run_migrations
         self._codec: Final = Codec(self._config, serializer)
-        self._statements: Final = build_statements(self.models)
-        self._store: Final = Store(dsn, engine=engine, engine_kwargs=engine_kwargs)
+        if listen_dsn is not None and not notify:
+            raise ConfigurationError(
+                "listen_dsn is for notify=True; with notify=False leave it out"
+            )
+        self._notify: Final = notify
+        self._parts: _Parts | None = None
+        self._store: Final = Store(
+            dsn,
+            engine=engine,
+            engine_kwargs=engine_kwargs,
+            max_connections=max_connections,
+            listen_dsn=listen_dsn,
+        )
 
     async def startup(self) -> None:
         """Makes the engine and looks at the tables; may be repeated, on another event loop too.
@@ -109,6 +146,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             ConfigurationError: The engine cannot be made.
         """
         was_opened = await self._store.open()
+        if was_opened:
+            self._parts = self._make_parts()
         try:
             if self._run_migrations:
                 # Here, because Alembic is slow to import and only this needs it.
@@ -118,13 +157,25 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             await self._look_at_schema()
         except BaseException:
             if was_opened:
+                self._parts = None
                 await self._store.close()
             raise
         await super().startup()
 
     async def shutdown(self) -> None:
-        """Disposes the backend's own engine; a given one is left alone. May be repeated."""
-        await self._store.close()
+        """Stores what was accepted, and disposes the backend's own engine. May be repeated.
+
+        Later calls, and those that wait for a result, get NotStartedError. A given engine is left
+        alone.
+        """
+        parts, self._parts = self._parts, None
+        if parts is not None:
+            try:
+                # What waits on another event loop, one that has ended, cannot be ended from here.
+                if self._store.is_open:
+                    await parts.close()
+            finally:
+                await self._store.close()
         await super().shutdown()
 
     async def set_result(self, task_id: str, result: TaskiqResult[_ReturnType]) -> None:
@@ -138,12 +189,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             InvalidTaskIdError: The task-id column cannot hold this id.
             StorageError: PostgreSQL refused the row or could not be reached.
         """
-        row = self._codec.encode_result(task_id, result)
-        await self._store.fetch(
-            self._statements.upsert_results,
-            as_arrays([row]),
-            f"store the result of task {task_id!r} in table {self._table}",
-        )
+        column_id = self._config.to_column_task_id(task_id)
+        await self._started.operations.set_result(column_id, task_id, result)
 
     async def is_result_ready(self, task_id: str) -> bool:
         """Whether there is a result; progress alone makes none.
@@ -153,12 +200,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             InvalidTaskIdError: The task-id column cannot hold this id.
             StorageError: PostgreSQL could not be asked.
         """
-        rows = await self._store.fetch(
-            self._statements.select_ready,
-            {"task_ids": [self._config.to_column_task_id(task_id)]},
-            f"look for the result of task {task_id!r} in table {self._table}",
-        )
-        return bool(rows)
+        return await self._started.results.is_ready(task_id)
 
     async def get_result(self, task_id: str, with_logs: bool = False) -> TaskiqResult[_ReturnType]:
         """The result; with keep_results=False it is deleted as it is read.
@@ -174,10 +216,10 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             InvalidTaskIdError: The task-id column cannot hold this id.
             StorageError: PostgreSQL could not be asked.
         """
-        results = await self.get_results([task_id], with_logs=with_logs)
-        if not results:
+        result = await self._started.results.get(task_id, with_logs)
+        if result is None:
             raise ResultIsMissingError(task_id, self._table)
-        return results[task_id]
+        return result
 
     async def get_results(
         self, task_ids: Iterable[str], with_logs: bool = False
@@ -198,20 +240,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             StorageError: PostgreSQL could not be asked.
             TypeError: task_ids is one str, whose letters would be taken for ids.
         """
-        if isinstance(task_ids, str):
-            raise TypeError(f"get_results() takes several ids, not one str: {task_ids!r}")
-        # A UUID has several spellings: those of one task get the same result.
-        column_ids = {task_id: self._config.to_column_task_id(task_id) for task_id in task_ids}
-        if not column_ids:
-            return {}
-        names = {column_id: task_id for task_id, column_id in column_ids.items()}
-        read = self._read if self.keep_results else self._take
-        results = await read(names, with_logs)
-        return {
-            task_id: results[column_id]
-            for task_id, column_id in column_ids.items()
-            if column_id in results
-        }
+        _refuse_str("get_results", task_ids)
+        return await self._started.results.get_all(task_ids, with_logs)
 
     async def set_progress(self, task_id: str, progress: TaskProgress[Any]) -> None:
         """Stores progress, replacing what was there.
@@ -222,12 +252,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             InvalidTaskIdError: The task-id column cannot hold this id.
             StorageError: PostgreSQL refused the row or could not be reached.
         """
-        row = self._codec.encode_progress(task_id, progress)
-        await self._store.fetch(
-            self._statements.upsert_progress,
-            as_arrays([row]),
-            f"store the progress of task {task_id!r} in table {self._table}_progress",
-        )
+        column_id = self._config.to_column_task_id(task_id)
+        await self._started.operations.set_progress(column_id, task_id, progress)
 
     async def get_progress(self, task_id: str) -> TaskProgress[Any] | None:
         """The last progress, which outlives the result; None if there never was one.
@@ -238,14 +264,149 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             InvalidTaskIdError: The task-id column cannot hold this id.
             StorageError: PostgreSQL could not be asked.
         """
-        rows = await self._store.fetch(
-            self._statements.select_progress,
-            {"task_ids": [self._config.to_column_task_id(task_id)]},
-            f"read the progress of task {task_id!r} in table {self._table}_progress",
+        return await self._started.results.get_progress(task_id)
+
+    @overload
+    async def wait_result(
+        self, task: AsyncTaskiqTask[_T], timeout: float | None = ..., with_logs: bool = ...
+    ) -> TaskiqResult[_T]: ...
+    @overload
+    async def wait_result(
+        self, task: str, timeout: float | None = ..., with_logs: bool = ...
+    ) -> TaskiqResult[_ReturnType]: ...
+    async def wait_result(
+        self, task: Task[Any], timeout: float | None = None, with_logs: bool = False
+    ) -> TaskiqResult[Any]:
+        """The result, as soon as it is stored.
+
+        A task's declared return type is restored, as the task's own wait_result() does. With
+        keep_results=False one of several waiters gets the result, and the others wait on.
+
+        Args:
+            task: What kiq() returned, or a task id.
+            timeout: Seconds to wait; None, or as for taskiq a negative number, sets no limit.
+            with_logs: Whether to fill the deprecated field `log`.
+
+        Raises:
+            TaskiqResultTimeoutError: There was no result in time.
+            ResultDecodeError: The result cannot be read back; it stays in the table.
+            NotStartedError: Before startup(), or the backend was shut down meanwhile.
+            InvalidTaskIdError: The task-id column cannot hold this id.
+            StorageError: PostgreSQL could not be asked.
+        """
+        return await self._started.results.wait(task, timeout, with_logs)
+
+    @overload
+    async def wait_results(
+        self,
+        tasks: Iterable[AsyncTaskiqTask[_T]],
+        timeout: float | None = ...,
+        with_logs: bool = ...,
+    ) -> list[TaskiqResult[_T]]: ...
+    @overload
+    async def wait_results(
+        self, tasks: Iterable[str], timeout: float | None = ..., with_logs: bool = ...
+    ) -> list[TaskiqResult[_ReturnType]]: ...
+    @overload
+    async def wait_results(
+        self, tasks: Iterable[Task[Any]], timeout: float | None = ..., with_logs: bool = ...
+    ) -> list[TaskiqResult[Any]]: ...
+    async def wait_results(
+        self, tasks: Iterable[Task[Any]], timeout: float | None = None, with_logs: bool = False
+    ) -> list[TaskiqResult[Any]]:
+        """The results of several tasks in their order, as soon as all are stored.
+
+        With keep_results=False none is deleted before all are there.
+
+        Args:
+            tasks: What kiq() returned, or task ids.
+            timeout: Seconds to wait for all of them; as for wait_result().
+            with_logs: Whether to fill the deprecated field `log`.
+
+        Raises:
+            TaskiqResultTimeoutError: Not all results were there in time.
+            ResultIsMissingError: Somebody else deleted a result as soon as it was there.
+            ResultDecodeError: A result cannot be read back; it stays in the table.
+            NotStartedError: Before startup(), or the backend was shut down meanwhile.
+            InvalidTaskIdError: The task-id column cannot hold one of the ids.
+            StorageError: PostgreSQL could not be asked.
+            TypeError: tasks is one str, whose letters would be taken for ids.
+        """
+        _refuse_str("wait_results", tasks)
+        return await self._started.results.wait_all(tasks, timeout, with_logs)
+
+    @overload
+    def as_completed(
+        self,
+        tasks: Iterable[AsyncTaskiqTask[_T]],
+        timeout: float | None = ...,
+        with_logs: bool = ...,
+    ) -> AsyncIterator[tuple[AsyncTaskiqTask[_T], TaskiqResult[_T]]]: ...
+    @overload
+    def as_completed(
+        self, tasks: Iterable[str], timeout: float | None = ..., with_logs: bool = ...
+    ) -> AsyncIterator[tuple[str, TaskiqResult[_ReturnType]]]: ...
+    @overload
+    def as_completed(
+        self, tasks: Iterable[Task[Any]], timeout: float | None = ..., with_logs: bool = ...
+    ) -> AsyncIterator[tuple[Task[Any], TaskiqResult[Any]]]: ...
+    def as_completed(
+        self, tasks: Iterable[Task[Any]], timeout: float | None = None, with_logs: bool = False
+    ) -> AsyncIterator[tuple[Any, TaskiqResult[Any]]]:
+        """Iterates over several tasks with their results, as they complete.
+
+            async for task, result in backend.as_completed(tasks): ...
+
+        With keep_results=False a result is deleted as it comes; one that somebody else deletes
+        first does not come.
+
+        Args:
+            tasks: What kiq() returned, or task ids.
+            timeout: Seconds until the last result; as for wait_result().
+            with_logs: Whether to fill the deprecated field `log`.
+
+        Raises:
+            TaskiqResultTimeoutError: Not all results were there in time.
+            ResultDecodeError: A result cannot be read back; it stays in the table.
+            NotStartedError: Before startup(), or the backend was shut down meanwhile.
+            InvalidTaskIdError: The task-id column cannot hold one of the ids.
+            StorageError: PostgreSQL could not be asked.
+            TypeError: tasks is one str, whose letters would be taken for ids.
+        """
+        _refuse_str("as_completed", tasks)
+        return self._started.results.as_completed(tasks, timeout, with_logs)
+
+    def watch_progress(
+        self, task: Task[Any], timeout: float | None = None
+    ) -> AsyncIterator[TaskProgress[Any]]:
+        """Iterates over a task's progress, each time it has changed, until the result is there.
+
+            async for progress in backend.watch_progress(task): ...
+
+        The first is the progress as it is now, if there is one. Of changes that follow each other
+        faster than they are taken, the last comes.
+
+        Args:
+            task: What kiq() returned, or a task id.
+            timeout: Seconds until the result; as for wait_result().
+
+        Raises:
+            TaskiqResultTimeoutError: There was no result in time.
+            ResultDecodeError: The metadata cannot be read back.
+            NotStartedError: Before startup(), or the backend was shut down meanwhile.
+            InvalidTaskIdError: The task-id column cannot hold this id.
+            StorageError: PostgreSQL could not be asked.
+        """
+        return self._started.results.watch_progress(task, timeout)
+
+    def _make_parts(self) -> "_Parts":
+        notifier = Notifier(self._store) if self._notify else None
+        operations = Operations(self._store, self._codec, self.models, notifier)
+        waiting = Waiting(self._config, operations.find_ready, self._store.listening, notifier)
+        results = Results(
+            operations, waiting, self._codec, self._config, keep_results=self.keep_results
         )
-        if not rows:
-            return None
-        return self._codec.decode_progress(task_id, StoredProgress._make(rows[0]))
+        return _Parts(notifier, operations, waiting, results)
 
     async def _look_at_schema(self) -> None:
         if self._check_schema == "off":
@@ -257,38 +418,14 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
                 raise
             logger.warning("%s", exc)
 
-    async def _read(
-        self, names: dict[Any, str], with_logs: bool
-    ) -> dict[Any, TaskiqResult[_ReturnType]]:
-        results: dict[Any, TaskiqResult[_ReturnType]] = {}
-        for asked in _batches(names):
-            rows = await self._store.fetch(
-                self._statements.select_results,
-                {"task_ids": asked},
-                f"read {_results_of(names)} in table {self._table}",
+    @property
+    def _started(self) -> "_Parts":
+        if self._parts is None:
+            raise NotStartedError(
+                "the result backend is not started: call `await broker.startup()` (or the "
+                "backend's own startup()) first"
             )
-            results.update(self._decode(rows, names, with_logs))
-        return results
-
-    async def _take(
-        self, names: dict[Any, str], with_logs: bool
-    ) -> dict[Any, TaskiqResult[_ReturnType]]:
-        results: dict[Any, TaskiqResult[_ReturnType]] = {}
-        purpose = f"take {_results_of(names)} from table {self._table}"
-        async with self._store.transaction(purpose) as connection:
-            for asked in _batches(names):
-                taken = await connection.execute(self._statements.take_results, {"task_ids": asked})
-                # Before the commit: what cannot be decoded is not deleted.
-                results.update(self._decode(taken.all(), names, with_logs))
-        return results
-
-    def _decode(
-        self, rows: Sequence[Row[Any]], names: dict[Any, str], with_logs: bool
-    ) -> dict[Any, TaskiqResult[_ReturnType]]:
-        return {
-            row.task_id: self._codec.decode_result(names[row.task_id], row, with_logs=with_logs)
-            for row in map(StoredResult._make, rows)
-        }
+        return self._parts
 
 
 def _choose_models(models: Models | None, config: TableConfig) -> Models:
@@ -304,14 +441,6 @@ def _choose_models(models: Models | None, config: TableConfig) -> Models:
     return models
 
 
-def _batches(names: dict[Any, str]) -> Iterator[list[Any]]:
-    column_ids = list(names)
-    for start in range(0, len(column_ids), MAX_IDS_PER_READ):
-        yield column_ids[start : start + MAX_IDS_PER_READ]
-
-
-def _results_of(names: dict[Any, str]) -> str:
-    first = next(iter(names.values()))
-    if len(names) == 1:
-        return f"the result of task {first!r}"
-    return f"the results of {len(names)} tasks, {first!r} first,"
+def _refuse_str(name: str, tasks: object) -> None:
+    if isinstance(tasks, str):
+        raise TypeError(f"{name}() takes several tasks, not one str: {tasks!r}")

@@ -67,7 +67,6 @@ class Codec:
 
     def __init__(self, config: TableConfig, serializer: TaskiqSerializer | None = None) -> None:
         self._table = config.qualified_name
-        self._to_column_task_id = config.to_column_task_id
         self._is_jsonb = config.field_for_payload == "Jsonb"
         if serializer is None:
             serializer = JSONSerializer() if self._is_jsonb else PickleSerializer()
@@ -76,14 +75,14 @@ class Codec:
         self.serializer = serializer
         self._is_trusted_to_load = type(serializer) in _TRUSTED_TO_LOAD
 
-    def encode_result(self, task_id: str, result: TaskiqResult[Any]) -> ResultRow:
+    def encode_result(self, task_id: Any, result: TaskiqResult[Any]) -> ResultRow:
         """The row of a result. What cannot be serialized becomes an error result, and is logged.
 
-        Raises:
-            InvalidTaskIdError: The task-id column cannot hold this id.
+        Args:
+            task_id: As the column has it.
+            result: The result.
         """
-        column_task_id = self._to_column_task_id(task_id)
-        error, is_err = result.error, result.is_err
+        error, is_err, labels = result.error, result.is_err, result.labels
         try:
             return_value = self._encode_payload("the return value", result.return_value)
         except ResultSerializationError as exc:
@@ -91,17 +90,17 @@ class Codec:
             error, is_err = exc, True
             return_value = self._encode_payload("the return value", None)
         return ResultRow(
-            task_id=column_task_id,
-            is_err=is_err,
+            task_id=task_id,
+            is_err=bool(is_err),
             return_value=return_value,
             error=None if error is None else self._encode_exception(task_id, error),
             error_type=None if error is None else storable_text(qualified_name(type(error))),
             traceback=None if error is None else storable_text(format_traceback(error)),
-            execution_time=result.execution_time,
-            labels=self._encode_labels(result.labels),
+            execution_time=float(result.execution_time),
+            labels=self._encode_labels(labels) if labels else "{}",
             log=None if result.log is None else storable_text(result.log),
             task_name=None,
-            attempt=_attempt(result.labels),
+            attempt=attempt_of(labels),
             expires_at=None,
         )
 
@@ -126,17 +125,16 @@ class Codec:
         except Exception as exc:
             raise self._decode_error(f"the result of task {task_id!r}", exc) from exc
 
-    def encode_progress(self, task_id: str, progress: TaskProgress[Any]) -> ProgressRow:
-        """The row of a progress.
+    def encode_progress(self, task_id: Any, progress: TaskProgress[Any]) -> ProgressRow:
+        """The row of a progress; task_id as the column has it.
 
         Raises:
-            InvalidTaskIdError: The task-id column cannot hold this id.
             ResultSerializationError: The serializer cannot hold the metadata.
         """
         state = progress.state.value if isinstance(progress.state, Enum) else progress.state
         meta = progress.meta
         return ProgressRow(
-            task_id=self._to_column_task_id(task_id),
+            task_id=task_id,
             state=storable_text(str(state)),
             meta=None if meta is None else self._encode_payload("the progress's meta", meta),
         )
@@ -203,7 +201,7 @@ class Codec:
     def _decode_payload(self, stored: bytes | str) -> Any:
         return self.serializer.loadb(stored if isinstance(stored, bytes) else from_jsonb(stored))
 
-    def _encode_exception(self, task_id: str, exception: BaseException) -> bytes | str:
+    def _encode_exception(self, task_id: Any, exception: BaseException) -> bytes | str:
         try:
             return self._encode_payload("the error", exception_to_document(exception, self))
         except Exception as exc:
@@ -257,10 +255,12 @@ def _check_writes_json(serializer: TaskiqSerializer) -> None:
         )
 
 
-def _attempt(labels: Mapping[str, Any]) -> int:
-    # The label of taskiq's retry middlewares; a label can be anything.
-    try:
-        return min(max(int(labels.get("_retries", 0)), 0), _MAX_INTEGER)
+def attempt_of(labels: Mapping[str, Any]) -> int:
+    """The number of the attempt, 0 for the first; from the label of taskiq's retry middlewares."""
+    if "_retries" not in labels:
+        return 0
+    try:  # a label can be anything
+        return min(max(int(labels["_retries"]), 0), _MAX_INTEGER)
     except Exception:  # noqa: BLE001 - anyone's __int__
         return 0
 

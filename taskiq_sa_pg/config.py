@@ -49,6 +49,19 @@ class TableConfig:
         return f"{self.table_name}_progress"
 
     @property
+    def results_channel(self) -> str:
+        """Where notifications tell of results.
+
+        Without the schema: one process may leave it to the search_path and another name it.
+        """
+        return self.table_name
+
+    @property
+    def progress_channel(self) -> str:
+        """Where notifications tell of progress."""
+        return self.progress_table_name
+
+    @property
     def version_table_name(self) -> str:
         """The Alembic version table; each results table has its own."""
         return f"{self.table_name}_version"
@@ -140,6 +153,8 @@ def _flaw_of_text(text: str) -> str | None:
     """Why PostgreSQL's UTF-8 cannot hold this text; None when it can."""
     if "\x00" in text:
         return "contains a NUL character"
+    if text.isascii():
+        return None
     try:
         text.encode()
     except UnicodeEncodeError:

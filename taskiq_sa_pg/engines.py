@@ -297,5 +297,15 @@ def make_engine(source: DsnSource, **engine_kwargs: Any) -> AsyncEngine:
     return engine
 
 
+def check_dsn(source: DsnSource) -> None:
+    """Raises what is wrong with a DSN; a callable is asked when it is needed.
+
+    Raises:
+        ConfigurationError: As parse_dsn().
+    """
+    if not callable(source):
+        parse_dsn(source)
+
+
 def _ask(source: DsnSource) -> Address:
     return parse_dsn(source() if callable(source) else source)

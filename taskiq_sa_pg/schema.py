@@ -182,9 +182,9 @@ async def check(store: Store, models: Models) -> None:
         StorageError: PostgreSQL could not be reached.
     """
     config = models.config
-    rows = await store.fetch(
-        describe_tables(config), {}, f"check the schema of table {config.qualified_name}"
-    )
+    purpose = f"check the schema of table {config.qualified_name}"
+    async with store.transaction(purpose) as connection:
+        rows = (await connection.execute(describe_tables(config))).all()
     results, progress = models.results_table, models.progress_table
     command = f"`{alembic_command(config, 'upgrade head')}`"
     if not rows:

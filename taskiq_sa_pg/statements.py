@@ -1,12 +1,12 @@
 """From models to SQLAlchemy Core statements: nothing here awaits, connects or formats a name.
 
-Writes take any number of rows as one array a column, so that one text serves every batch size.
-The rows of one call must have distinct task ids. JSON travels as text in both directions, so that
-neither the driver's nor the application's JSON codec has a say in it.
+JSON travels as text in both directions, so that neither the driver's nor the application's JSON
+codec has a say in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -17,13 +17,18 @@ from sqlalchemy import (
     Select,
     Table,
     Text,
+    Uuid,
     and_,
     any_,
     bindparam,
     cast,
+    collate,
     column,
     delete,
+    false,
     func,
+    literal_column,
+    null,
     select,
     table,
     type_coerce,
@@ -31,13 +36,23 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.sql.elements import ColumnElement
-from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.types import TypeEngine
 
 from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.models import Models
 
 MAX_IDS_PER_READ: Final = 200
+
+# What most rows have in these columns, and the same in SQL; in the others it is NULL. Written out,
+# because a parameter would have to be given each time.
+_DEFAULTS: Final[Mapping[str, tuple[Any, ColumnElement[Any]]]] = {
+    "is_err": (False, false()),
+    "labels": ("{}", literal_column("'{}'", Text)),
+    "attempt": (0, literal_column("0", Integer)),
+}
+
+
+_NULL: Final = (None, null())
 
 
 class ResultRow(NamedTuple):
@@ -86,18 +101,44 @@ class StoredProgress(NamedTuple):
     meta: bytes | str | None
 
 
+class Upsert(NamedTuple):
+    """Stores rows, in one of two shapes.
+
+    One array a column serves any number of rows with one text; a column in which all of them have
+    the default needs no array. A row alone is worth a text of its own: its arrays would take
+    PostgreSQL and asyncpg longer than all the rest.
+    """
+
+    one: Insert
+    many: Insert
+
+    def of(self, rows: Sequence[Any]) -> tuple[Insert, dict[str, Any]]:
+        """The statement for one or more rows with distinct task ids, and its parameters."""
+        if len(rows) == 1:
+            return self.one, rows[0]._asdict()
+        # Upserts that overlap and lock their rows in different orders deadlock.
+        columns = zip(*sorted(rows, key=itemgetter(0)), strict=True)
+        return self.many, {
+            # unnest fills an array that is too short up with NULLs, and those are the defaults.
+            name: () if values.count(_DEFAULTS.get(name, _NULL)[0]) == len(values) else values
+            for name, values in zip(rows[0]._fields, columns, strict=True)
+        }
+
+
 class Statements(NamedTuple):
     """Every statement of one configuration, built once.
 
-    Writes take the arrays of `as_arrays()`, reads `task_ids`: a list of column values.
+    Reads take `task_ids`: a list of column values. notify takes `channel`, and `payloads`: a list
+    of texts, each of less than 8,000 bytes.
     """
 
-    upsert_results: Insert
-    upsert_progress: Insert
+    upsert_results: Upsert
+    upsert_progress: Upsert
     select_ready: Select[Any]
     select_results: Select[Any]
     take_results: Select[Any]
     select_progress: Select[Any]
+    notify: Select[Any]
 
 
 def build_statements(models: Models) -> Statements:
@@ -109,34 +150,34 @@ def build_statements(models: Models) -> Statements:
         select_results=select_results(models),
         take_results=take_results(models),
         select_progress=select_progress(models),
+        notify=notify(),
     )
 
 
-def as_arrays(rows: Sequence[ResultRow] | Sequence[ProgressRow]) -> dict[str, list[Any]]:
-    """The parameters of an upsert: one list a column. Takes at least one row."""
-    return dict(zip(rows[0]._fields, map(list, zip(*rows, strict=True)), strict=True))
-
-
-def upsert_results(models: Models) -> Insert:
+def upsert_results(models: Models) -> Upsert:
     """Stores results; one of a later attempt stays, an equal or earlier one is overwritten."""
     results = models.results_table
-    statement = _insert_unnested(results, ResultRow._fields)
-    # `excluded` alone on the right, because Citus refuses now() there; its finished_at is the
-    # column's default.
-    return statement.on_conflict_do_update(
-        index_elements=[results.c.task_id],
-        set_={name: statement.excluded[name] for name in (*ResultRow._fields[1:], "finished_at")},
-        where=statement.excluded.attempt >= results.c.attempt,
+
+    def over_earlier(statement: PostgresInsert) -> Insert:
+        return _on_conflict(
+            statement,
+            (*ResultRow._fields[1:], "finished_at"),
+            where=statement.excluded.attempt >= results.c.attempt,
+        )
+
+    return Upsert(
+        one=over_earlier(_insert_one(results, ResultRow._fields)),
+        many=over_earlier(_insert_unnested(results, ResultRow._fields)),
     )
 
 
-def upsert_progress(models: Models) -> Insert:
+def upsert_progress(models: Models) -> Upsert:
     """Stores progress, replacing what was there."""
     progress = models.progress_table
-    statement = _insert_unnested(progress, ProgressRow._fields)
-    return statement.on_conflict_do_update(
-        index_elements=[progress.c.task_id],
-        set_={name: statement.excluded[name] for name in (*ProgressRow._fields[1:], "updated_at")},
+    overwritten = (*ProgressRow._fields[1:], "updated_at")
+    return Upsert(
+        one=_on_conflict(_insert_one(progress, ProgressRow._fields), overwritten),
+        many=_on_conflict(_insert_unnested(progress, ProgressRow._fields), overwritten),
     )
 
 
@@ -155,13 +196,15 @@ def select_results(models: Models) -> Select[Any]:
 def take_results(models: Models) -> Select[Any]:
     """Deletes the results of the task ids with their progress, and returns them."""
     results, progress = models.results_table, models.progress_table
+    found = _locked(results, _is_asked_for(results)).cte("found")
     taken = (
         delete(results)
-        .where(_is_asked_for(results))
+        .where(results.c.task_id == found.c.task_id)
         .returning(*_readable(results, StoredResult._fields))
         .cte("taken")
     )
-    forgotten: Delete = delete(progress).where(progress.c.task_id == taken.c.task_id)
+    stale = _locked(progress, progress.c.task_id == taken.c.task_id).cte("stale")
+    forgotten: Delete = delete(progress).where(progress.c.task_id == stale.c.task_id)
     return select(*taken.c).add_cte(forgotten.cte("forgotten"))
 
 
@@ -171,6 +214,33 @@ def select_progress(models: Models) -> Select[Any]:
     return select(*_readable(progress, StoredProgress._fields)).where(_is_asked_for(progress))
 
 
+def notify() -> Select[Any]:
+    """Sends notifications."""
+    payload = func.unnest(bindparam("payloads", type_=ARRAY(Text))).column_valued("payload")
+    return select(func.pg_notify(bindparam("channel", type_=Text), payload).label("sent"))
+
+
+def _on_conflict(
+    statement: PostgresInsert,
+    overwritten: Sequence[str],
+    where: ColumnElement[bool] | None = None,
+) -> Insert:
+    # `excluded` alone on the right, because Citus refuses now() there; its finished_at and
+    # updated_at are the columns' defaults.
+    return statement.on_conflict_do_update(
+        index_elements=["task_id"],
+        set_={name: statement.excluded[name] for name in overwritten},
+        where=where,
+    )
+
+
+def _insert_one(target: Table, names: Sequence[str]) -> PostgresInsert:
+    columns = [target.c[name] for name in names]
+    return insert(target).values(
+        {c: _as_stored(bindparam(c.name, type_=_wire_type(c)), c) for c in columns}
+    )
+
+
 def _insert_unnested(target: Table, names: Sequence[str]) -> PostgresInsert:
     columns = [target.c[name] for name in names]
     rows = (
@@ -178,21 +248,33 @@ def _insert_unnested(target: Table, names: Sequence[str]) -> PostgresInsert:
         .table_valued(*[column(c.name, _wire_type(c)) for c in columns])
         .render_derived(name="rows")
     )
-    return insert(target).from_select(names, select(*[_as_stored(rows, c) for c in columns]))
+    return insert(target).from_select(
+        names, select(*[_as_stored(_or_default(rows.c[c.name], c.name), c) for c in columns])
+    )
 
 
 def _wire_type(stored: Column[Any]) -> TypeEngine[Any]:
     return Text() if isinstance(stored.type, JSONB) else stored.type
 
 
-def _as_stored(rows: TableValuedAlias, stored: Column[Any]) -> ColumnElement[Any]:
-    value: ColumnElement[Any] = rows.c[stored.name]
+def _or_default(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
+    return func.coalesce(value, _DEFAULTS[name][1]) if name in _DEFAULTS else value
+
+
+def _as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
     return cast(value, JSONB) if isinstance(stored.type, JSONB) else value
 
 
 def _readable(source: Table, names: Sequence[str]) -> list[ColumnElement[Any]]:
     columns = [source.c[name] for name in names]
     return [cast(c, Text).label(c.name) if isinstance(c.type, JSONB) else c for c in columns]
+
+
+def _locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:
+    # In the order in which upserts lock their rows, Python's: else the two could deadlock.
+    task_id = source.c.task_id
+    order = task_id if isinstance(task_id.type, Uuid) else collate(task_id, "C")
+    return select(task_id).where(condition).order_by(order).with_for_update(of=source)
 
 
 def _is_asked_for(source: Table) -> ColumnElement[bool]:

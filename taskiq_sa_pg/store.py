@@ -1,17 +1,20 @@
 """The session layer: runs statements on an AsyncEngine that it owns or borrows."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from sqlalchemy import Executable, Row
+from sqlalchemy import Executable, NullPool
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskiq_sa_pg.engines import DsnSource, make_engine, parse_dsn
+from taskiq_sa_pg.connections import Connections
+from taskiq_sa_pg.engines import DsnSource, check_dsn, make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, StorageError
+
+DEFAULT_MAX_CONNECTIONS: Final = 4
 
 # What a person can do about an SQLSTATE.
 # https://www.postgresql.org/docs/18/errcodes-appendix.html
@@ -42,14 +45,29 @@ class Store:
         *,
         engine: AsyncEngine | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
+        max_connections: int = DEFAULT_MAX_CONNECTIONS,
+        listen_dsn: DsnSource | None = None,
     ) -> None:
         _check_source(dsn, engine, engine_kwargs)
+        if listen_dsn is not None:
+            check_dsn(listen_dsn)
+        if max_connections < 1:
+            raise ConfigurationError(f"max_connections must be 1 or more, not {max_connections}")
         self._dsn = dsn
         self._borrowed = engine
         self._engine_kwargs = dict(engine_kwargs or {})
+        self._max_connections = max_connections
+        self._listen_dsn = listen_dsn
         self._engine: AsyncEngine | None = None
+        self._connections: Connections | None = None
+        self._errors: tuple[type[Exception], ...] = ()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._disposal: AsyncGenerator[None, None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is open, on this event loop."""
+        return self._engine is not None and self._loop is asyncio.get_running_loop()
 
     async def open(self) -> bool:
         """Gets the engine ready, unless it is; nothing connects yet.
@@ -60,47 +78,57 @@ class Store:
         Raises:
             ConfigurationError: The engine cannot be made with these arguments.
         """
-        loop = asyncio.get_running_loop()
-        if self._engine is not None and self._loop is loop:
+        if self.is_open:
             return False
-        engine = self._borrowed
-        if engine is None:
-            assert self._dsn is not None
-            engine = make_engine(self._dsn, **self._engine_kwargs)
-            self._disposal = _disposing(engine)
+        if self._connections is not None:
+            self._connections.abandon()
+        is_owned = self._borrowed is None
+        engine = self._borrowed or self._make_engine()
+        # Others wait for a borrowed engine's connections: each goes back after its statement.
+        connections = Connections(engine, self._max_connections, keep=is_owned)
+        if is_owned:
+            self._disposal = _disposing(engine, connections)
             await anext(self._disposal)
-        self._engine, self._loop = engine, loop
+        self._engine, self._connections = engine, connections
+        self._loop = asyncio.get_running_loop()
+        self._errors = _errors_of(engine)
         return True
 
     async def close(self) -> None:
         """Disposes the engine if it is owned; repeated calls do nothing."""
         engine, self._engine = self._engine, None
+        connections, self._connections = self._connections, None
         disposal, self._disposal = self._disposal, None
-        if engine is None or disposal is None:
+        if engine is None or connections is None:
             return
-        if self._loop is asyncio.get_running_loop():
+        if self._loop is not asyncio.get_running_loop():
+            # Connections of another loop cannot be closed here; the garbage collector has them.
+            connections.abandon()
+            if disposal is not None:
+                await engine.dispose(close=False)
+        elif disposal is not None:
             await disposal.aclose()
         else:
-            # Connections of another loop cannot be closed here; the garbage collector has them.
-            await engine.dispose(close=False)
+            await connections.close()
 
     async def fetch(
         self, statement: Executable, parameters: Mapping[str, Any], purpose: str
-    ) -> Sequence[Row[Any]]:
+    ) -> Sequence[Any]:
         """Runs one statement in AUTOCOMMIT, which is one round trip, and returns its rows.
 
         Args:
-            statement: What to run.
-            parameters: Its parameters.
+            statement: What to run. It is compiled once, so it must be an object that lasts.
+            parameters: Its parameters, all of them.
             purpose: What errors say could not be done: "store the result of ...".
 
         Raises:
             NotStartedError: The store is not open.
             StorageError: PostgreSQL refused the statement or could not be reached.
         """
-        async with self._connect("AUTOCOMMIT", purpose) as connection:
-            result = await connection.execute(statement, parameters)
-            return result.all() if result.returns_rows else ()
+        try:
+            return await self._running(purpose).fetch(statement, parameters)
+        except self._errors as exc:
+            raise StorageError(*_described(exc, purpose)) from exc
 
     @asynccontextmanager
     async def transaction(self, purpose: str) -> AsyncIterator[AsyncConnection]:
@@ -110,21 +138,48 @@ class Store:
             NotStartedError: The store is not open.
             StorageError: PostgreSQL refused a statement or could not be reached.
         """
-        # READ COMMITTED explicitly: the engine's own default may be AUTOCOMMIT.
-        async with self._connect("READ COMMITTED", purpose) as connection, connection.begin():
-            yield connection
+        try:
+            async with self._running(purpose).transaction() as connection:
+                yield connection
+        except self._errors as exc:
+            raise StorageError(*_described(exc, purpose)) from exc
 
     @asynccontextmanager
-    async def _connect(self, isolation_level: str, purpose: str) -> AsyncIterator[AsyncConnection]:
-        engine = self._engine
-        if engine is None:
+    async def listening(self) -> AsyncIterator[Any]:
+        """A connection of the driver's own, outside of every pool; closed at the end.
+
+        It leads to listen_dsn where there is one.
+
+        Raises:
+            NotStartedError: The store is not open.
+            StorageError: PostgreSQL could not be reached.
+        """
+        purpose = "listen for notifications"
+        connections, engine = self._running(purpose), None
+        if self._listen_dsn is not None:
+            engine = make_engine(self._listen_dsn, poolclass=NullPool)
+            connections = Connections(engine, 1, keep=False)
+        errors = self._errors if engine is None else _errors_of(engine)
+        try:
+            async with connections.detached() as connection:
+                yield connection
+        except errors as exc:
+            raise StorageError(*_described(exc, purpose)) from exc
+        finally:
+            if engine is not None:
+                await engine.dispose()
+
+    def _make_engine(self) -> AsyncEngine:
+        assert self._dsn is not None
+        return make_engine(self._dsn, **self._engine_kwargs)
+
+    def _running(self, purpose: str) -> Connections:
+        if self._connections is None:
             raise NotStartedError(
                 f"cannot {purpose}: the result backend is not started. Call "
                 "`await broker.startup()` (or the backend's own startup()) first"
             )
-        with _translated(purpose, _driver_errors(engine)):
-            async with engine.connect() as connection:
-                yield await _at_isolation_level(connection, isolation_level)
+        return self._connections
 
 
 def _check_source(
@@ -135,8 +190,8 @@ def _check_source(
             "give either dsn= (the backend makes an engine of its own) or engine= (it uses "
             "yours and never disposes it)"
         )
-    if dsn is not None and not callable(dsn):
-        parse_dsn(dsn)
+    if dsn is not None:
+        check_dsn(dsn)
     if engine is None:
         return
     if not isinstance(engine, AsyncEngine):
@@ -155,55 +210,38 @@ def _check_source(
         )
 
 
-async def _at_isolation_level(connection: AsyncConnection, level: str) -> AsyncConnection:
-    # SQLAlchemy sets it back as the connection returns to the pool, so a borrowed engine's other
-    # users never meet it. It would not after a cancellation in the middle, and where the engine
-    # sets the level as it connects (engine.execution_options), it would lose the connection.
-    try:
-        return await connection.execution_options(isolation_level=level)
-    except BaseException:
-        await connection.invalidate()
-        raise
-
-
-async def _disposing(engine: AsyncEngine) -> AsyncGenerator[None, None]:
+async def _disposing(engine: AsyncEngine, connections: Connections) -> AsyncGenerator[None, None]:
     # asyncio.run() and its like close the async generators of their event loop before the loop
     # itself, so connections that nobody shut down are closed while they still can be.
     try:
         yield
     finally:
+        await connections.close()
         await engine.dispose()
 
 
-def _driver_errors(engine: AsyncEngine) -> tuple[type[Exception], ...]:
-    # SQLAlchemy 2.0 lets asyncpg's own errors through where it cannot connect.
-    asyncpg = getattr(engine.dialect.dbapi, "asyncpg", None)
-    if asyncpg is None:
-        return (DBAPIError,)
-    return (
-        DBAPIError,
-        asyncpg.PostgresError,
-        asyncpg.InterfaceError,
-        asyncpg.InternalClientError,
-    )
+def _errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
+    errors: tuple[type[Exception], ...] = (DBAPIError, PoolTimeoutError, OSError)
+    # The driver's own where SQLAlchemy is not asked to execute, and in 2.0 where it cannot connect.
+    dbapi: Any = engine.dialect.dbapi
+    asyncpg = getattr(dbapi, "asyncpg", None)
+    if asyncpg is not None:
+        return *errors, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError
+    return *errors, dbapi.Error
 
 
-@contextmanager
-def _translated(purpose: str, driver_errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    try:
-        yield
-    except driver_errors as exc:
-        sqlstate = sqlstate_of(exc)
-        remedy = _REMEDIES.get(sqlstate or "")
-        said = reason_of(exc) + (f" ({sqlstate})" if sqlstate else "")
-        text = f"cannot {purpose}: {said}" + (f"; {remedy}" if remedy else "")
-        raise StorageError(text, sqlstate) from exc
-    except PoolTimeoutError as exc:
-        raise StorageError(f"cannot {purpose}: no connection came free: {exc}", None) from exc
-    except OSError as exc:
+def _described(exc: Exception, purpose: str) -> tuple[str, str | None]:
+    """The text and the SQLSTATE of a StorageError."""
+    if isinstance(exc, PoolTimeoutError):
+        return f"cannot {purpose}: no connection came free: {exc}", None
+    if isinstance(exc, OSError):
         # asyncpg raises it bare where no server answers; a timeout has no text.
         said = str(exc) or type(exc).__name__
-        raise StorageError(f"cannot {purpose}: no connection to PostgreSQL: {said}", None) from exc
+        return f"cannot {purpose}: no connection to PostgreSQL: {said}", None
+    sqlstate = sqlstate_of(exc)
+    remedy = _REMEDIES.get(sqlstate or "")
+    said = reason_of(exc) + (f" ({sqlstate})" if sqlstate else "")
+    return f"cannot {purpose}: {said}" + (f"; {remedy}" if remedy else ""), sqlstate
 
 
 def sqlstate_of(error: Exception) -> str | None:

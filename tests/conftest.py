@@ -99,11 +99,32 @@ def engine_of(backend: SQLAlchemyResultBackend[Any]) -> AsyncEngine:
     return engine
 
 
-def assert_nothing_checked_out(engine: AsyncEngine) -> None:
-    """No connection of the pool is in use; of a NullPool none is known."""
+def assert_nothing_checked_out(engine: AsyncEngine, kept: int = 0) -> None:
+    """No connection of the pool is in use, but for those kept; of a NullPool none is known."""
     if isinstance(engine.pool, NullPool):
         return
-    assert engine.pool.checkedout() == 0, engine.pool.status()  # type: ignore[attr-defined]
+    assert engine.pool.checkedout() == kept, engine.pool.status()  # type: ignore[attr-defined]
+
+
+def assert_nothing_in_use(backend: SQLAlchemyResultBackend[Any]) -> None:
+    """Nothing runs, and only connections of the backend's own engine are kept for the next."""
+    connections = backend._store._connections
+    assert connections is not None
+    assert connections.kept == 0 or backend._store._borrowed is None
+    assert_nothing_checked_out(engine_of(backend), connections.kept)
+
+
+async def assert_comes_to_rest(backend: SQLAlchemyResultBackend[Any]) -> None:
+    """Nothing is left in use once the statements in the background, such as NOTIFY, are over."""
+
+    async def is_at_rest() -> bool:
+        try:
+            assert_nothing_in_use(backend)
+        except AssertionError:
+            return False
+        return True
+
+    await eventually(is_at_rest)
 
 
 BackendFactory = Callable[..., Any]
@@ -126,5 +147,5 @@ async def start_backend(database: Database) -> AsyncIterator[BackendFactory]:
     yield start
     for backend in started:
         if backend._store._engine is not None:
-            assert_nothing_checked_out(backend._store._engine)
+            await assert_comes_to_rest(backend)
         await backend.shutdown()

@@ -326,7 +326,7 @@ async def test_an_id_that_no_column_holds_is_refused_before_any_statement(
 
 async def test_one_id_where_several_are_expected_is_refused() -> None:
     backend = Backend("postgresql://")
-    with pytest.raises(TypeError, match=r"several ids, not one str"):
+    with pytest.raises(TypeError, match=r"several tasks, not one str"):
         await backend.get_results("order-42")
 
 

@@ -12,13 +12,7 @@ from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import ResultDecodeError, ResultIsMissingError, SQLAlchemyResultBackend
 from taskiq_sa_pg.engines import make_engine
-from tests.conftest import (
-    BackendFactory,
-    Database,
-    assert_nothing_checked_out,
-    engine_of,
-    eventually,
-)
+from tests.conftest import BackendFactory, Database, assert_comes_to_rest, eventually
 
 Backend = SQLAlchemyResultBackend[Any]
 
@@ -231,10 +225,10 @@ async def turns_of_the_loop(number: int) -> None:
 
 
 async def assert_at_rest(backend: Backend, database: Database) -> None:
-    """No connection is checked out, and no session has a transaction open."""
+    """No connection is in use, and no session has a transaction open."""
 
     async def is_at_rest() -> bool:
         return set(await database.sessions("once")) <= {"idle"}
 
     await eventually(is_at_rest)
-    assert_nothing_checked_out(engine_of(backend))
+    await assert_comes_to_rest(backend)

@@ -1,11 +1,12 @@
 """Checked by the type checker and never run: the public API as its users write it."""
 
-from typing import assert_type
+from typing import Any, assert_type
 
 from sqlalchemy import URL, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped
-from taskiq import InMemoryBroker, TaskiqResult
+from taskiq import AsyncTaskiqTask, InMemoryBroker, TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.serializers import JSONSerializer
 
 from taskiq_sa_pg import (
@@ -34,6 +35,8 @@ class Progress(ProgressMixin, Base):
 def arguments(engine: AsyncEngine) -> None:
     SQLAlchemyResultBackend[int]("postgresql://", True, "results", "Text", JSONSerializer())
     SQLAlchemyResultBackend[int](lambda: URL.create("postgresql"), pool_size=3)
+    SQLAlchemyResultBackend[int]("postgresql://", notify=False, max_connections=2)
+    SQLAlchemyResultBackend[int](engine=engine, listen_dsn=lambda: URL.create("postgresql"))
     SQLAlchemyResultBackend[int](engine=engine, models=Models(Result, Progress))
     SQLAlchemyResultBackend[int](engine=engine, field_for_payload="Json")  # type: ignore[arg-type]  # no such type
     InMemoryBroker().with_result_backend(SQLAlchemyResultBackend("postgresql://"))
@@ -45,6 +48,21 @@ async def reading(backend: SQLAlchemyResultBackend[int], session: AsyncSession) 
     assert_type(await backend.is_result_ready("id"), bool)
     models = build_models("results", metadata=Base.metadata)
     await session.scalars(select(models.Result.task_name).where(models.Result.is_err))
+
+
+async def waiting(backend: SQLAlchemyResultBackend[int], task: AsyncTaskiqTask[str]) -> None:
+    assert_type(await backend.wait_result("id", timeout=1), TaskiqResult[int])
+    assert_type(await backend.wait_result(task), TaskiqResult[str])
+    assert_type(await backend.wait_results(["id"], 1), list[TaskiqResult[int]])
+    assert_type(await backend.wait_results([task]), list[TaskiqResult[str]])
+    assert_type(await backend.wait_results([task, "id"]), list[TaskiqResult[Any]])
+    async for one, result in backend.as_completed([task]):
+        assert_type(one, AsyncTaskiqTask[str])
+        assert_type(result, TaskiqResult[str])
+    async for task_id, _ in backend.as_completed(["id"]):
+        assert_type(task_id, str)
+    async for progress in backend.watch_progress(task, timeout=1):
+        assert_type(progress, TaskProgress[Any])
 
 
 def errors(error: StorageError) -> None:

@@ -42,6 +42,11 @@ def borrowed_engine() -> Any:
         ({"engine": borrowed_engine(), "pool_size": 3, "echo": True}, "echo, pool_size: .*dsn="),
         ({"dsn": DSN, "check_schema": "maybe"}, '"error", "warn" or "off", not \'maybe\''),
         ({"dsn": DSN, "check_schema": True}, "check_schema"),
+        ({"dsn": DSN, "max_connections": 0}, "max_connections must be 1 or more, not 0"),
+        ({"engine": borrowed_engine(), "max_connections": -1}, "max_connections .* not -1"),
+        ({"dsn": DSN, "listen_dsn": 7}, "dsn must be a str"),
+        ({"dsn": DSN, "listen_dsn": "postgresql://user:hunter2/d"}, "cannot|percent-encoded"),
+        ({"dsn": DSN, "listen_dsn": DSN, "notify": False}, "listen_dsn is for notify=True"),
         ({"dsn": DSN, "table_name": ""}, "table_name must not be empty"),
         ({"dsn": DSN, "table_name": "t" * 60}, "derived from table_name"),
         ({"dsn": DSN, "schema": "s\x00"}, "schema"),
@@ -140,7 +145,7 @@ async def test_before_startup_every_method_says_so(
     method: str, arguments: tuple[Any, ...], keep_results: bool
 ) -> None:
     backend = Backend(DSN, keep_results)
-    with pytest.raises(NotStartedError, match=r"'t'.*not started.*startup\(\)"):
+    with pytest.raises(NotStartedError, match=r"not started.*startup\(\)"):
         await getattr(backend, method)(*arguments)
 
 

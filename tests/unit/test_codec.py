@@ -26,9 +26,6 @@ from taskiq.serializers import (
 
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.config import TableConfig
-from taskiq_sa_pg.exceptions import (
-    InvalidTaskIdError,
-)
 from taskiq_sa_pg.statements import ResultRow, StoredProgress, StoredResult
 
 BYTEA, JSONB = TableConfig("jobs"), TableConfig("jobs", field_for_payload="Jsonb")
@@ -247,14 +244,6 @@ def test_the_log_is_left_out_unless_asked_for() -> None:
 def test_a_log_that_postgresql_cannot_hold_is_escaped() -> None:
     read = through(CODECS["pickle"], result_of(1, log="a\x00b\ud800"), with_logs=True)
     assert read.log == "a\\x00b\\ud800"
-
-
-def test_a_uuid_column_takes_uuids_only() -> None:
-    codec = Codec(TableConfig("jobs", field_for_task_id="Uuid"))
-    task_id = str(UUID(int=5))
-    assert codec.encode_result(task_id, result_of(1)).task_id == UUID(int=5)
-    with pytest.raises(InvalidTaskIdError, match="t1"):
-        codec.encode_result("t1", result_of(1))
 
 
 @every_codec

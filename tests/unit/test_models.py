@@ -19,7 +19,7 @@ from taskiq_sa_pg import (
     TableConfig,
     build_models,
 )
-from taskiq_sa_pg.statements import build_statements, describe_tables
+from taskiq_sa_pg.statements import Statements, Upsert, build_statements, describe_tables
 
 CONVENTION = {"pk": "pk_%(table_name)s", "ix": "ix_%(column_0_label)s"}
 
@@ -57,7 +57,17 @@ def ddl(models: Models) -> list[str]:
 
 
 def statements(models: Models) -> list[str]:
-    return [*map(compiled, build_statements(models)), compiled(describe_tables(models.config))]
+    built = each(build_statements(models))
+    return [*map(compiled, built), compiled(describe_tables(models.config))]
+
+
+def each(statements: Statements) -> list[Any]:
+    """Both shapes of those that have two."""
+    return [
+        statement
+        for one_or_two in statements
+        for statement in (one_or_two if isinstance(one_or_two, Upsert) else (one_or_two,))
+    ]
 
 
 def quoted(name: str) -> str:
@@ -98,7 +108,10 @@ def test_nothing_of_a_name_stands_unquoted_in_any_sql(name: str, schema: str | N
 @pytest.mark.parametrize("name", ["results", "user", "Order", "select"])
 def test_names_are_quoted_even_where_todays_postgresql_needs_no_quotes(name: str) -> None:
     models = build_models(name, schema="app")
-    for statement in build_statements(models):
+    built = build_statements(models)
+    for statement in each(built):
+        if statement is built.notify:  # of no table
+            continue
         assert f'"app"."{name}' in compiled(statement)
 
 

@@ -1,0 +1,1 @@
+"""The speed of taskiq_sa_pg beside taskiq-postgres and bare asyncpg: `make bench`."""

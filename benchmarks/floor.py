@@ -1,0 +1,90 @@
+"""The floor: bare asyncpg doing set_result's database work, without encoding anything."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import asyncpg
+from asyncpg.prepared_stmt import PreparedStatement
+from sqlalchemy import Insert
+from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
+
+from benchmarks.contenders import make_result
+from taskiq_sa_pg import Models, SQLAlchemyResultBackend
+from taskiq_sa_pg.codec import Codec
+from taskiq_sa_pg.statements import ResultRow, upsert_results
+
+PREPARED: Final = "one prepared upsert a call"
+BATCHES: Final = "batches of 500 through unnest"
+ROWS_PER_BATCH: Final = 500
+BATCH_CALLERS: Final = 2
+_PREPARED_CONNECTIONS: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Statements that are prepared on connections of their own; callers queue for them."""
+
+    codec: Codec
+    upserts: asyncio.LifoQueue[PreparedStatement]
+    batch_upserts: asyncio.LifoQueue[PreparedStatement]
+
+    def encode(self, return_value: str) -> ResultRow:
+        return self.codec.encode_result("", make_result(return_value))
+
+    async def upsert(self, row: ResultRow, task_id: str) -> None:
+        await _fetch(self.upserts, task_id, *row[1:])
+
+    async def upsert_batch(self, columns: Sequence[Sequence[Any]], task_ids: list[str]) -> None:
+        await _fetch(self.batch_upserts, task_ids, *columns)
+
+
+def as_columns(row: ResultRow) -> list[list[Any]]:
+    """A batch of this row, without its task ids: twelve full arrays."""
+    return [[value] * ROWS_PER_BATCH for value in row[1:]]
+
+
+@asynccontextmanager
+async def open_floor(dsn: str) -> AsyncIterator[Floor]:
+    models = await _make_tables(dsn)
+    statements = upsert_results(models)
+    async with AsyncExitStack() as stack:
+        yield Floor(
+            Codec(models.config),
+            await _prepare(stack, dsn, statements.one, _PREPARED_CONNECTIONS),
+            await _prepare(stack, dsn, statements.many, BATCH_CALLERS),
+        )
+
+
+async def _make_tables(dsn: str) -> Models:
+    backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
+        dsn, table_name="floor_results", run_migrations=True
+    )
+    await backend.startup()
+    await backend.shutdown()
+    return backend.models
+
+
+async def _prepare(
+    stack: AsyncExitStack, dsn: str, statement: Insert, connections: int
+) -> asyncio.LifoQueue[PreparedStatement]:
+    dialect = asyncpg_dialect.dialect()  # type: ignore[no-untyped-call]
+    compiled = statement.compile(dialect=dialect)
+    assert compiled.positiontup == list(ResultRow._fields)
+    # A lone caller stays on one connection: taking turns among several would cost time.
+    prepared: asyncio.LifoQueue[PreparedStatement] = asyncio.LifoQueue()
+    for _ in range(connections):
+        connection = await asyncpg.connect(dsn)
+        stack.push_async_callback(connection.close)
+        prepared.put_nowait(await connection.prepare(str(compiled)))
+    return prepared
+
+
+async def _fetch(free: asyncio.LifoQueue[PreparedStatement], *arguments: Any) -> None:
+    statement = await free.get()
+    try:
+        await statement.fetch(*arguments)
+    finally:
+        free.put_nowait(statement)

@@ -1,0 +1,289 @@
+"""Group commit: many concurrent calls become few statements.
+
+A call that finds a lane free is flushed at once, together with those of the same turn of the event
+loop; calls that come while all lanes are busy gather and go with the next flush. There is no timer:
+a lone call waits for nobody, and a busy backend sends ever larger batches.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
+from itertools import islice
+from operator import attrgetter
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from taskiq_sa_pg.exceptions import NotStartedError, ResultDecodeError, StorageError
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Item = TypeVar("_Item")
+_Row = TypeVar("_Row")
+_Answer = TypeVar("_Answer")
+
+MAX_ROWS: Final = 500
+MAX_BYTES: Final = 8_000_000
+
+# From this many keys on a batch leaves some of them to the lanes that are free: the client then
+# encodes the one while the server stores the other. Below, a second statement costs more.
+_MIN_SHARED: Final = 32
+
+# Classes of SQLSTATE that blame a row: a refused batch is worth trying in parts. "P0" are the
+# errors of triggers. https://www.postgresql.org/docs/18/errcodes-appendix.html
+_BLAMING_A_ROW: Final = frozenset({"21", "22", "23", "27", "44", "54", "P0"})
+
+
+class _Call(NamedTuple):
+    """A caller, and what it brought."""
+
+    item: Any
+    rank: int
+    future: "asyncio.Future[Any]"
+
+    @property
+    def is_over(self) -> bool:
+        return self.future.done()
+
+
+class Entry(Generic[_Row]):
+    """The calls for one key, and the row that stands for them in a flush."""
+
+    __slots__ = ("calls", "chosen", "row", "size")
+
+    row: _Row
+    size: int
+    chosen: _Call  # the one whose row it is
+
+    def __init__(self, call: _Call) -> None:
+        self.calls = [call]
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a caller is still there."""
+        return any(not call.is_over for call in self.calls)
+
+
+class Batcher(Generic[_Key, _Item, _Row, _Answer]):
+    """Gathers calls by key and flushes them in batches.
+
+    A call returns when its batch has been flushed. Calls for the same key in one batch are flushed
+    as one: the last of the highest rank. Two flushes at the same time never hold the same key, so
+    later calls for a key are flushed later. A call that is cancelled before its flush is left out;
+    no cancellation reaches a flush.
+
+    Where a flush fails and the error blames a row, the batch is halved until the guilty row stands
+    alone: its caller gets the error, or an earlier call for the same key has its turn.
+
+    Args:
+        flush: Carries out a batch, of which it gets the entries by key, and returns the answers
+            by key; where there is none, the callers get None.
+        encode: Makes an item into a row; only those that are flushed. What it raises, the
+            caller gets.
+        size: The bytes of a row.
+        rank: The rank of an item.
+        max_rows: The most keys in a batch.
+        lanes: The most flushes at a time.
+        is_shared: Whether all callers of a key get its answer; else the first alone gets it, and
+            the others None.
+    """
+
+    def __init__(
+        self,
+        flush: Callable[[Mapping[_Key, Entry[_Row]]], Awaitable[Mapping[_Key, _Answer]]],
+        *,
+        encode: Callable[[_Item], _Row],
+        size: Callable[[_Row], int] = lambda _: 0,
+        rank: Callable[[_Item], int] = lambda _: 0,
+        max_rows: int = MAX_ROWS,
+        lanes: int = 2,
+        is_shared: bool = True,
+    ) -> None:
+        self._flush = flush
+        self._encode = encode
+        self._size = size
+        self._rank = rank
+        self._max_rows = max_rows
+        self._max_lanes = lanes
+        self._is_shared = is_shared
+        self._pending: OrderedDict[_Key, Entry[_Row]] = OrderedDict()
+        self._in_flight: set[_Key] = set()
+        # Calls for keys in flight; they join those pending when that flush is over.
+        self._held: dict[_Key, Entry[_Row]] = {}
+        self._lanes: set[asyncio.Task[None]] = set()
+        self._starting: asyncio.Task[None] | None = None
+        # Of the caller that flushes its own call.
+        self._alone: list[asyncio.Future[Any]] = []
+        # Whether calls come one by one, as far as the last batch can tell.
+        self._is_quiet = True
+        self._loop = asyncio.get_running_loop()
+        self._is_closed = False
+
+    async def submit(self, key: _Key, item: _Item) -> _Answer | None:
+        """The answer for the key, once the item has been flushed.
+
+        Raises:
+            NotStartedError: After close().
+        """
+        if self._is_closed:
+            raise NotStartedError("the result backend was shut down: call startup() again")
+        future: asyncio.Future[_Answer | None] = self._loop.create_future()
+        call = _Call(item, self._rank(item), future)
+        if self._is_quiet and not self._in_flight and not self._pending:
+            await self._flush_alone(key, call)
+            return future.result()
+        entries = self._held if key in self._in_flight else self._pending
+        entry = entries.get(key)
+        if entry is None:
+            entries[key] = Entry(call)
+        else:
+            entry.calls.append(call)
+        self._start_lane()
+        return await future
+
+    async def close(self) -> None:
+        """Refuses further calls, and returns when all earlier ones have been flushed."""
+        self._is_closed = True
+        while self._pending or self._lanes or self._alone:
+            self._start_lane()
+            await asyncio.wait([*self._lanes, *self._alone])
+
+    async def _flush_alone(self, key: _Key, call: _Call) -> None:
+        # In the caller's own task, which spares two turns of the event loop and touches nobody
+        # else when it is cancelled.
+        entry: Entry[_Row] = Entry(call)
+        if not self._prepare(entry):
+            return
+        batch = {key: entry}
+        self._in_flight.add(key)
+        self._alone.append(call.future)
+        try:
+            await self._settle(batch)
+        finally:
+            self._alone.clear()
+            self._conclude(batch)
+            self._start_lane()
+
+    def _start_lane(self) -> None:
+        # One at a time: it may find little to do, once the calls of this turn are all there.
+        busy = len(self._lanes) + len(self._alone)
+        if self._starting is None and self._pending and busy < self._max_lanes:
+            self._starting = lane = self._loop.create_task(self._run_lane())
+            self._lanes.add(lane)
+            lane.add_done_callback(self._end_lane)
+
+    def _end_lane(self, lane: asyncio.Task[None]) -> None:
+        self._lanes.discard(lane)
+        if self._starting is lane:  # cancelled before it ran
+            self._starting = None
+        self._start_lane()  # one that was cancelled leaves calls behind
+
+    async def _run_lane(self) -> None:
+        lane, self._starting = self._starting, None
+        assert lane is not None
+        try:
+            while batch := self._next_batch():
+                self._start_lane()
+                try:
+                    await self._settle(batch)
+                finally:
+                    self._conclude(batch)
+        finally:
+            # Not left to the callback, which comes a turn later: a call may come before it.
+            self._end_lane(lane)
+
+    def _next_batch(self) -> dict[_Key, Entry[_Row]]:
+        pending, limit = self._pending, self._max_rows
+        if len(pending) >= _MIN_SHARED:
+            free_lanes = self._max_lanes - len(self._lanes) - len(self._alone) + 1
+            limit = min(limit, -(-len(pending) // free_lanes))
+        batch: dict[_Key, Entry[_Row]] = {}
+        room = MAX_BYTES
+        while pending and len(batch) < limit:
+            key, entry = pending.popitem(last=False)
+            if not self._prepare(entry):
+                continue
+            room -= entry.size
+            if room < 0 and batch:
+                pending[key] = entry
+                pending.move_to_end(key, last=False)
+                break
+            batch[key] = entry
+        self._in_flight.update(batch)
+        if batch:
+            self._is_quiet = len(batch) == 1
+        return batch
+
+    def _prepare(self, entry: Entry[_Row]) -> bool:
+        """Chooses a call and encodes its row; False where no caller is left."""
+        while calls := [call for call in entry.calls if not call.future.done()]:
+            entry.calls = calls
+            entry.chosen = calls[0]
+            if len(calls) > 1:
+                entry.chosen = max(reversed(calls), key=attrgetter("rank"))
+            try:
+                entry.row = self._encode(entry.chosen.item)
+                entry.size = self._size(entry.row)
+            except Exception as exc:  # noqa: BLE001 - it is the caller's
+                entry.chosen.future.set_exception(exc)
+            else:
+                return True
+        return False
+
+    async def _settle(self, batch: dict[_Key, Entry[_Row]]) -> None:
+        while batch:
+            try:
+                answers = await self._flush(batch)
+            except Exception as exc:  # noqa: BLE001 - it is the callers'
+                if not _blames_a_row(exc):
+                    _fail((call for entry in batch.values() for call in entry.calls), exc)
+                    return
+                if len(batch) > 1:
+                    for half in _halves(batch):
+                        await self._settle(half)
+                    return
+                [entry] = batch.values()
+                _fail([entry.chosen], exc)
+                if not self._prepare(entry):
+                    return
+            else:
+                self._answer(batch, answers)
+                return
+
+    def _answer(
+        self,
+        batch: dict[_Key, Entry[_Row]],
+        answers: Mapping[_Key, _Answer],
+    ) -> None:
+        for key, entry in batch.items():
+            answer = answers.get(key)
+            for call in entry.calls:
+                if not call.future.done():
+                    call.future.set_result(answer)
+                    if not self._is_shared:
+                        answer = None
+
+    def _conclude(self, batch: dict[_Key, Entry[_Row]]) -> None:
+        self._in_flight.difference_update(batch)
+        for entry in batch.values():
+            for call in entry.calls:
+                call.future.cancel()  # those without an answer: the flush itself was cancelled
+        if self._held:
+            for key in batch:
+                if key in self._held:
+                    self._pending[key] = self._held.pop(key)
+
+
+def _blames_a_row(exc: Exception) -> bool:
+    if isinstance(exc, StorageError):
+        return (exc.sqlstate or "")[:2] in _BLAMING_A_ROW
+    return isinstance(exc, ResultDecodeError)
+
+
+def _fail(calls: Iterable[_Call], exc: Exception) -> None:
+    for call in calls:
+        if not call.is_over:
+            call.future.set_exception(exc)
+
+
+def _halves(batch: dict[_Key, Any]) -> Iterator[dict[_Key, Any]]:
+    middle = len(batch) // 2
+    yield dict(islice(batch.items(), middle))
+    yield dict(islice(batch.items(), middle, None))

@@ -1,0 +1,277 @@
+"""The connections that statements run on: few, kept between statements, close to the driver.
+
+The engine's pool hands them out, opens and closes them. What costs as much as a small statement is
+left out where nobody can notice: the way through the pool for every statement, and SQLAlchemy's
+execution where the driver is asyncpg and nothing listens to the engine.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Dialect, Executable, QueuePool
+from sqlalchemy.engine.interfaces import IsolationLevel
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+# Afterwards the pool's own care, such as pool_recycle and pool_pre_ping, has its turn.
+_MAX_SECONDS_KEPT: Final = 5.0
+
+# A server that does not answer would keep us for as long as it likes.
+_MAX_SECONDS_TO_CLOSE: Final = 2.0
+
+_STATEMENT_EVENTS: Final = (
+    "before_execute",
+    "after_execute",
+    "before_cursor_execute",
+    "after_cursor_execute",
+)
+
+
+class Connections:
+    """A bounded number of an engine's connections, each for one statement or transaction at a time.
+
+    Whoever comes when all are in use waits, first come first served.
+
+    Args:
+        engine: Where they come from.
+        limit: How many at once; no more than the places of the engine's pool.
+        keep: Whether a connection stays checked out after its statement, for 5 s in all. Others
+            who use the same pool might have to wait for it.
+    """
+
+    def __init__(self, engine: AsyncEngine, limit: int, *, keep: bool) -> None:
+        self._engine = engine
+        self._keep = keep
+        self._slots = asyncio.Semaphore(min(limit, _size_of_pool(engine) or limit))
+        self._kept: list[_Connection] = []
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._texts: dict[Executable, _Text] = {}
+
+    @property
+    def kept(self) -> int:
+        """How many are checked out although nothing runs on them."""
+        return len(self._kept)
+
+    async def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
+        """The rows of a statement in AUTOCOMMIT; all of its parameters must be given."""
+        async with self._slots:
+            connection = await self._checkout()
+            try:
+                rows = await connection.fetch(statement, parameters)
+            except BaseException as exc:
+                # Whoever is cancelled a second time must not keep it from going back.
+                await asyncio.shield(self._close(connection, connection.is_unusable_after(exc)))
+                raise
+            if self._keep and not connection.is_old:
+                self._kept.append(connection)
+                if self._sweeper is None:
+                    self._schedule_sweep()
+            else:
+                await asyncio.shield(self._close(connection))
+            return rows
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A connection in one transaction: committed at the end, rolled back by an exception."""
+        async with self._slots:
+            await self._make_room()
+            async with self._engine.connect() as connection:
+                await _open_driver_of(connection)
+                # Explicitly: the engine's own default may be AUTOCOMMIT.
+                await _set_isolation_level(connection, "READ COMMITTED")
+                async with connection.begin():
+                    yield connection
+
+    @asynccontextmanager
+    async def detached(self) -> AsyncIterator[Any]:
+        """A connection of the driver's own that the pool no longer knows; closed at the end."""
+        async with AsyncExitStack() as stack:
+            async with self._slots:
+                await self._make_room()
+                connection = await stack.enter_async_context(self._engine.connect())
+                driver = await _open_driver_of(connection)
+                await _set_isolation_level(connection, "AUTOCOMMIT")
+                assert connection.sync_connection is not None
+                connection.sync_connection.detach()
+            try:
+                yield driver
+            finally:
+                # SQLAlchemy would not close it for psycopg, and roll back even where it is lost.
+                await connection.invalidate()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_MAX_SECONDS_TO_CLOSE):
+                        await driver.close()
+
+    async def close(self) -> None:
+        """Gives the kept connections back to the pool."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        while self._kept:
+            await self._kept.pop().close()
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def abandon(self) -> None:
+        """Leaves the kept connections to the garbage collector, because their loop has ended."""
+        while self._kept:
+            self._kept.pop().abandon()
+
+    async def _make_room(self) -> None:
+        # So that all of ours together stay within the limit, and the pool has a place.
+        if self._kept:
+            await asyncio.shield(self._close(self._kept.pop()))
+
+    async def _checkout(self) -> "_Connection":
+        while self._kept:
+            connection = self._kept.pop()
+            if not connection.is_closed:
+                return connection
+            await asyncio.shield(self._close(connection, invalidate=True))
+        return await _check_out(self._engine, self._texts)
+
+    def _schedule_sweep(self) -> None:
+        self._sweeper = asyncio.get_running_loop().call_later(_MAX_SECONDS_KEPT, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        for connection in [connection for connection in self._kept if connection.is_old]:
+            self._kept.remove(connection)
+            _ = self._close(connection)
+        if self._kept:
+            self._schedule_sweep()
+
+    def _close(self, connection: "_Connection", invalidate: bool = False) -> asyncio.Task[None]:
+        # In a task of its own: SQLAlchemy loses a place of the pool when it is cancelled in this.
+        closing = asyncio.create_task(connection.close(invalidate))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        return closing
+
+
+class _Connection:
+    """A connection in AUTOCOMMIT."""
+
+    def __init__(
+        self, connection: AsyncConnection, driver: Any, texts: "dict[Executable, _Text] | None"
+    ) -> None:
+        self._connection = connection
+        self._driver = driver
+        self._texts = texts
+        self._expires_at = asyncio.get_running_loop().time() + _MAX_SECONDS_KEPT
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the server or the driver has closed it."""
+        return _is_closed(self._driver)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it has been checked out for long enough."""
+        return asyncio.get_running_loop().time() >= self._expires_at
+
+    def is_unusable_after(self, exc: BaseException) -> bool:
+        """Whether nobody must use it again. What SQLAlchemy executes, it judges itself."""
+        # Only after an error of the server's own is it sure that nothing is left to be read.
+        return self._texts is not None and (self.is_closed or not hasattr(exc, "sqlstate"))
+
+    async def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
+        """The rows of a statement whose parameters are all given."""
+        if self._texts is None:
+            result = await self._connection.execute(statement, parameters)
+            return result.all() if result.returns_rows else ()
+        compiled = self._texts.get(statement)
+        if compiled is None:
+            compiled = self._texts[statement] = _compile(statement, self._connection.dialect)
+        try:
+            values = [parameters[name] for name in compiled.names]
+        except KeyError:
+            # The default of a column of the user's own, which SQLAlchemy works out.
+            await _set_isolation_level(self._connection, "AUTOCOMMIT")
+            self._texts = None
+            return await self.fetch(statement, parameters)
+        rows: Sequence[Any] = await self._driver.fetch(compiled.text, *values)
+        return rows
+
+    async def close(self, invalidate: bool = False) -> None:
+        """Gives it back to the pool, which may have to forget the driver's connection."""
+        if invalidate:
+            await self._connection.invalidate()
+        await self._connection.close()
+
+    def abandon(self) -> None:
+        """Makes the pool forget it, which would otherwise complain that it never came back."""
+        assert self._connection.sync_connection is not None
+        self._connection.sync_connection.detach()
+
+
+class _Text(NamedTuple):
+    """A compiled statement, and the names of its parameters in their order."""
+
+    text: str
+    names: Sequence[str]
+
+
+def _compile(statement: Executable, dialect: Dialect) -> _Text:
+    compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+    return _Text(compiled.string, compiled.positiontup)
+
+
+async def _check_out(engine: AsyncEngine, texts: dict[Executable, _Text]) -> _Connection:
+    connection = await engine.connect()
+    try:
+        driver = await _open_driver_of(connection)
+        if _is_unobserved_asyncpg(engine) and not driver.is_in_transaction():
+            return _Connection(connection, driver, texts)
+        await _set_isolation_level(connection, "AUTOCOMMIT")
+    except BaseException:
+        await connection.close()
+        raise
+    return _Connection(connection, driver, None)
+
+
+async def _set_isolation_level(connection: AsyncConnection, level: IsolationLevel) -> None:
+    # SQLAlchemy sets it back as the connection returns to the pool, so a borrowed engine's other
+    # users never meet it. It would not after a cancellation in the middle, and where the engine
+    # sets the level as it connects (engine.execution_options), it would lose the connection.
+    try:
+        _ = await connection.execution_options(isolation_level=level)
+    except BaseException:
+        await connection.invalidate()
+        raise
+
+
+async def _open_driver_of(connection: AsyncConnection) -> Any:
+    driver = await _driver_of(connection)
+    while _is_closed(driver):  # by the server, while it was in the pool
+        await connection.invalidate()
+        driver = await _driver_of(connection)
+    return driver
+
+
+async def _driver_of(connection: AsyncConnection) -> Any:
+    return (await connection.get_raw_connection()).driver_connection
+
+
+def _is_closed(driver: Any) -> bool:
+    # asyncpg's is a method, psycopg's a property.
+    return bool(driver.is_closed() if hasattr(driver, "is_closed") else driver.closed)
+
+
+def _is_unobserved_asyncpg(engine: AsyncEngine) -> bool:
+    sync_engine = engine.sync_engine
+    return (
+        engine.dialect.driver == "asyncpg"
+        and not sync_engine.logger.isEnabledFor(logging.INFO)  # echo=True, too
+        and "schema_translate_map" not in sync_engine.get_execution_options()
+        and not any(getattr(sync_engine.dispatch, name) for name in _STATEMENT_EVENTS)
+    )
+
+
+def _size_of_pool(engine: AsyncEngine) -> int | None:
+    """How many connections a pool keeps; None or 0 where it sets no bound."""
+    pool = engine.pool
+    return pool.size() if isinstance(pool, QueuePool) else None

@@ -1,0 +1,224 @@
+"""The operations on one pair of tables, gathered: what is asked for at once shares a statement."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from taskiq import TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg.batching import Batcher, Entry
+from taskiq_sa_pg.codec import Codec, attempt_of
+from taskiq_sa_pg.exceptions import StorageError
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.notifications import Notifier
+from taskiq_sa_pg.statements import (
+    MAX_IDS_PER_READ,
+    ProgressRow,
+    ResultRow,
+    StoredProgress,
+    StoredResult,
+    build_statements,
+)
+from taskiq_sa_pg.store import Store
+
+_T = TypeVar("_T")
+
+
+class Operations:
+    """Stores and reads through batchers; made for one event loop.
+
+    Task ids come as the column has them, beside those that were given, which errors name.
+
+    Args:
+        store: Where the statements run.
+        codec: How values become rows.
+        models: The tables.
+        notifier: Told of what was committed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        codec: Codec,
+        models: Models,
+        notifier: Notifier | None,
+    ) -> None:
+        self._store = store
+        self._codec = codec
+        self._statements = build_statements(models)
+        self._table = models.config.qualified_name
+        self._config = models.config
+        self._notifier = notifier
+        self._results: Batcher[Any, tuple[Any, TaskiqResult[Any]], ResultRow, None] = Batcher(
+            self._store_results,
+            encode=lambda item: codec.encode_result(*item),
+            size=_size_of,
+            rank=lambda item: attempt_of(item[1].labels),
+        )
+        self._progress: Batcher[Any, tuple[Any, TaskProgress[Any]], ProgressRow, None] = Batcher(
+            self._store_progress,
+            encode=lambda item: codec.encode_progress(*item),
+            size=lambda row: len(row.meta or ""),
+        )
+        self._ready: Batcher[Any, str, str, bool] = _reader(self._find_ready)
+        self._results_read: Batcher[Any, str, str, StoredResult] = _reader(self._read_results)
+        self._results_taken: Batcher[Any, str, str, TaskiqResult[Any]] = _reader(
+            self._take_results, is_shared=False
+        )
+        self._progress_read: Batcher[Any, str, str, StoredProgress] = _reader(self._read_progress)
+
+    async def close(self) -> None:
+        """Refuses further calls, and returns when those before have been answered."""
+        await asyncio.gather(
+            *[
+                batcher.close()
+                for batcher in (
+                    *(self._results, self._progress, self._ready),
+                    *(self._results_read, self._results_taken, self._progress_read),
+                )
+            ]
+        )
+
+    async def set_result(self, column_id: Any, task_id: str, result: TaskiqResult[Any]) -> None:
+        """Stores a result."""
+        await _naming(task_id, self._results.submit(column_id, (column_id, result)))
+
+    async def set_progress(self, column_id: Any, task_id: str, progress: TaskProgress[Any]) -> None:
+        """Stores progress."""
+        await _naming(task_id, self._progress.submit(column_id, (column_id, progress)))
+
+    async def is_ready(self, column_id: Any, task_id: str) -> bool:
+        """Whether there is a result."""
+        return bool(await _naming(task_id, self._ready.submit(column_id, task_id)))
+
+    async def read(self, column_id: Any, task_id: str) -> StoredResult | None:
+        """The row of a result."""
+        return await _naming(task_id, self._results_read.submit(column_id, task_id))
+
+    async def take(self, column_id: Any, task_id: str) -> TaskiqResult[Any] | None:
+        """A result with its log, deleted as it was read; of several callers one gets it."""
+        return await _naming(task_id, self._results_taken.submit(column_id, task_id))
+
+    async def read_progress(self, column_id: Any, task_id: str) -> StoredProgress | None:
+        """The row of a progress."""
+        return await _naming(task_id, self._progress_read.submit(column_id, task_id))
+
+    async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
+        rows = [entry.row for entry in batch.values()]
+        await self._store.fetch(
+            *self._statements.upsert_results.of(rows),
+            f"store its result in table {self._table}",
+        )
+        if self._notifier is not None:
+            self._notifier.announce(self._config.results_channel, batch)
+        return {}
+
+    async def _store_progress(self, batch: Mapping[Any, Entry[ProgressRow]]) -> Mapping[Any, None]:
+        rows = [entry.row for entry in batch.values()]
+        await self._store.fetch(
+            *self._statements.upsert_progress.of(rows),
+            f"store its progress in table {self._table}_progress",
+        )
+        if self._notifier is not None:
+            self._notifier.announce(self._config.progress_channel, batch)
+        return {}
+
+    async def find_ready(self, column_ids: Iterable[Any]) -> set[Any]:
+        """Those of the tasks that have a result, in one statement however many there are."""
+        rows = await self._store.fetch(
+            self._statements.select_ready,
+            {"task_ids": list(column_ids)},
+            f"look for results in table {self._table}",
+        )
+        return {column_id for (column_id,) in rows}
+
+    async def _find_ready(self, batch: Mapping[Any, Entry[str]]) -> Mapping[Any, bool]:
+        return dict.fromkeys(await self.find_ready(batch), True)
+
+    async def read_all(self, column_ids: Iterable[Any]) -> dict[Any, StoredResult]:
+        """The rows of results, by id, in one statement for every 200 ids."""
+        rows: dict[Any, StoredResult] = {}
+        for asked in _slices(list(column_ids)):
+            found = await self._store.fetch(
+                self._statements.select_results,
+                {"task_ids": asked},
+                f"read results in table {self._table}",
+            )
+            rows.update((row[0], StoredResult._make(row)) for row in found)
+        return rows
+
+    async def take_all(self, task_ids: Mapping[Any, str]) -> dict[Any, TaskiqResult[Any]]:
+        """Results with their logs, by id as the column has it, deleted as they were read.
+
+        All or, where one of them cannot be read back, none: it is one transaction.
+        """
+        return await self._take(task_ids, lambda _: True)
+
+    async def _take_results(
+        self, batch: Mapping[Any, Entry[str]]
+    ) -> Mapping[Any, TaskiqResult[Any]]:
+        task_ids = {column_id: entry.row for column_id, entry in batch.items()}
+        return await self._take(task_ids, lambda column_id: batch[column_id].is_wanted)
+
+    async def _take(
+        self, task_ids: Mapping[Any, str], is_wanted: Callable[[Any], bool]
+    ) -> dict[Any, TaskiqResult[Any]]:
+        while asked := [column_id for column_id in task_ids if is_wanted(column_id)]:
+            async with self._store.transaction(
+                f"take results from table {self._table}"
+            ) as connection:
+                results: dict[Any, TaskiqResult[Any]] = {}
+                for some in _slices(asked):
+                    taken = await connection.execute(
+                        self._statements.take_results, {"task_ids": some}
+                    )
+                    # Before the commit: what cannot be decoded is not deleted.
+                    for row in map(StoredResult._make, taken.all()):
+                        results[row.task_id] = self._codec.decode_result(
+                            task_ids[row.task_id], row, with_logs=True
+                        )
+                if all(map(is_wanted, results)):
+                    return results
+                # A caller went away meanwhile: its result stays for another.
+                await connection.rollback()
+        return {}
+
+    async def _read_results(self, batch: Mapping[Any, Entry[str]]) -> Mapping[Any, StoredResult]:
+        return await self.read_all(batch)
+
+    async def _read_progress(self, batch: Mapping[Any, Entry[str]]) -> Mapping[Any, StoredProgress]:
+        rows = await self._store.fetch(
+            self._statements.select_progress,
+            {"task_ids": list(batch)},
+            f"read its progress in table {self._table}_progress",
+        )
+        return {row[0]: StoredProgress._make(row) for row in rows}
+
+
+def _reader(
+    flush: Callable[[Mapping[Any, Entry[str]]], Awaitable[Mapping[Any, _T]]],
+    *,
+    is_shared: bool = True,
+) -> Batcher[Any, str, str, _T]:
+    return Batcher(flush, encode=str, max_rows=MAX_IDS_PER_READ, is_shared=is_shared)
+
+
+async def _naming(task_id: str, answer: Awaitable[_T]) -> _T:
+    try:
+        return await answer
+    except StorageError as exc:
+        # Those of one batch share the error, and each is about another task.
+        raise StorageError(f"task {task_id!r}: {exc}", exc.sqlstate) from exc.__cause__
+
+
+def _size_of(row: ResultRow) -> int:
+    size = len(row.return_value) + len(row.labels)
+    if row.error is None and row.log is None:
+        return size
+    return size + sum(map(len, filter(None, (row.error, row.traceback, row.log))))
+
+
+def _slices(column_ids: list[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(column_ids), MAX_IDS_PER_READ):
+        yield column_ids[start : start + MAX_IDS_PER_READ]

@@ -1,0 +1,91 @@
+"""Fixtures of the tests of connections and of waiting."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import get_args
+
+import pytest
+
+from taskiq_sa_pg.config import TaskIdField
+from taskiq_sa_pg.waiting import Waiting
+from tests.conftest import Database
+from tests.integration.stores import Checkouts, Stores, address
+from tests.integration.waiters import Backend, Backends, table_of
+
+
+@pytest.fixture(scope="module")
+def waiting_tables(server_dsn: str) -> Iterator[Database]:
+    """A schema with a table for every kind of task id."""
+    database = Database(server_dsn, f"test_{uuid.uuid4().hex}")
+
+    async def make() -> None:
+        await database.fetch(f"CREATE SCHEMA {database.schema}")
+        for kind in get_args(TaskIdField):
+            backend = Backend(
+                database.dsn,
+                table_name=table_of(database, kind),
+                field_for_task_id=kind,
+                run_migrations=True,
+            )
+            await backend.startup()
+            await backend.shutdown()
+
+    asyncio.run(make())
+    yield database
+    asyncio.run(database.fetch(f"DROP SCHEMA {database.schema} CASCADE"))
+
+
+@pytest.fixture
+async def backends(
+    waiting_tables: Database, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[Backends]:
+    """Starts backends; at the end nobody waits, no session is left and no callback has failed."""
+    backends = Backends(waiting_tables)
+    yield backends
+    await backends.close()
+    errors = [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
+    # asyncpg 0.30 leaves a future of its own behind where it is closed in mid-statement.
+    assert [text for text in errors if "ConnectionDoesNotExistError" not in text] == []
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+def each_driver(request: pytest.FixtureRequest, backends: Backends) -> Backends:
+    """The same with each driver."""
+    backends.driver = request.param
+    return backends
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at regular times: what wakes a waiter is a notification."""
+
+    async def see_nothing(_: Waiting) -> None: ...
+
+    monkeypatch.setattr(Waiting, "_look", see_nothing)
+
+
+@pytest.fixture
+def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notifications are lost, though the listener believes that it hears: who is woken, looks."""
+    monkeypatch.setattr(Waiting, "_hear", lambda *_: None)
+    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 0.05)
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+def dsn(request: pytest.FixtureRequest, database: Database) -> str:
+    """An address, for each driver, whose sessions are called `ours`."""
+    return address(database, request.param)
+
+
+@pytest.fixture
+def checkouts() -> Checkouts:
+    return Checkouts()
+
+
+@pytest.fixture
+async def stores(dsn: str) -> AsyncIterator[Stores]:
+    stores = Stores(dsn)
+    yield stores
+    await stores.close()

@@ -1,0 +1,106 @@
+"""Stores, and what the tests of their connections ask about them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
+from taskiq import TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg import (
+    SQLAlchemyResultBackend,
+)
+from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.store import Store
+from tests.conftest import (
+    Database,
+    eventually,
+)
+
+Backend = SQLAlchemyResultBackend[Any]
+
+SESSION = sa.select(sa.func.pg_backend_pid())
+FAILING = sa.select(sa.literal_column("1 / 0"))
+
+PROGRESS: TaskProgress[Any] = TaskProgress(state="running", meta=None)
+
+
+def result_of(value: Any) -> TaskiqResult[Any]:
+    return TaskiqResult(is_err=False, return_value=value, execution_time=0.1)
+
+
+def address(database: Database, driver: str, application_name: str = "ours") -> str:
+    dsn = database.dsn if driver == "asyncpg" else database.psycopg_dsn
+    return f"{dsn}&application_name={application_name}"
+
+
+class Checkouts:
+    """Counts how often and how many connections are checked out of a pool."""
+
+    def __init__(self) -> None:
+        self.total = self.current = self.most = 0
+
+    @property
+    def pool_events(self) -> list[tuple[Callable[..., None], str]]:
+        """For create_async_engine()."""
+        return [(self._note_checkout, "checkout"), (self._note_checkin, "checkin")]
+
+    def _note_checkout(self, *_: Any) -> None:
+        self.total += 1
+        self.current += 1
+        self.most = max(self.most, self.current)
+
+    def _note_checkin(self, *_: Any) -> None:
+        self.current -= 1
+
+
+class Stores:
+    """Opens stores on engines of their own and on engines of an application's."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self._opened: list[Store] = []
+        self._engines: list[AsyncEngine] = []
+
+    async def open(self, owner: str = "owned", **arguments: Any) -> Store:
+        """A store; the arguments that it does not know are for the engine."""
+        known = {"max_connections", "listen_dsn"}
+        own = {name: arguments.pop(name) for name in known & arguments.keys()}
+        if owner == "owned":
+            store = Store(self.dsn, engine_kwargs=arguments, **own)
+        else:
+            self._engines.append(make_engine(self.dsn, **arguments))
+            store = Store(engine=self._engines[-1], **own)
+        await store.open()
+        self._opened.append(store)
+        return store
+
+    async def close(self) -> None:
+        """Closes them all."""
+        for store in self._opened:
+            await store.close()
+        for engine in self._engines:
+            await engine.dispose()
+
+
+each_owner = pytest.mark.parametrize("owner", ["owned", "borrowed"])
+
+
+async def session_of(store: Store) -> int:
+    """The server's session that a statement runs in."""
+    [(session,)] = await store.fetch(SESSION, {}, "ask")
+    return int(session)
+
+
+def engine_in(store: Store) -> AsyncEngine:
+    assert store._engine is not None
+    return store._engine
+
+
+async def assert_disconnected(database: Database, application_name: str = "ours") -> None:
+    async def is_disconnected() -> bool:
+        return await database.sessions(application_name) == []
+
+    await eventually(is_disconnected)

@@ -1,0 +1,278 @@
+"""What becomes of connections that are closed, cancelled, listened on or left behind."""
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.pool import NullPool
+
+from taskiq_sa_pg import (
+    StorageError,
+)
+from taskiq_sa_pg.listener import end
+from taskiq_sa_pg.store import Store
+from tests.conftest import (
+    Database,
+    assert_nothing_checked_out,
+    eventually,
+)
+from tests.integration.stores import (
+    SESSION,
+    Stores,
+    address,
+    assert_disconnected,
+    each_owner,
+    engine_in,
+    session_of,
+)
+
+
+async def terminate(database: Database) -> None:
+    """Has the server close all our sessions, and waits until it did."""
+    await database.fetch(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'ours'"
+    )
+    await assert_disconnected(database)
+
+
+async def transact(store: Store) -> int:
+    async with store.transaction("ask") as connection:
+        return int((await connection.execute(SESSION)).scalar_one())
+
+
+@each_owner
+@pytest.mark.parametrize("run", [session_of, transact], ids=["statement", "transaction"])
+async def test_a_connection_that_the_server_has_closed_is_not_used(
+    run: Callable[[Store], Awaitable[int]], owner: str, database: Database
+) -> None:
+    """Which asyncpg notices by itself, be it kept or in the pool."""
+    stores = Stores(address(database, "asyncpg"))
+    store = await stores.open(owner)
+    for _ in range(3):
+        await asyncio.gather(*[session_of(store) for _ in range(10)])
+        before = await database.fetch(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'ours'"
+        )
+        assert len(before) == 4
+        await terminate(database)
+        for _ in range(5):
+            assert await run(store) not in {row["pid"] for row in before}
+    await stores.close()
+
+
+@each_owner
+async def test_psycopg_notices_by_one_failed_statement_that_the_server_has_closed_it(
+    owner: str, database: Database
+) -> None:
+    stores = Stores(address(database, "psycopg"))
+    store = await stores.open(owner)
+    await session_of(store)
+    await terminate(database)
+    with pytest.raises(StorageError, match=r"terminating connection|closed"):
+        await session_of(store)
+    await session_of(store)
+    await stores.close()
+
+
+@each_owner
+@pytest.mark.parametrize("run", [session_of, transact], ids=["statement", "transaction"])
+async def test_a_cancelled_call_leaves_no_connection_in_use(
+    run: Callable[[Store], Awaitable[int]],
+    owner: str,
+    stores: Stores,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # psycopg then gives way to the event loop in every call, and not only when it is busy.
+    monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", 0, raising=False)
+    store = await stores.open(owner, pool_size=1, pool_timeout=1)
+    was_cancelled = set()
+    for turns in range(60):
+        calling = asyncio.ensure_future(run(store))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        calling.cancel()
+        [outcome] = await asyncio.gather(calling, return_exceptions=True)
+        assert isinstance(outcome, int | asyncio.CancelledError), outcome
+        was_cancelled.add(isinstance(outcome, asyncio.CancelledError))
+        assert await session_of(store)
+    assert True in was_cancelled
+    connections = store._connections
+    assert connections is not None
+
+    async def is_idle() -> bool:
+        return set(await database.sessions("ours")) <= {"idle"}
+
+    await eventually(is_idle)
+    assert_nothing_checked_out(engine_in(store), connections.kept)
+    pool = engine_in(store).pool
+    await store.close()
+    assert pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+@each_owner
+async def test_who_is_cancelled_while_a_statement_runs_ends_it(
+    owner: str, stores: Stores, database: Database
+) -> None:
+    store = await stores.open(owner, pool_size=1, pool_timeout=5)
+    waiting = sa.select(sa.cast(sa.func.pg_sleep(600), sa.Text))
+    for _ in range(3):
+        calling = asyncio.create_task(store.fetch(waiting, {}, "wait"))
+
+        async def is_running() -> bool:
+            return await database.sessions("ours") == ["active"]
+
+        await eventually(is_running)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        assert await session_of(store)
+
+        async def is_over() -> bool:
+            return "active" not in await database.sessions("ours")
+
+        await eventually(is_over)
+
+
+@each_owner
+async def test_listening_takes_no_place_of_the_pool(
+    owner: str, stores: Stores, database: Database
+) -> None:
+    store = await stores.open(owner, pool_size=1, pool_timeout=0.5)
+    await session_of(store)
+    async with store.listening() as one, store.listening() as other:
+        await asyncio.gather(
+            *[call for _ in range(5) for call in (session_of(store), transact(store))]
+        )
+        assert len({id(one), id(other)}) == 2
+        assert len(await database.sessions("ours")) == 3
+    await assert_only_the_pools_sessions(store, database)
+
+
+async def assert_only_the_pools_sessions(store: Store, database: Database) -> None:
+    async def is_one_left() -> bool:
+        return await database.sessions("ours") == ["idle"]
+
+    await eventually(is_one_left)
+    assert await session_of(store)
+
+
+@each_owner
+@pytest.mark.parametrize("end", ["cancelled", "failed", "lost"])
+async def test_a_listening_connection_is_closed_whatever_ends_it(
+    end: str, owner: str, stores: Stores, database: Database
+) -> None:
+    store = await stores.open(owner, pool_size=1)
+    is_listening = asyncio.Event()
+    is_to_fail = asyncio.Event()
+
+    async def listen() -> None:
+        async with store.listening():
+            is_listening.set()
+            await is_to_fail.wait()
+            raise ZeroDivisionError
+
+    listening = asyncio.create_task(listen())
+    await is_listening.wait()
+    await session_of(store)
+    assert len(await database.sessions("ours")) == 2
+    if end == "cancelled":
+        listening.cancel()
+    if end == "lost":
+        await terminate(database)
+    is_to_fail.set()
+    expected = asyncio.CancelledError if end == "cancelled" else ZeroDivisionError
+    with pytest.raises(expected):
+        await listening
+    if end == "lost":
+        with suppress(StorageError):  # psycopg notices by a failure
+            await session_of(store)
+    await session_of(store)
+    await assert_only_the_pools_sessions(store, database)
+
+
+async def test_who_is_cancelled_on_the_way_to_listen_leaves_no_connection(
+    stores: Stores, database: Database
+) -> None:
+    store = await stores.open("borrowed", pool_size=1, pool_timeout=1)
+
+    async def listen() -> None:
+        async with store.listening():
+            await asyncio.Event().wait()
+
+    for turns in range(60):
+        listening = asyncio.create_task(listen())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await end(listening)
+        assert listening.cancelled()
+        assert_nothing_checked_out(engine_in(store))
+    await session_of(store)
+    del listening
+    gc.collect()  # psycopg leaves a connection whose opening is cancelled to it
+    await assert_only_the_pools_sessions(store, database)
+
+
+@each_owner
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_listening_leads_to_its_own_address(
+    driver: str, owner: str, stores: Stores, database: Database
+) -> None:
+    """With its own driver, too."""
+    store = await stores.open(owner, listen_dsn=address(database, driver, "listening"))
+    async with store.listening() as connection:
+        assert type(connection).__module__.startswith(driver)
+        assert len(await database.sessions("listening")) == 1
+        assert await database.sessions("ours") == []
+        await session_of(store)
+    await assert_disconnected(database, "listening")
+
+
+async def test_an_address_that_nobody_answers_at_is_a_storage_error(
+    stores: Stores, database: Database
+) -> None:
+    store = await stores.open(listen_dsn=database.dsn.replace("host=/", "host=/no/such/"))
+    with pytest.raises(StorageError, match=r"cannot listen for notifications: .*No such file"):
+        async with store.listening():
+            pass
+
+
+@pytest.fixture
+def loops_end(database: Database) -> Iterator[None]:
+    """The end of a test without an event loop of its own: no session is left."""
+    yield
+    asyncio.run(assert_disconnected(database))
+
+
+@pytest.mark.usefixtures("loops_end")
+def test_an_event_loop_that_ends_without_a_shutdown_leaves_no_session(
+    dsn: str, database: Database
+) -> None:
+    """Neither of what was kept, nor of what was running or listening."""
+
+    async def run() -> None:
+        store = Store(dsn)
+        await store.open()
+        listening = store.listening()
+        await listening.__aenter__()
+        await asyncio.gather(*[session_of(store) for _ in range(10)])
+        waiting = sa.select(sa.cast(sa.func.pg_sleep(600), sa.Text))
+        running = asyncio.create_task(store.fetch(waiting, {}, "wait"))
+
+        async def is_running() -> bool:
+            return "active" in await database.sessions("ours")
+
+        await eventually(is_running)
+        assert len(await database.sessions("ours")) == 5
+        assert not running.done()
+
+    asyncio.run(run())
+
+
+async def test_a_null_pools_connections_are_closed(stores: Stores, database: Database) -> None:
+    store = await stores.open("borrowed", poolclass=NullPool, max_connections=2)
+    await asyncio.gather(*[session_of(store) for _ in range(10)])
+    await assert_disconnected(database)

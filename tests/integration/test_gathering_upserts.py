@@ -1,0 +1,248 @@
+"""A row is stored as it is whether alone or among others, and batches never deadlock."""
+
+import asyncio
+import itertools
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, get_args
+
+import asyncpg
+import pytest
+from taskiq import TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.config import PayloadField, TaskIdField
+from taskiq_sa_pg.statements import ProgressRow, ResultRow, Upsert, build_statements
+from tests.conftest import BackendFactory, Database, eventually
+
+Backend = SQLAlchemyResultBackend[Any]
+
+
+class Kind(NamedTuple):
+    """The types of a table, and who serves it."""
+
+    task_id: TaskIdField
+    payload: PayloadField
+    driver: str
+
+    def __str__(self) -> str:
+        return "-".join(self)
+
+
+KINDS = [
+    Kind(task_id, payload, driver)
+    for task_id in get_args(TaskIdField)
+    for payload in get_args(PayloadField)
+    for driver in ("asyncpg", "psycopg")
+]
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    kind: Kind = request.param
+    return kind
+
+
+@pytest.fixture
+async def backend(kind: Kind, database: Database, start_backend: BackendFactory) -> Backend:
+    """A backend on tables of this kind."""
+    backend: Backend = await start_backend(
+        database.dsn if kind.driver == "asyncpg" else database.psycopg_dsn,
+        field_for_task_id=kind.task_id,
+        field_for_payload=kind.payload,
+    )
+    return backend
+
+
+def with_or_without(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of values and None."""
+    choices = [(value, None) for value in values.values()]
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*choices)]
+
+
+def new_ids(kind: Kind, number: int) -> list[Any]:
+    """Task ids as the column has them, in no order."""
+    ids = [uuid.uuid4() for _ in range(number)]
+    return ids if kind.task_id == "Uuid" else [f"ü,{{}}\"'\\ NULL {i}" for i in ids]
+
+
+def payload(kind: Kind, text: str) -> bytes | str:
+    return text if kind.payload == "Jsonb" else text.encode() + b"\x00\xff"
+
+
+def result_rows(kind: Kind) -> list[ResultRow]:
+    """A row for every combination of NULLs, with what most rows have in the others and without."""
+    optional = {
+        "error": payload(kind, '{"a": [null, "ü\\\\"]}'),
+        "error_type": "builtins.ValueError",
+        "traceback": "line\n\t{1,2} \"quoted\" 'ü' \\",
+        "log": "",
+        "task_name": "NULL",
+        "expires_at": datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
+    }
+    return [
+        ResultRow(
+            task_id=None,
+            is_err=i % 2 == 1,
+            return_value=payload(kind, f'{{"value": {i}}}'),
+            execution_time=i + 0.1,
+            labels=f'{{"label": "{i} \\\\ ü {{}}"}}' if i & 2 else "{}",
+            attempt=i if i & 4 else 0,
+            **values,
+        )
+        for i, values in enumerate(with_or_without(optional))
+    ]
+
+
+def progress_rows(kind: Kind) -> list[ProgressRow]:
+    meta = {"meta": payload(kind, '["ü", {}, null]')}
+    return [ProgressRow(task_id=None, state="{NULL}", **v) for v in with_or_without(meta)]
+
+
+async def stored_rows(database: Database, table: str) -> dict[Any, tuple[Any, ...]]:
+    """The rows by task id, without the times at which they were stored."""
+    rows = await database.fetch(f"SELECT * FROM {table}")
+    times = {"task_id", "finished_at", "updated_at"}
+    return {
+        row["task_id"]: tuple(value for name, value in row.items() if name not in times)
+        for row in rows
+    }
+
+
+async def store(backend: Backend, upsert: Upsert, rows: Sequence[Any]) -> None:
+    await backend._store.fetch(*upsert.of(rows), "store rows")
+
+
+@pytest.mark.parametrize("what", ["results", "progress"])
+async def test_a_row_is_stored_as_alone_among_others(
+    what: str, kind: Kind, backend: Backend, database: Database
+) -> None:
+    """Whichever of its columns are NULL, and whichever are in all the others."""
+    statements = build_statements(backend.models)
+    if what == "results":
+        rows: Sequence[Any] = result_rows(kind)
+        upsert, table = statements.upsert_results, "taskiq_results"
+    else:
+        rows = progress_rows(kind)
+        upsert, table = statements.upsert_progress, "taskiq_results_progress"
+    alone = [row._replace(task_id=i) for row, i in zip(rows, new_ids(kind, 64), strict=False)]
+    for row in alone:
+        await store(backend, upsert, [row])
+    expected = await stored_rows(database, table)
+    assert len(set(expected.values())) == len(rows)
+    mixed = [row._replace(task_id=i) for row, i in zip(rows, new_ids(kind, 64), strict=False)]
+    await store(backend, upsert, mixed)
+    found = await stored_rows(database, table)
+    assert [found[m.task_id] for m in mixed] == [expected[a.task_id] for a in alone]
+    for row in alone:
+        twins = [row._replace(task_id=i) for i in new_ids(kind, 3)]
+        await store(backend, upsert, twins)
+        found = await stored_rows(database, table)
+        assert {found[t.task_id] for t in twins} == {expected[row.task_id]}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+async def test_a_row_replaces_all_of_another(
+    size: int, kind: Kind, backend: Backend, database: Database
+) -> None:
+    statements = build_statements(backend.models)
+    [plain, *_, empty] = result_rows(kind)
+    full = plain._replace(is_err=True, labels='{"a": 1}')
+    ids = new_ids(kind, size)
+    for attempt, values in enumerate([full, empty._replace(is_err=False, labels="{}"), full]):
+        row = values._replace(attempt=attempt)
+        await store(backend, statements.upsert_results, [row._replace(task_id=i) for i in ids])
+        [reference] = new_ids(kind, 1)
+        await store(backend, statements.upsert_results, [row._replace(task_id=reference)])
+        found = await stored_rows(database, "taskiq_results")
+        assert {found[i] for i in ids} == {found[reference]}
+    earlier = [full._replace(task_id=i, attempt=1, task_name="earlier") for i in ids]
+    await store(backend, statements.upsert_results, earlier)
+    assert await stored_rows(database, "taskiq_results") == found
+
+
+async def are_waiting(database: Database, number: int) -> bool:
+    query = "SELECT wait_event_type FROM pg_stat_activity WHERE application_name LIKE 'crossing%'"
+    waits = [row["wait_event_type"] for row in await database.fetch(query)]
+    return waits.count("Lock") >= number
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+async def two(
+    request: pytest.FixtureRequest, database: Database, start_backend: BackendFactory
+) -> tuple[Backend, Backend]:
+    """Two backends on the same tables, as two processes have them, that delete what they read."""
+    dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
+    first, second = [
+        await start_backend(f"{dsn}&application_name=crossing{i}", keep_results=False, notify=False)
+        for i in range(2)
+    ]
+    return first, second
+
+
+TASK_IDS = [f"{i:03}" for i in range(200)]
+TABLES = {"set_result": "taskiq_results", "set_progress": "taskiq_results_progress"}
+
+
+async def write(backend: Backend, operation: str, task_ids: Sequence[str], value: int) -> None:
+    given: Any = TaskProgress(state="running", meta=value)
+    if operation == "set_result":
+        given = TaskiqResult(is_err=False, return_value=value, execution_time=0.1)
+    await asyncio.gather(*[getattr(backend, operation)(i, given) for i in task_ids])
+
+
+@asynccontextmanager
+async def one_locked(database: Database, operation: str) -> AsyncIterator[None]:
+    """The row in the middle, where those who come up to it wait for each other's rows."""
+    holder = await asyncpg.connect(database.dsn)
+    async with holder.transaction():
+        query = f"SELECT 1 FROM {TABLES[operation]} WHERE task_id = '100' FOR UPDATE"
+        await holder.execute(query)
+        yield
+    await holder.close()
+
+
+@pytest.mark.parametrize("operation", TABLES)
+async def test_writers_of_the_same_tasks_in_opposite_orders_never_deadlock(
+    operation: str, two: tuple[Backend, Backend], database: Database
+) -> None:
+    await write(two[0], operation, TASK_IDS, 0)
+    async with one_locked(database, operation):
+        writing = [
+            asyncio.create_task(write(two[0], operation, TASK_IDS, 1)),
+            asyncio.create_task(write(two[1], operation, TASK_IDS[::-1], 2)),
+        ]
+        await eventually(lambda: are_waiting(database, 2))
+    await asyncio.gather(*writing)
+    for value in range(10):
+        await asyncio.gather(
+            write(two[0], operation, TASK_IDS, value),
+            write(two[1], operation, TASK_IDS[::-1], value),
+        )
+    column = "return_value" if operation == "set_result" else "meta"
+    query = f"SELECT count(*), count(DISTINCT {column}) AS values FROM {TABLES[operation]}"
+    [stored] = await database.fetch(query)
+    assert (stored["count"], stored["values"]) == (200, 1)
+
+
+@pytest.mark.parametrize("operation", TABLES)
+async def test_writers_and_deleting_readers_of_the_same_tasks_never_deadlock(
+    operation: str, two: tuple[Backend, Backend], database: Database
+) -> None:
+    for task_id in reversed(TASK_IDS):  # so they are the other way round in the table
+        await write(two[0], "set_progress", [task_id], 0)
+        await write(two[0], "set_result", [task_id], 0)
+    async with one_locked(database, operation):
+        reads = [asyncio.create_task(two[0].get_result(i)) for i in TASK_IDS]
+        await eventually(lambda: are_waiting(database, 1))
+        writing = asyncio.create_task(write(two[1], operation, TASK_IDS, 1))
+        await eventually(lambda: are_waiting(database, 2))
+    await writing
+    results = await asyncio.gather(*reads)
+    # What was written after it had been read is still there.
+    read_first = {i for i, r in zip(TASK_IDS, results, strict=True) if r.return_value == 0}
+    left = await two[0].get_results(TASK_IDS)
+    assert set(left) == (read_first if operation == "set_result" else set())

@@ -1,0 +1,226 @@
+"""What is sent after a commit, as any client of PostgreSQL hears it; and what others may send."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from taskiq_sa_pg import StorageError
+from tests.conftest import eventually
+from tests.integration.waiters import (
+    SOON,
+    Backends,
+    heard_by,
+    listener_of,
+    new_id,
+    overheard,
+    progress_of,
+    result_of,
+    table_of,
+    until_healthy,
+    until_waiting,
+)
+
+Heard = list[tuple[str, str]]
+
+
+async def until_heard(heard: Heard, number: int) -> list[str]:
+    """The ids that were told, once there are so many."""
+
+    def ids() -> list[str]:
+        return [i for _, payload in heard if payload[0] == "[" for i in json.loads(payload)]
+
+    async def are_heard() -> bool:
+        return len(ids()) >= number
+
+    await eventually(are_heard)
+    return ids()
+
+
+async def test_results_and_progress_are_told_on_channels_named_after_their_tables(
+    each_driver: Backends,
+) -> None:
+    backend = await each_driver.start()
+    table = table_of(each_driver.database)
+    ids = [f"{new_id()}-ü\"'\n" for _ in range(2)]
+    async with overheard(each_driver.database, table, f"{table}_progress") as heard:
+        await backend.set_result(ids[0], result_of(1))
+        await until_heard(heard, 1)
+        await backend.set_progress(ids[1], progress_of(1))
+        await until_heard(heard, 2)
+    assert [(channel, json.loads(payload)) for channel, payload in heard] == [
+        (table, [ids[0]]),
+        (f"{table}_progress", [ids[1]]),
+    ]
+
+
+async def test_the_default_channel_is_taskiq_results(backends: Backends) -> None:
+    backend = await backends.start(table_name="taskiq_results", run_migrations=True)
+    task_id = new_id()
+    async with overheard(backends.database, "taskiq_results") as heard:
+        await backend.set_result(task_id, result_of(1))
+
+        async def is_told() -> bool:
+            return ("taskiq_results", f'["{task_id}"]') in heard
+
+        await eventually(is_told)
+
+
+async def test_uuids_are_told_in_their_usual_spelling(each_driver: Backends) -> None:
+    backend = await each_driver.start(field_for_task_id="Uuid")
+    spelling = "{A0EEBC99-9C0B4EF8BB6D6BB9BD380A11}"
+    async with overheard(each_driver.database, table_of(each_driver.database, "Uuid")) as heard:
+        await backend.set_result(spelling, result_of(1))
+        assert await until_heard(heard, 1) == ["a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"]
+
+
+async def test_many_results_share_few_notifications_and_each_is_told_once(
+    each_driver: Backends,
+) -> None:
+    backend = await each_driver.start()
+    ids = [new_id() for _ in range(1_000)]
+    async with overheard(each_driver.database, table_of(each_driver.database)) as heard:
+        await asyncio.gather(*[backend.set_result(i, result_of(1)) for i in ids])
+        assert sorted(await until_heard(heard, len(ids))) == sorted(ids)
+    assert len(heard) < 20
+
+
+async def test_what_is_told_is_committed(each_driver: Backends) -> None:
+    backend, reader = [await each_driver.start() for _ in range(2)]
+    checks: list[asyncio.Task[bool]] = []
+
+    def check(channel: str, payload: str) -> None:
+        del channel
+        checks.extend(asyncio.create_task(reader.is_result_ready(i)) for i in json.loads(payload))
+
+    async with heard_by(reader):
+        listener_of(reader)._hear = check
+        for _ in range(20):
+            await asyncio.gather(*[backend.set_result(new_id(), result_of(1)) for _ in range(5)])
+
+        async def are_all_heard() -> bool:
+            return len(checks) == 100
+
+        await eventually(are_all_heard)
+        assert set(await asyncio.gather(*checks)) == {True}
+
+
+async def test_what_is_not_stored_is_not_told(each_driver: Backends) -> None:
+    backend = await each_driver.start()
+    too_long_for_the_index = "".join(chr(0x4E00 + i) for i in range(1500))
+    task_id = new_id()
+    async with overheard(each_driver.database, table_of(each_driver.database)) as heard:
+        with pytest.raises(StorageError):
+            await backend.set_result(too_long_for_the_index, result_of(1))
+        await backend.set_result(task_id, result_of(1))
+        assert await until_heard(heard, 1) == [task_id]
+    assert len(heard) == 1
+
+
+async def test_shutdown_tells_what_was_stored(each_driver: Backends) -> None:
+    backend = await each_driver.start()
+    task_id = new_id()
+    async with overheard(each_driver.database, table_of(each_driver.database)) as heard:
+        await backend.set_result(task_id, result_of(1))
+        await backend.shutdown()
+        assert await until_heard(heard, 1) == [task_id]
+
+
+async def test_without_notify_nothing_is_told(each_driver: Backends) -> None:
+    silent = await each_driver.start(notify=False)
+    backend = await each_driver.start()
+    table = table_of(each_driver.database)
+    async with overheard(each_driver.database, table, f"{table}_progress") as heard:
+        await silent.set_result(new_id(), result_of(1))
+        await silent.set_progress(new_id(), progress_of(1))
+        await silent.shutdown()
+        # Notifications come in the order of their commits.
+        await backend.set_result("last", result_of(1))
+        assert await until_heard(heard, 1) == ["last"]
+    assert len(heard) == 1
+
+
+async def test_of_too_many_at_once_everybody_is_told_to_look(
+    each_driver: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taskiq_sa_pg.notifications._MAX_PENDING", 10)
+    backend = await each_driver.start()
+    table = table_of(each_driver.database)
+    assert backend._parts is not None
+    notifier = backend._parts.notifier
+    assert notifier is not None
+    async with overheard(each_driver.database, table) as heard:
+        notifier.announce(table, [new_id() for _ in range(11)])
+        notifier.announce(table, ["later"])
+        await notifier.close()
+        notifier.announce(table, ["last"])
+        assert await until_heard(heard, 1) == ["last"]
+    assert [payload for _, payload in heard] == ["[]", '["last"]']
+
+
+async def test_failing_to_tell_is_warned_of_and_no_error_of_the_caller(
+    each_driver: Backends, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = await each_driver.start()
+    assert backend._parts is not None
+    notifier = backend._parts.notifier
+    assert notifier is not None
+    with monkeypatch.context() as patch:
+        patch.setattr("taskiq_sa_pg.notifications.pack", lambda _: ["x" * 8_000])
+        await backend.set_result("untold", result_of(1))
+        await notifier.close()
+    assert "waiters will notice 1 results late: cannot send notifications" in caplog.text
+    async with overheard(each_driver.database, table_of(each_driver.database)) as heard:
+        await backend.set_result("told", result_of(1))
+        assert await until_heard(heard, 1) == ["told"]
+
+
+async def first_of(iterator: AsyncIterator[Any]) -> Any:
+    return await anext(iterator)
+
+
+GARBAGE = {
+    "empty": "",
+    "text": "garbage",
+    "number": "7",
+    "huge number": "9" * 7_000,
+    "null": "null",
+    "true": "true",
+    "string": '"a string"',
+    "object": '{"probe": "of somebody"}',
+    "object after a space": ' {"a": 1}',
+    "unfinished": '["a',
+    "nothing": "[]",
+    "odd items": '[null, 1e999, -0.0, NaN, {"a": []}, "\\ud800", "\\u0000"]',
+    "nested": "[" * 900 + "]" * 900,
+    "deeply nested": "[" * 3_900 + "]" * 3_900,
+    "deeply unfinished": "[" * 7_999,
+    "many": f"[{','.join(['0'] * 3_900)}]",
+    "long": f'["{"ü" * 3_900}"]',
+}
+
+
+@pytest.mark.parametrize("payload", GARBAGE.values(), ids=GARBAGE)
+async def test_whatever_anybody_sends_does_no_harm(each_driver: Backends, payload: str) -> None:
+    backend = await each_driver.start()
+    task_id = new_id()
+    table = table_of(each_driver.database)
+    waiting: list[asyncio.Task[Any]] = [
+        asyncio.create_task(backend.wait_result(task_id, timeout=SOON)),
+        asyncio.create_task(first_of(backend.watch_progress(task_id, timeout=SOON))),
+    ]
+    await until_healthy(backend)
+    await until_waiting(backend, 2)
+    [listening] = await each_driver.listening()
+    for channel in (table, f"{table}_progress"):
+        await each_driver.database.fetch("SELECT pg_notify($1, $2)", channel, payload)
+        told = json.dumps([task_id])  # and what is true by no means
+        await each_driver.database.fetch("SELECT pg_notify($1, $2)", channel, told)
+    await backend.set_progress(task_id, progress_of(7))
+    assert (await waiting[1]).meta == 7
+    await backend.set_result(task_id, result_of(7))
+    assert (await waiting[0]).return_value == 7
+    assert listener_of(backend).is_healthy
+    assert await each_driver.listening() == [listening]

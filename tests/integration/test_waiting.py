@@ -1,0 +1,313 @@
+"""wait_result(): woken by a notification, or by the regular look; by whoever it was stored."""
+
+import asyncio
+import subprocess
+import sys
+import uuid
+from typing import Any, NamedTuple
+
+import pytest
+from pydantic import BaseModel
+from taskiq import AsyncTaskiqTask
+
+from taskiq_sa_pg import InvalidTaskIdError
+from tests.conftest import eventually
+from tests.integration.waiters import (
+    SOON,
+    Backends,
+    counted_fetches,
+    insert,
+    new_id,
+    result_of,
+    table_of,
+    until_healthy,
+    until_waiting,
+    waiting_of,
+)
+
+
+class Order(BaseModel):
+    number: int
+
+
+async def test_a_result_that_is_there_comes_at_once(each_driver: Backends) -> None:
+    backend = await each_driver.start()
+    task_id = new_id()
+    await backend.set_result(task_id, result_of({"rows": [1, "ü"]}, labels={"queue": "slow"}))
+    for _ in range(2):
+        with counted_fetches() as fetches:
+            result = await backend.wait_result(task_id, timeout=0)
+        assert (result.return_value, result.labels) == ({"rows": [1, "ü"]}, {"queue": "slow"})
+        assert len([purpose for purpose in fetches if "read" in purpose]) == 1
+
+
+@pytest.mark.usefixtures("blind")
+async def test_a_notification_wakes_who_waits(each_driver: Backends) -> None:
+    waiter, worker = await each_driver.start(), await each_driver.start()
+    task_id = new_id()
+    waiting = asyncio.create_task(waiter.wait_result(task_id, timeout=SOON))
+    await until_healthy(waiter)
+    await until_waiting(waiter)
+    await worker.set_result(task_id, result_of(7))
+    assert (await waiting).return_value == 7
+
+
+@pytest.mark.parametrize("stores", ["waiter", "asyncpg", "psycopg"])
+@pytest.mark.usefixtures("blind")
+async def test_it_does_not_matter_who_stores(each_driver: Backends, stores: str) -> None:
+    waiter = await each_driver.start()
+    worker = waiter if stores == "waiter" else await each_driver.start(driver=stores)
+    task_ids = [new_id() for _ in range(50)]
+    waiting = [asyncio.create_task(waiter.wait_result(i, timeout=SOON)) for i in task_ids]
+    await until_healthy(waiter)
+    await until_waiting(waiter, 50)
+    await asyncio.gather(*[worker.set_result(i, result_of(i)) for i in task_ids])
+    assert [(await w).return_value for w in waiting] == task_ids
+
+
+class Combination(NamedTuple):
+    field_for_task_id: str
+    driver: str
+    is_borrowed: bool
+
+
+COMBINATIONS = [
+    Combination(kind, driver, is_borrowed)
+    for kind in ("VarChar", "Text", "Uuid")
+    for driver in ("asyncpg", "psycopg")
+    for is_borrowed in (False, True)
+]
+
+
+@pytest.mark.parametrize(
+    "combination",
+    COMBINATIONS,
+    ids=lambda c: f"{c.field_for_task_id}-{c.driver}-{'borrowed' if c.is_borrowed else 'owned'}",
+)
+@pytest.mark.usefixtures("blind")
+async def test_every_kind_of_table_driver_and_engine_wakes(
+    backends: Backends, combination: Combination
+) -> None:
+    backend = await backends.start(**combination._asdict())
+    task_id = new_id()
+    waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
+    await until_healthy(backend)
+    await until_waiting(backend)
+    await backend.set_result(task_id, result_of("stored"))
+    assert (await waiting).return_value == "stored"
+
+
+STORE = """
+import asyncio, sys
+from taskiq import TaskiqResult
+from taskiq_sa_pg import SQLAlchemyResultBackend
+
+async def store():
+    backend = SQLAlchemyResultBackend(sys.argv[1], table_name=sys.argv[2])
+    await backend.startup()
+    result = TaskiqResult(is_err=False, return_value="elsewhere", execution_time=0.1)
+    await backend.set_result(sys.argv[3], result)
+    await backend.shutdown()
+
+asyncio.run(store())
+"""
+
+
+@pytest.mark.usefixtures("blind")
+async def test_another_process_wakes_who_waits(backends: Backends) -> None:
+    backend = await backends.start()
+    task_id = new_id()
+    waiting = asyncio.create_task(backend.wait_result(task_id, timeout=30))
+    await until_healthy(backend)
+    await until_waiting(backend)
+    await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", STORE, backends.dsn(), table_of(backends.database), task_id],
+        check=True,
+    )
+    assert (await waiting).return_value == "elsewhere"
+
+
+ODD_IDS = {
+    "empty": "",
+    "space": " ",
+    "quotes": "a'b\"c`d\\",
+    "newlines": "one\r\ntwo\ttab\x1f\x7f\u2028",
+    "json": '["task", 1]',
+    "probe": '{"probe": "0"}',
+    "null": "null",
+    "placeholders": "%s %(task_id)s :task_id $1 {}",
+    "unicode": "Zürich-任務-🦆-\u202e-e\u0301",
+    "5000": "x" * 5_000,
+    "just-fits": "y" * 7_995,
+    "just-too-long": "z" * 7_996,
+    "100000": "ü" * 100_000,
+    "escapes": "\\" * 6_000,
+}
+
+
+@pytest.mark.parametrize("text", ODD_IDS.values(), ids=ODD_IDS)
+@pytest.mark.parametrize("kind", ["VarChar", "Text"])
+async def test_ids_of_any_content_and_length_wake(
+    backends: Backends, monkeypatch: pytest.MonkeyPatch, kind: str, text: str
+) -> None:
+    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 1000.0)
+    backend = await backends.start(field_for_task_id=kind)
+    waiting = asyncio.create_task(backend.wait_result(text, timeout=SOON))
+    await until_healthy(backend)
+    await until_waiting(backend)
+
+    async def has_looked() -> bool:
+        return not waiting_of(backend)._is_look_due.is_set()
+
+    await eventually(has_looked)
+    await backend.set_result(text, result_of(text[:10]))
+    assert (await waiting).return_value == text[:10]
+
+
+@pytest.mark.usefixtures("blind")
+async def test_all_spellings_of_a_uuid_wake(each_driver: Backends) -> None:
+    backend = await each_driver.start(field_for_task_id="Uuid")
+    task_id = uuid.uuid4()
+    spellings = [str(task_id), task_id.hex.upper(), task_id.urn, f"{{{task_id}}}"]
+    waiting = [asyncio.create_task(backend.wait_result(s, timeout=SOON)) for s in spellings]
+    await until_healthy(backend)
+    await until_waiting(backend, len(spellings))
+    await backend.set_result(task_id.hex, result_of(7))
+    assert [(await w).return_value for w in waiting] == [7] * len(spellings)
+
+
+async def test_ids_that_the_column_cannot_hold_are_refused(backends: Backends) -> None:
+    for kind, task_id in (("Uuid", "no uuid"), ("Text", "a\x00b"), ("VarChar", "\ud800")):
+        backend = await backends.start(field_for_task_id=kind)
+        with pytest.raises(InvalidTaskIdError):
+            await backend.wait_result(task_id)
+
+
+@pytest.mark.usefixtures("deaf")
+async def test_a_lost_notification_is_made_up_for_by_the_look(each_driver: Backends) -> None:
+    backend = await each_driver.start()
+    task_id = new_id()
+    waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
+    await until_healthy(backend)
+    await until_waiting(backend)
+    await backend.set_result(task_id, result_of(7))
+    assert (await waiting).return_value == 7
+
+
+@pytest.mark.parametrize("stores", ["sql", "silent"])
+async def test_what_nobody_notified_is_found_by_the_look(
+    each_driver: Backends, monkeypatch: pytest.MonkeyPatch, stores: str
+) -> None:
+    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 0.05)
+    backend = await each_driver.start()
+    task_id = new_id()
+    waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
+    await until_healthy(backend)
+    await until_waiting(backend)
+    if stores == "sql":
+        await insert(each_driver.database, task_id, "there")
+    else:
+        silent = await each_driver.start(notify=False)
+        await silent.set_result(task_id, result_of("there"))
+    assert (await waiting).return_value == "there"
+
+
+async def test_without_notifications_waiting_looks_ten_times_a_second(
+    each_driver: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 1000.0)
+    backend = await each_driver.start(notify=False)
+    task_id = new_id()
+    waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
+    await until_waiting(backend)
+    await backend.set_result(task_id, result_of(7))
+    assert (await waiting).return_value == 7
+
+
+@pytest.mark.parametrize("notify", [True, False], ids=["notify", "silent"])
+async def test_looks_that_fail_are_warned_of_once_and_made_again(
+    each_driver: Backends,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    notify: bool,
+) -> None:
+    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 0.02)
+    table = f"table_{new_id()}"
+    backend = await each_driver.start(table_name=table, run_migrations=True, notify=notify)
+    waiting = asyncio.create_task(backend.wait_result("late", timeout=SOON))
+    await until_waiting(backend)
+    await each_driver.database.fetch(f"ALTER TABLE {table} RENAME TO {table}_away")
+    with counted_fetches() as fetches:
+
+        async def have_failed() -> bool:
+            return len(fetches) >= 3
+
+        await eventually(have_failed)
+    await each_driver.database.fetch(f"ALTER TABLE {table}_away RENAME TO {table}")
+    await backend.set_result("late", result_of(7))
+    assert (await waiting).return_value == 7
+    assert caplog.text.count("those who wait for results have to wait") == 1
+
+
+async def test_a_thousand_waiters_share_one_statement_a_look(
+    each_driver: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three seconds apart, that is one statement in three seconds; five a second are allowed."""
+    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 0.05)
+    backend = await each_driver.start()
+    waiting = [asyncio.create_task(backend.wait_result(new_id())) for _ in range(1000)]
+    await until_healthy(backend)
+    await until_waiting(backend, 1000)
+    looks = 0
+    look = waiting_of(backend)._look
+
+    async def count() -> None:
+        nonlocal looks
+        await look()
+        looks += 1
+
+    monkeypatch.setattr(waiting_of(backend), "_look", count)
+    with counted_fetches() as fetches:
+
+        async def has_looked_twice() -> bool:
+            return looks == 2
+
+        await eventually(has_looked_twice)
+        assert len(fetches) <= looks + 1
+    for waiter in waiting:
+        waiter.cancel()
+    await asyncio.wait(waiting)
+
+
+async def test_a_task_gets_its_declared_return_type(backends: Backends) -> None:
+    backend = await backends.start()
+    right, wrong, failed = new_id(), new_id(), new_id()
+    await backend.set_result(right, result_of({"number": 7}))
+    await backend.set_result(wrong, result_of("no order"))
+    error = ValueError("no", 7)
+    await backend.set_result(failed, result_of(None, is_err=True, error=error))
+
+    async def wait(task_id: str, return_type: Any = Order) -> Any:
+        task: AsyncTaskiqTask[Any] = AsyncTaskiqTask(task_id, backend, return_type)
+        return await backend.wait_result(task, timeout=0)
+
+    assert (await wait(right)).return_value == Order(number=7)
+    assert (await wait(right, None)).return_value == {"number": 7}
+    assert (await backend.wait_result(right, timeout=0)).return_value == {"number": 7}
+    assert (await wait(wrong)).return_value == "no order"
+    result = await wait(failed)
+    assert (result.is_err, result.return_value, result.error.args) == (True, None, error.args)
+    with pytest.raises(ValueError, match="no"):
+        result.raise_for_error()
+
+
+@pytest.mark.parametrize("keep_results", [True, False], ids=["kept", "taken"])
+async def test_the_log_comes_only_with_logs(backends: Backends, keep_results: bool) -> None:
+    backend = await backends.start(keep_results=keep_results)
+    for with_logs, log in ((False, None), (True, "line\nline")):
+        task_id = new_id()
+        await backend.set_result(task_id, result_of(1, log="line\nline"))
+        result = await backend.wait_result(task_id, SOON, with_logs)
+        assert result.log == log
+        assert await backend.is_result_ready(task_id) is keep_results

@@ -1,0 +1,190 @@
+"""What the tests of waiting share: backends on common tables, and a look at who listens."""
+
+import asyncio
+import gc
+import pickle
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import asyncpg
+from sqlalchemy.ext.asyncio import AsyncEngine
+from taskiq import TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.listener import Listener
+from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.waiting import Waiting
+from tests.conftest import Database, assert_nothing_checked_out, eventually
+
+Backend = SQLAlchemyResultBackend[Any]
+
+# For what comes at once; a waiter that is not woken fails its test after this.
+SOON = 5.0
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
+
+
+def result_of(value: Any, **fields: Any) -> TaskiqResult[Any]:
+    return TaskiqResult(
+        **{"is_err": False, "return_value": value, "execution_time": 0.25, **fields}
+    )
+
+
+def progress_of(meta: Any) -> TaskProgress[Any]:
+    return TaskProgress(state="STARTED", meta=meta)
+
+
+def waiting_of(backend: Backend) -> Waiting:
+    assert backend._parts is not None
+    return backend._parts.waiting
+
+
+def listener_of(backend: Backend) -> Listener:
+    listener = waiting_of(backend)._listener
+    assert listener is not None
+    return listener
+
+
+async def until_healthy(backend: Backend) -> None:
+    async def is_healthy() -> bool:
+        return listener_of(backend).is_healthy
+
+    await eventually(is_healthy)
+
+
+async def until_waiting(backend: Backend, waiters: int = 1) -> None:
+    """Returns when that many subscriptions wait, and have looked."""
+
+    async def are_waiting() -> bool:
+        subscriptions = set().union(*waiting_of(backend)._subscriptions.values())
+        return len(subscriptions) == waiters and all(s._wakeup._callbacks for s in subscriptions)
+
+    await eventually(are_waiting)
+
+
+async def until_nobody_waits(backend: Backend) -> None:
+    async def nobody_waits() -> bool:
+        return not waiting_of(backend)._subscriptions
+
+    await eventually(nobody_waits)
+
+
+@asynccontextmanager
+async def heard_by(backend: Backend) -> AsyncIterator[None]:
+    """Keeps a backend listening: inside of it, notifications arrive."""
+    waiter: asyncio.Task[Any] = asyncio.create_task(backend.wait_result(new_id()))
+    try:
+        await until_healthy(backend)
+        yield
+    finally:
+        waiter.cancel()
+        await asyncio.wait([waiter])
+
+
+@contextmanager
+def counted_fetches() -> Iterator[list[str]]:
+    """The purposes of the statements that are run through any store, but for notifications."""
+    purposes: list[str] = []
+    fetch = Store.fetch
+
+    async def note(self: Store, statement: Any, parameters: Any, purpose: str) -> Any:
+        if not purpose.startswith("send notifications"):
+            purposes.append(purpose)
+        return await fetch(self, statement, parameters, purpose)
+
+    Store.fetch = note  # type: ignore[method-assign]
+    try:
+        yield purposes
+    finally:
+        Store.fetch = fetch  # type: ignore[method-assign]
+
+
+class Backends:
+    """Backends of one test, whose sessions have a name of their own."""
+
+    def __init__(self, database: Database, driver: str = "asyncpg") -> None:
+        self.database = database
+        self.driver = driver
+        self.name = f"waiting_{new_id()}"
+        self._started: list[Backend] = []
+        self._engines: list[AsyncEngine] = []
+
+    def dsn(self, driver: str | None = None) -> str:
+        is_psycopg = (driver or self.driver) == "psycopg"
+        dsn = self.database.psycopg_dsn if is_psycopg else self.database.dsn
+        return f"{dsn}&application_name={self.name}"
+
+    async def start(
+        self, *, driver: str | None = None, is_borrowed: bool = False, **kwargs: Any
+    ) -> Any:
+        """Starts a backend on the table of its kind of ids, which the tests of a file share."""
+        kind = kwargs.get("field_for_task_id", "VarChar")
+        kwargs = {"table_name": table_of(self.database, kind), "check_schema": "off", **kwargs}
+        pool = {key: kwargs.pop(key) for key in ("pool_size",) if key in kwargs}
+        if is_borrowed:
+            engine = make_engine(self.dsn(driver), **pool)
+            self._engines.append(engine)
+            backend = Backend(engine=engine, **kwargs)
+        else:
+            backend = Backend(self.dsn(driver), **kwargs, **pool)
+        await backend.startup()
+        self._started.append(backend)
+        return backend
+
+    async def listening(self) -> list[int]:
+        """The server processes that serve the listening connections."""
+        rows = await self.database.fetch(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = $1 AND query ~ '^LISTEN'",
+            self.name,
+        )
+        return [row["pid"] for row in rows]
+
+    async def close(self) -> None:
+        """Shuts all backends down; nobody may wait, and no session may be left."""
+        for backend in self._started:
+            if backend._parts is not None:
+                await until_nobody_waits(backend)
+            await backend.shutdown()
+        for engine in self._engines:
+            assert_nothing_checked_out(engine)
+            await engine.dispose()
+
+        async def is_disconnected() -> bool:
+            sessions = await self.database.sessions(self.name)
+            if sessions:
+                # psycopg leaves a connection whose opening was cancelled to the traceback's end.
+                gc.collect()
+            return sessions == []
+
+        await eventually(is_disconnected)
+
+
+def table_of(database: Database, kind: str = "VarChar") -> str:
+    """A name that is also a channel of nobody else's: channels belong to the whole database."""
+    return f"{kind}_{database.schema[-20:]}"
+
+
+async def insert(database: Database, task_id: str, value: Any) -> None:
+    """Stores a result as somebody does who knows nothing of notifications."""
+    await database.fetch(
+        f'INSERT INTO "{table_of(database)}" '
+        "(task_id, is_err, return_value, execution_time, labels) VALUES ($1, false, $2, 0.1, '{}')",
+        *(task_id, pickle.dumps(value)),
+    )
+
+
+@asynccontextmanager
+async def overheard(database: Database, *channels: str) -> AsyncIterator[list[tuple[str, str]]]:
+    """Channel and payload of what is notified, as a connection of asyncpg's hears it."""
+    heard: list[tuple[str, str]] = []
+    connection = await asyncpg.connect(database.dsn)
+    for channel in channels:
+        await connection.add_listener(channel, lambda *args: heard.append(args[2:]))
+    yield heard
+    await connection.close()

@@ -1,0 +1,269 @@
+"""Group commit without a database: what is flushed together, and in which order."""
+
+import asyncio
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from taskiq_sa_pg import NotStartedError
+from taskiq_sa_pg.batching import MAX_BYTES, Batcher
+from tests.unit.flushes import (
+    AnyBatcher,
+    Batch,
+    Flushes,
+    assert_at_rest,
+    outcomes_of,
+    same,
+    submit,
+    turns_of_the_loop,
+)
+
+
+@pytest.fixture
+async def flushes() -> Flushes:
+    return Flushes()
+
+
+async def test_a_lone_call_is_flushed_at_once_by_its_caller(flushes: Flushes) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same)
+    for number in range(3):
+        [call] = submit(batcher, [number])
+        await turns_of_the_loop(1)
+        [*_, flush] = flushes.begun
+        assert (flush.rows, flush.task) == ({number: number}, call)
+        flush.end({number: "answer"})
+        assert await call == "answer"
+    await assert_at_rest(batcher)
+
+
+async def test_calls_of_one_turn_are_one_flush(flushes: Flushes) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same)
+    # The first finds nobody else there, and does not wait for others.
+    calls = submit(batcher, range(20))
+    await turns_of_the_loop()
+    assert flushes.keys == [[0], [*range(1, 20)]]
+    for flush in flushes.begun:
+        flush.end(flush.rows)
+    assert await asyncio.gather(*calls) == [*range(20)]
+
+
+async def test_after_a_batch_the_first_call_of_a_turn_goes_with_the_others(
+    flushes: Flushes,
+) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same)
+    first = submit(batcher, range(10))
+    await turns_of_the_loop()
+    for flush in flushes.begun:
+        flush.end()
+    await asyncio.gather(*first)
+    second = submit(batcher, range(10))
+    await turns_of_the_loop()
+    assert flushes.keys[2:] == [[*range(10)]]
+    flushes.begun[2].end()
+    await asyncio.gather(*second)
+    # And of calls that come one by one again, the second is its caller's own.
+    for number in (4, 5):
+        [call] = submit(batcher, ["lone"])
+        await turns_of_the_loop(3)
+        flushes.begun[number - 1].end()
+        await call
+    assert flushes.begun[-1].task is call
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+async def test_calls_that_find_all_lanes_busy_go_together(flushes: Flushes, lanes: int) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same, lanes=lanes)
+    calls = []
+    for lane in range(lanes):
+        calls += submit(batcher, [f"lane {lane}"])
+        await turns_of_the_loop()
+    assert len(flushes.begun) == lanes
+    for number in range(5):
+        calls += submit(batcher, [2 * number, 2 * number + 1])
+        await turns_of_the_loop()
+    assert len(flushes.begun) == lanes
+    flushes.begun[-1].end()
+    assert (await flushes.number(lanes + 1)).rows == {i: i for i in range(10)}
+    for flush in [*flushes.begun[: lanes - 1], flushes.begun[lanes]]:
+        flush.end()
+    await asyncio.gather(*calls)
+    await assert_at_rest(batcher)
+
+
+async def test_a_large_batch_leaves_the_free_lanes_their_part(flushes: Flushes) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same, lanes=3)
+    calls = submit(batcher, range(101))
+    await turns_of_the_loop()
+    assert flushes.keys == [[0], [*range(1, 51)], [*range(51, 101)]]
+    for flush in flushes.begun:
+        flush.end()
+    await asyncio.gather(*calls)
+
+
+async def test_a_batch_has_no_more_keys_than_its_limit(flushes: Flushes) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same, max_rows=7, lanes=1)
+    calls = submit(batcher, range(20))
+    for number, size in enumerate([1, 7, 7, 5], start=1):
+        flush = await flushes.number(number)
+        assert len(flush.rows) == size
+        flush.end()
+    await asyncio.gather(*calls)
+
+
+async def test_a_batch_has_no_more_bytes_than_its_limit_but_for_one_row(flushes: Flushes) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same, size=same, lanes=1)
+    sizes = [0, MAX_BYTES - 2, 1, 1, 1, MAX_BYTES + 1, MAX_BYTES + 2, 0, 3]
+    calls = [
+        asyncio.create_task(batcher.submit(key, size))
+        for key, size in zip("abcdefghi", sizes, strict=True)
+    ]
+    expected = ["a", "bcd", "e", "f", "g", "hi"]
+    for number, keys in enumerate(expected, start=1):
+        flush = await flushes.number(number)
+        assert "".join(flush.rows) == keys
+        flush.end()
+    await asyncio.gather(*calls)
+    assert len(flushes.begun) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "chosen"),
+    [([0, 0, 0], 2), ([0, 1, 0], 1), ([1, 0, 0], 0), ([0, 1, 1], 2), ([1, 1, 0], 1)],
+    ids=str,
+)
+async def test_of_the_calls_for_a_key_the_last_of_the_highest_rank_is_flushed(
+    flushes: Flushes, ranks: list[int], chosen: int
+) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same, rank=lambda item: item[0])
+    [blocker] = submit(batcher, [(0, "blocker")])
+    calls = [
+        asyncio.create_task(batcher.submit("key", item))
+        for item in zip(ranks, range(3), strict=True)
+    ]
+    flush = await flushes.number(2)
+    assert flush.rows == {"key": (ranks[chosen], chosen)}
+    await turns_of_the_loop()
+    assert not any(call.done() for call in calls)
+    flush.end({"key": "answer"})
+    assert await asyncio.gather(*calls) == ["answer"] * 3
+    flushes.begun[0].end()
+    await blocker
+
+
+async def test_an_answer_that_is_not_shared_goes_to_the_first_who_is_there(
+    flushes: Flushes,
+) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same, is_shared=False)
+    calls = submit(batcher, ["blocker", "key", "key", "key"])
+    flush = await flushes.number(2)
+    calls[1].cancel()
+    flush.end({"key": "answer"})
+    flushes.begun[0].end()
+    [_, cancelled, *answers] = await outcomes_of(calls)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert answers == ["answer", None]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_however_calls_and_flushes_meet_the_last_call_for_a_key_is_flushed_last(
+    seed: int,
+) -> None:
+    chance = random.Random(seed)
+    lanes = chance.randint(1, 4)
+    stored: dict[int, int] = {}
+    in_flight: set[int] = set()
+    ends: list[asyncio.Future[None]] = []
+
+    async def flush(batch: Batch) -> Mapping[Any, Any]:
+        assert in_flight.isdisjoint(batch), "two flushes hold a key"
+        in_flight.update(batch)
+        ends.append(asyncio.Future())
+        assert len(ends) <= lanes
+        await ends[-1]
+        in_flight.difference_update(batch)
+        stored.update((key, entry.row) for key, entry in batch.items())
+        return stored
+
+    batcher: AnyBatcher = Batcher(
+        flush, encode=same, lanes=lanes, max_rows=chance.choice([1, 7, 500])
+    )
+
+    async def call(key: int, number: int) -> None:
+        answer = await batcher.submit(key, number)
+        assert answer is not None
+        assert answer >= number
+
+    def end_one() -> None:
+        if ends:
+            ends.pop(chance.randrange(len(ends))).set_result(None)
+
+    calls, last = [], {}
+    for number in range(1000):
+        key = chance.randrange(chance.choice([3, 300]))
+        last[key] = number
+        calls.append(asyncio.create_task(call(key, number)))
+        await turns_of_the_loop(chance.choice([0, 0, 0, 1, 3]))
+        if chance.random() < 0.2:
+            end_one()
+    while not all(call.done() for call in calls):
+        end_one()
+        await turns_of_the_loop(1)
+    await asyncio.gather(*calls)
+    assert stored == last
+    await assert_at_rest(batcher)
+
+
+async def test_closing_flushes_what_was_accepted_and_refuses_the_rest(flushes: Flushes) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same, max_rows=2, lanes=1)
+    calls = submit(batcher, ["lone", 1, 2, 3, "lone"])
+    await turns_of_the_loop()
+    closing = asyncio.create_task(batcher.close())
+    for number, keys in enumerate([["lone"], [1, 2], [3, "lone"]], start=1):
+        flush = await flushes.number(number)
+        await turns_of_the_loop()
+        assert list(flush.rows) == keys
+        with pytest.raises(NotStartedError):
+            await batcher.submit(4, 4)
+        assert not closing.done()
+        flush.end()
+    await asyncio.gather(closing, *calls)
+    await batcher.close()
+    await assert_at_rest(batcher)
+
+
+async def test_closing_waits_for_a_lone_call_and_outlives_its_cancellation(
+    flushes: Flushes,
+) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same)
+    [call] = submit(batcher, ["lone"])
+    await turns_of_the_loop()
+    closing = asyncio.create_task(batcher.close())
+    await turns_of_the_loop()
+    assert not closing.done()
+    call.cancel()
+    await closing
+    assert await outcomes_of([call]) != [None]
+
+
+async def test_of_many_pending_calls_few_rows_are_encoded_before_their_turn() -> None:
+    encoded, flushed, most = 0, 0, 0
+
+    def encode(item: int) -> int:
+        nonlocal encoded, most
+        encoded += 1
+        most = max(most, encoded - flushed)
+        return item
+
+    async def flush(batch: Batch) -> Mapping[Any, Any]:
+        nonlocal flushed
+        await asyncio.sleep(0)
+        flushed += len(batch)
+        return {}
+
+    batcher: AnyBatcher = Batcher(flush, encode=encode, max_rows=500, lanes=2)
+    await asyncio.gather(*[batcher.submit(i, i) for i in range(100_000)])
+    assert encoded == flushed == 100_000
+    assert most <= 2 * 500
+    await assert_at_rest(batcher)
