@@ -9,8 +9,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import islice
-from operator import attrgetter
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from taskiq_sa_pg.exceptions import NotStartedError, ResultDecodeError, StorageError
 
@@ -31,16 +30,8 @@ _MIN_SHARED: Final = 32
 _BLAMING_A_ROW: Final = frozenset({"21", "22", "23", "27", "44", "54", "P0"})
 
 
-class _Call(NamedTuple):
-    """A caller, and what it brought."""
-
-    item: Any
-    rank: int
-    future: "asyncio.Future[Any]"
-
-    @property
-    def is_over(self) -> bool:
-        return self.future.done()
+# What a caller brought, and the future that it awaits.
+_Call = tuple[Any, "asyncio.Future[Any]"]
 
 
 class Entry(Generic[_Row]):
@@ -50,7 +41,7 @@ class Entry(Generic[_Row]):
 
     row: _Row
     size: int
-    chosen: _Call  # the one whose row it is
+    chosen: "asyncio.Future[Any]"  # of the caller whose row it is
 
     def __init__(self, call: _Call) -> None:
         self.calls = [call]
@@ -58,7 +49,7 @@ class Entry(Generic[_Row]):
     @property
     def is_wanted(self) -> bool:
         """Whether a caller is still there."""
-        return any(not call.is_over for call in self.calls)
+        return any(not future.done() for _, future in self.calls)
 
 
 class Batcher(Generic[_Key, _Item, _Row, _Answer]):
@@ -78,7 +69,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         encode: Makes an item into a row; only those that are flushed. What it raises, the
             caller gets.
         size: The bytes of a row.
-        rank: The rank of an item.
+        rank: The rank of an item, whatever it is; asked where a key has several calls.
         max_rows: The most keys in a batch.
         lanes: The most flushes at a time.
         is_shared: Whether all callers of a key get its answer; else the first alone gets it, and
@@ -125,16 +116,15 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         if self._is_closed:
             raise NotStartedError("the result backend was shut down: call startup() again")
         future: asyncio.Future[_Answer | None] = self._loop.create_future()
-        call = _Call(item, self._rank(item), future)
         if self._is_quiet and not self._in_flight and not self._pending:
-            await self._flush_alone(key, call)
+            await self._flush_alone(key, (item, future))
             return future.result()
         entries = self._held if key in self._in_flight else self._pending
         entry = entries.get(key)
         if entry is None:
-            entries[key] = Entry(call)
+            entries[key] = Entry((item, future))
         else:
-            entry.calls.append(call)
+            entry.calls.append((item, future))
         self._start_lane()
         return await future
 
@@ -151,14 +141,12 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         entry: Entry[_Row] = Entry(call)
         if not self._prepare(entry):
             return
-        batch = {key: entry}
         self._in_flight.add(key)
-        self._alone.append(call.future)
+        self._alone.append(entry.chosen)
         try:
-            await self._settle(batch)
+            await self._carry_out({key: entry})
         finally:
             self._alone.clear()
-            self._conclude(batch)
             self._start_lane()
 
     def _start_lane(self) -> None:
@@ -181,10 +169,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         try:
             while batch := self._next_batch():
                 self._start_lane()
-                try:
-                    await self._settle(batch)
-                finally:
-                    self._conclude(batch)
+                await self._carry_out(batch)
         finally:
             # Not left to the callback, which comes a turn later: a call may come before it.
             self._end_lane(lane)
@@ -213,19 +198,33 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
 
     def _prepare(self, entry: Entry[_Row]) -> bool:
         """Chooses a call and encodes its row; False where no caller is left."""
-        while calls := [call for call in entry.calls if not call.future.done()]:
+        while calls := [call for call in entry.calls if not call[1].done()]:
             entry.calls = calls
-            entry.chosen = calls[0]
+            item, entry.chosen = calls[0]
             if len(calls) > 1:
-                entry.chosen = max(reversed(calls), key=attrgetter("rank"))
+                item, entry.chosen = max(reversed(calls), key=lambda call: self._rank(call[0]))
             try:
-                entry.row = self._encode(entry.chosen.item)
+                entry.row = self._encode(item)
                 entry.size = self._size(entry.row)
             except Exception as exc:  # noqa: BLE001 - it is the caller's
-                entry.chosen.future.set_exception(exc)
+                entry.chosen.set_exception(exc)
             else:
                 return True
         return False
+
+    async def _carry_out(self, batch: dict[_Key, Entry[_Row]]) -> None:
+        try:
+            await self._settle(batch)
+        except BaseException:  # the flush was cancelled
+            for future in _futures_of(batch):
+                future.cancel()
+            raise
+        finally:
+            self._in_flight.difference_update(batch)
+            if self._held:
+                for key in batch:
+                    if key in self._held:
+                        self._pending[key] = self._held.pop(key)
 
     async def _settle(self, batch: dict[_Key, Entry[_Row]]) -> None:
         while batch:
@@ -233,7 +232,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                 answers = await self._flush(batch)
             except Exception as exc:  # noqa: BLE001 - it is the callers'
                 if not _blames_a_row(exc):
-                    _fail((call for entry in batch.values() for call in entry.calls), exc)
+                    _fail(_futures_of(batch), exc)
                     return
                 if len(batch) > 1:
                     for half in _halves(batch):
@@ -254,21 +253,11 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     ) -> None:
         for key, entry in batch.items():
             answer = answers.get(key)
-            for call in entry.calls:
-                if not call.future.done():
-                    call.future.set_result(answer)
+            for _, future in entry.calls:
+                if not future.done():
+                    future.set_result(answer)
                     if not self._is_shared:
                         answer = None
-
-    def _conclude(self, batch: dict[_Key, Entry[_Row]]) -> None:
-        self._in_flight.difference_update(batch)
-        for entry in batch.values():
-            for call in entry.calls:
-                call.future.cancel()  # those without an answer: the flush itself was cancelled
-        if self._held:
-            for key in batch:
-                if key in self._held:
-                    self._pending[key] = self._held.pop(key)
 
 
 def _blames_a_row(exc: Exception) -> bool:
@@ -277,10 +266,14 @@ def _blames_a_row(exc: Exception) -> bool:
     return isinstance(exc, ResultDecodeError)
 
 
-def _fail(calls: Iterable[_Call], exc: Exception) -> None:
-    for call in calls:
-        if not call.is_over:
-            call.future.set_exception(exc)
+def _futures_of(batch: Mapping[Any, Entry[Any]]) -> Iterator["asyncio.Future[Any]"]:
+    return (future for entry in batch.values() for _, future in entry.calls)
+
+
+def _fail(futures: Iterable["asyncio.Future[Any]"], exc: Exception) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(exc)
 
 
 def _halves(batch: dict[_Key, Any]) -> Iterator[dict[_Key, Any]]:

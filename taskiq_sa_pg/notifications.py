@@ -21,7 +21,7 @@ _MAX_PAYLOAD_BYTES: Final = 7999
 
 # A notification takes a lock of the whole database for the time of its commit: under load the ids
 # of several batches share one. Waiters notice nothing of so little.
-_SECONDS_BETWEEN: Final = 0.002
+_SECONDS_BETWEEN: Final = 0.005
 
 # Beyond this nobody has to be told one by one any more; the waiters' looks are cheaper.
 _MAX_PENDING: Final = 100_000

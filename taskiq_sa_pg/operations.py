@@ -52,13 +52,13 @@ class Operations:
         self._notifier = notifier
         self._results: Batcher[Any, tuple[Any, TaskiqResult[Any]], ResultRow, None] = Batcher(
             self._store_results,
-            encode=lambda item: codec.encode_result(*item),
+            encode=lambda item: codec.encode_result(item[0], item[1]),
             size=_size_of,
-            rank=lambda item: attempt_of(item[1].labels),
+            rank=lambda item: attempt_of(getattr(item[1], "labels", None)),
         )
         self._progress: Batcher[Any, tuple[Any, TaskProgress[Any]], ProgressRow, None] = Batcher(
             self._store_progress,
-            encode=lambda item: codec.encode_progress(*item),
+            encode=lambda item: codec.encode_progress(item[0], item[1]),
             size=lambda row: len(row.meta or ""),
         )
         self._ready: Batcher[Any, str, str, bool] = _reader(self._find_ready)
@@ -80,29 +80,33 @@ class Operations:
             ]
         )
 
-    async def set_result(self, column_id: Any, task_id: str, result: TaskiqResult[Any]) -> None:
+    def set_result(
+        self, column_id: Any, task_id: str, result: TaskiqResult[Any]
+    ) -> Awaitable[None]:
         """Stores a result."""
-        await _naming(task_id, self._results.submit(column_id, (column_id, result)))
+        return _naming(task_id, self._results.submit(column_id, (column_id, result)))
 
-    async def set_progress(self, column_id: Any, task_id: str, progress: TaskProgress[Any]) -> None:
+    def set_progress(
+        self, column_id: Any, task_id: str, progress: TaskProgress[Any]
+    ) -> Awaitable[None]:
         """Stores progress."""
-        await _naming(task_id, self._progress.submit(column_id, (column_id, progress)))
+        return _naming(task_id, self._progress.submit(column_id, (column_id, progress)))
 
     async def is_ready(self, column_id: Any, task_id: str) -> bool:
         """Whether there is a result."""
         return bool(await _naming(task_id, self._ready.submit(column_id, task_id)))
 
-    async def read(self, column_id: Any, task_id: str) -> StoredResult | None:
+    def read(self, column_id: Any, task_id: str) -> Awaitable[StoredResult | None]:
         """The row of a result."""
-        return await _naming(task_id, self._results_read.submit(column_id, task_id))
+        return _naming(task_id, self._results_read.submit(column_id, task_id))
 
-    async def take(self, column_id: Any, task_id: str) -> TaskiqResult[Any] | None:
+    def take(self, column_id: Any, task_id: str) -> Awaitable[TaskiqResult[Any] | None]:
         """A result with its log, deleted as it was read; of several callers one gets it."""
-        return await _naming(task_id, self._results_taken.submit(column_id, task_id))
+        return _naming(task_id, self._results_taken.submit(column_id, task_id))
 
-    async def read_progress(self, column_id: Any, task_id: str) -> StoredProgress | None:
+    def read_progress(self, column_id: Any, task_id: str) -> Awaitable[StoredProgress | None]:
         """The row of a progress."""
-        return await _naming(task_id, self._progress_read.submit(column_id, task_id))
+        return _naming(task_id, self._progress_read.submit(column_id, task_id))
 
     async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]

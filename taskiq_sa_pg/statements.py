@@ -128,8 +128,7 @@ class Upsert(NamedTuple):
 class Statements(NamedTuple):
     """Every statement of one configuration, built once.
 
-    Reads take `task_ids`: a list of column values. notify takes `channel`, and `payloads`: a list
-    of texts, each of less than 8,000 bytes.
+    Reads take `task_ids`: a list of column values.
     """
 
     upsert_results: Upsert
@@ -138,7 +137,6 @@ class Statements(NamedTuple):
     select_results: Select[Any]
     take_results: Select[Any]
     select_progress: Select[Any]
-    notify: Select[Any]
 
 
 def build_statements(models: Models) -> Statements:
@@ -150,7 +148,6 @@ def build_statements(models: Models) -> Statements:
         select_results=select_results(models),
         take_results=take_results(models),
         select_progress=select_progress(models),
-        notify=notify(),
     )
 
 
@@ -215,7 +212,7 @@ def select_progress(models: Models) -> Select[Any]:
 
 
 def notify() -> Select[Any]:
-    """Sends notifications."""
+    """Sends notifications: on `channel` the `payloads`, texts of less than 8,000 bytes each."""
     payload = func.unnest(bindparam("payloads", type_=ARRAY(Text))).column_valued("payload")
     return select(func.pg_notify(bindparam("channel", type_=Text), payload).label("sent"))
 

@@ -26,6 +26,8 @@ def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
+        # A shell's background job inherits that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as process:
         yield process
         process.kill()

@@ -11,7 +11,7 @@ import pytest
 from taskiq_sa_pg.config import TaskIdField
 from taskiq_sa_pg.waiting import Waiting
 from tests.conftest import Database
-from tests.integration.stores import Checkouts, Stores, address
+from tests.integration.stores import Checkouts, Log, Stores, address
 from tests.integration.waiters import Backend, Backends, table_of
 
 
@@ -71,6 +71,12 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notifications are lost, though the listener believes that it hears: who is woken, looks."""
     monkeypatch.setattr(Waiting, "_hear", lambda *_: None)
     monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 0.05)
+
+
+@pytest.fixture
+async def log() -> Log:
+    """For the statements of engines to which it is attached."""
+    return Log()
 
 
 @pytest.fixture(params=["asyncpg", "psycopg"])

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
-from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import (
@@ -27,8 +26,19 @@ FAILING = sa.select(sa.literal_column("1 / 0"))
 PROGRESS: TaskProgress[Any] = TaskProgress(state="running", meta=None)
 
 
-def result_of(value: Any) -> TaskiqResult[Any]:
-    return TaskiqResult(is_err=False, return_value=value, execution_time=0.1)
+class Log:
+    """The statements that asyncpg sends for the library."""
+
+    def __init__(self) -> None:
+        self.queries: list[str] = []
+
+    def attach(self, dbapi_connection: Any, _record: Any) -> None:
+        connection = dbapi_connection.driver_connection
+        connection.add_query_logger(lambda record: self.queries.append(record.query))
+
+    def count(self, part: str) -> int:
+        """How many of them contain this."""
+        return sum(part in query for query in self.queries)
 
 
 def address(database: Database, driver: str, application_name: str = "ours") -> str:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 from sqlalchemy import event
-from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress, TaskState
 
 from taskiq_sa_pg import InvalidTaskIdError, ResultIsMissingError, SQLAlchemyResultBackend
 from taskiq_sa_pg.config import PayloadField, TaskIdField
 from taskiq_sa_pg.engines import make_engine
 from tests.conftest import Database, assert_nothing_checked_out, engine_of
+from tests.tasks import new_id, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
 
@@ -94,16 +94,6 @@ async def backend(tables: Database, request: pytest.FixtureRequest) -> AsyncIter
     await backend.shutdown()
     assert_nothing_checked_out(engine)
     await owner.shutdown()
-
-
-def new_id() -> str:
-    return uuid.uuid4().hex
-
-
-def result_of(value: Any, **fields: Any) -> TaskiqResult[Any]:
-    return TaskiqResult(
-        **{"is_err": False, "return_value": value, "execution_time": 0.25, **fields}
-    )
 
 
 def progress_of(state: Any, meta: Any = None) -> TaskProgress[Any]:

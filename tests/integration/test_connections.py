@@ -30,9 +30,9 @@ from tests.integration.stores import (
     Stores,
     assert_disconnected,
     each_owner,
-    result_of,
     session_of,
 )
+from tests.tasks import result_of
 
 
 async def test_an_owned_engines_connection_serves_one_statement_after_the_other(

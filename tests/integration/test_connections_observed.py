@@ -19,12 +19,8 @@ from tests.conftest import (
     Database,
     engine_of,
 )
-from tests.integration.stores import (
-    PROGRESS,
-    Backend,
-    each_owner,
-    result_of,
-)
+from tests.integration.stores import PROGRESS, Backend, each_owner
+from tests.tasks import result_of
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-from taskiq import TaskiqResult
-from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.serializers import PickleSerializer
 
 from taskiq_sa_pg import (
@@ -19,35 +17,10 @@ from taskiq_sa_pg import (
     StorageError,
 )
 from tests.conftest import BackendFactory, Database, assert_nothing_in_use, eventually
+from tests.integration.stores import Log
+from tests.tasks import progress_of, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
-
-
-def result_of(value: Any, **fields: Any) -> TaskiqResult[Any]:
-    return TaskiqResult(**{"is_err": False, "return_value": value, "execution_time": 0.1, **fields})
-
-
-def progress_of(meta: Any) -> TaskProgress[Any]:
-    return TaskProgress(state="running", meta=meta)
-
-
-class Log:
-    """The statements that asyncpg sends for the library."""
-
-    def __init__(self) -> None:
-        self.queries: list[str] = []
-
-    def attach(self, dbapi_connection: Any, _record: Any) -> None:
-        connection = dbapi_connection.driver_connection
-        connection.add_query_logger(lambda record: self.queries.append(record.query))
-
-    def count(self, beginning: str) -> int:
-        return sum(query.startswith(beginning) for query in self.queries)
-
-
-@pytest.fixture
-async def log() -> Log:
-    return Log()
 
 
 @pytest.fixture

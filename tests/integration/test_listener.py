@@ -22,13 +22,12 @@ from tests.integration.waiters import (
     heard_by,
     insert,
     listener_of,
-    new_id,
-    result_of,
     table_of,
     until_healthy,
     until_waiting,
     waiting_of,
 )
+from tests.tasks import new_id, result_of
 
 
 async def terminate(backends: Backends) -> None:

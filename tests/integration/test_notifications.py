@@ -14,14 +14,12 @@ from tests.integration.waiters import (
     Backends,
     heard_by,
     listener_of,
-    new_id,
     overheard,
-    progress_of,
-    result_of,
     table_of,
     until_healthy,
     until_waiting,
 )
+from tests.tasks import new_id, progress_of, result_of
 
 Heard = list[tuple[str, str]]
 

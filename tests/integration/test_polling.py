@@ -16,12 +16,11 @@ from tests.integration.waiters import (
     heard_by,
     insert,
     listener_of,
-    new_id,
-    result_of,
     table_of,
     until_healthy,
     waiting_of,
 )
+from tests.tasks import new_id, result_of
 
 POLLS = 50
 

@@ -23,12 +23,9 @@ from tests.conftest import (
     assert_nothing_checked_out,
     eventually,
 )
+from tests.tasks import result_of
 
 Backend = SQLAlchemyResultBackend[Any]
-
-
-def result_of(value: Any) -> TaskiqResult[Any]:
-    return TaskiqResult(is_err=False, return_value=value, execution_time=0.1)
 
 
 PROGRESS: TaskProgress[Any] = TaskProgress(state="running", meta={"done": 1})

@@ -8,7 +8,6 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import (
@@ -20,6 +19,7 @@ from taskiq_sa_pg import (
 )
 from taskiq_sa_pg.store import DEFAULT_MAX_CONNECTIONS
 from tests.conftest import BackendFactory, Database, engine_of, eventually
+from tests.tasks import result_of
 
 Backend = SQLAlchemyResultBackend[Any]
 
@@ -31,10 +31,6 @@ def dsn(request: pytest.FixtureRequest, database: Database) -> str:
     """An address whose sessions are called `owned`."""
     dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
     return f"{dsn}&application_name=owned"
-
-
-def result_of(value: Any) -> TaskiqResult[Any]:
-    return TaskiqResult(is_err=False, return_value=value, execution_time=0.1)
 
 
 async def use(backend: Backend) -> None:

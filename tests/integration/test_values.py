@@ -27,6 +27,7 @@ from taskiq.serializers import (
 )
 
 from taskiq_sa_pg import ResultDecodeError, ResultSerializationError, SQLAlchemyResultBackend
+from tests.tasks import result_of
 
 Backend = SQLAlchemyResultBackend[Any]
 BackendFactory = Callable[..., Awaitable[Backend]]
@@ -112,10 +113,6 @@ JSON_VALUES = st.recursive(
 async def start(start_backend: BackendFactory, name: str) -> Backend:
     payload, serializer = CONFIGURATIONS[name]
     return await start_backend(field_for_payload=payload, serializer=serializer())
-
-
-def result_of(value: Any, **fields: Any) -> TaskiqResult[Any]:
-    return TaskiqResult(is_err=False, return_value=value, execution_time=0.5, **fields)
 
 
 async def store(backend: Backend, value: Any, **fields: Any) -> str:

@@ -17,13 +17,12 @@ from tests.integration.waiters import (
     Backends,
     counted_fetches,
     insert,
-    new_id,
-    result_of,
     table_of,
     until_healthy,
     until_waiting,
     waiting_of,
 )
+from tests.tasks import new_id, result_of
 
 
 class Order(BaseModel):

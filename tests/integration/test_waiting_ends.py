@@ -12,13 +12,12 @@ from tests.integration.waiters import (
     SOON,
     Backends,
     listener_of,
-    new_id,
-    result_of,
     until_healthy,
     until_nobody_waits,
     until_waiting,
     waiting_of,
 )
+from tests.tasks import new_id, result_of
 
 
 @pytest.mark.parametrize("timeout", [0, 0.05])

@@ -18,14 +18,13 @@ from tests.integration.waiters import (
     Backend,
     Backends,
     counted_fetches,
-    new_id,
-    result_of,
     table_of,
     until_healthy,
     until_nobody_waits,
     until_waiting,
     waiting_of,
 )
+from tests.tasks import new_id, result_of
 
 
 class Order(BaseModel):

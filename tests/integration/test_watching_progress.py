@@ -13,15 +13,13 @@ from tests.integration.waiters import (
     SOON,
     Backends,
     listener_of,
-    new_id,
-    progress_of,
-    result_of,
     table_of,
     until_healthy,
     until_nobody_waits,
     until_waiting,
     waiting_of,
 )
+from tests.tasks import new_id, progress_of, result_of
 
 
 async def metas(iterator: AsyncIterator[Any]) -> list[Any]:
@@ -45,7 +43,7 @@ async def test_each_change_comes_by_notification_until_the_result(
             await worker.set_progress(task_id, progress_of(len(seen)))
         else:
             await worker.set_result(task_id, result_of("done"))
-    assert seen == [("STARTED", i) for i in range(4)]
+    assert seen == [("running", i) for i in range(4)]
     assert await backend.is_result_ready(task_id)
     assert not waiting_of(backend)._subscriptions
 

@@ -3,15 +3,12 @@
 import asyncio
 import gc
 import pickle
-import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine
-from taskiq import TaskiqResult
-from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.engines import make_engine
@@ -19,25 +16,12 @@ from taskiq_sa_pg.listener import Listener
 from taskiq_sa_pg.store import Store
 from taskiq_sa_pg.waiting import Waiting
 from tests.conftest import Database, assert_nothing_checked_out, eventually
+from tests.tasks import new_id
 
 Backend = SQLAlchemyResultBackend[Any]
 
 # For what comes at once; a waiter that is not woken fails its test after this.
 SOON = 5.0
-
-
-def new_id() -> str:
-    return uuid.uuid4().hex
-
-
-def result_of(value: Any, **fields: Any) -> TaskiqResult[Any]:
-    return TaskiqResult(
-        **{"is_err": False, "return_value": value, "execution_time": 0.25, **fields}
-    )
-
-
-def progress_of(meta: Any) -> TaskProgress[Any]:
-    return TaskProgress(state="STARTED", meta=meta)
 
 
 def waiting_of(backend: Backend) -> Waiting:

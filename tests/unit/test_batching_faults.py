@@ -81,7 +81,7 @@ def encode_or_refuse(item: Any) -> Any:
     return item
 
 
-@pytest.mark.parametrize("argument", ["encode", "rank", "size"])
+@pytest.mark.parametrize("argument", ["encode", "size"])
 async def test_an_item_that_makes_no_row_fails_its_own_caller(argument: str) -> None:
     table = Table()
     functions: dict[str, Any] = {"encode": same, argument: encode_or_refuse}

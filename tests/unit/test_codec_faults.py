@@ -28,6 +28,7 @@ from taskiq_sa_pg.exceptions import (
     ResultSerializationError,
 )
 from taskiq_sa_pg.statements import ResultRow, StoredProgress, StoredResult
+from tests.tasks import result_of
 
 BYTEA, JSONB = TableConfig("jobs"), TableConfig("jobs", field_for_payload="Jsonb")
 PLAIN = [JSONSerializer, ORJSONSerializer, MSGPackSerializer, CBORSerializer]
@@ -55,10 +56,6 @@ class Envelope(BaseModel):
 
 class Stream(BaseModel):
     numbers: Iterable[int]
-
-
-def result_of(value: Any, **fields: Any) -> TaskiqResult[Any]:
-    return TaskiqResult(is_err=False, return_value=value, execution_time=0.5, **fields)
 
 
 def stored(row: ResultRow) -> StoredResult:

@@ -19,7 +19,13 @@ from taskiq_sa_pg import (
     TableConfig,
     build_models,
 )
-from taskiq_sa_pg.statements import Statements, Upsert, build_statements, describe_tables
+from taskiq_sa_pg.statements import (
+    Statements,
+    Upsert,
+    build_statements,
+    describe_tables,
+    notify,
+)
 
 CONVENTION = {"pk": "pk_%(table_name)s", "ix": "ix_%(column_0_label)s"}
 
@@ -58,7 +64,7 @@ def ddl(models: Models) -> list[str]:
 
 def statements(models: Models) -> list[str]:
     built = each(build_statements(models))
-    return [*map(compiled, built), compiled(describe_tables(models.config))]
+    return [*map(compiled, [*built, notify(), describe_tables(models.config)])]
 
 
 def each(statements: Statements) -> list[Any]:
@@ -108,10 +114,7 @@ def test_nothing_of_a_name_stands_unquoted_in_any_sql(name: str, schema: str | N
 @pytest.mark.parametrize("name", ["results", "user", "Order", "select"])
 def test_names_are_quoted_even_where_todays_postgresql_needs_no_quotes(name: str) -> None:
     models = build_models(name, schema="app")
-    built = build_statements(models)
-    for statement in each(built):
-        if statement is built.notify:  # of no table
-            continue
+    for statement in each(build_statements(models)):
         assert f'"app"."{name}' in compiled(statement)
 
 
