@@ -19,7 +19,7 @@ class Plan:
         results: How many results are stored while memory is watched.
     """
 
-    rounds: int = 5
+    rounds: int = 7
     seconds: float = 0.3
     calls_per_caller: int = 3
     waits: int = 50
