@@ -19,8 +19,8 @@ class Plan:
         results: How many results are stored while memory is watched.
     """
 
-    rounds: int = 7
-    seconds: float = 0.3
+    rounds: int = 5
+    seconds: float = 1.0
     calls_per_caller: int = 3
     waits: int = 50
     peer_waits: int = 30
