@@ -19,24 +19,27 @@ Backend = AsyncResultBackend[Any]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One result backend; `make` takes a DSN."""
+    """One result backend with a table of its own; `make` takes a DSN and the table's name."""
 
     name: str
-    make: Callable[[str], Backend]
+    table: str
+    make: Callable[[str, str], Backend]
 
 
-# Every backend has a table of its own.
 OURS: Final = Contender(
     "taskiq_sa_pg",
-    lambda dsn: SQLAlchemyResultBackend(dsn, table_name="sa_pg_results", run_migrations=True),
+    "sa_pg_results",
+    lambda dsn, table: SQLAlchemyResultBackend(dsn, table_name=table, run_migrations=True),
 )
 ASYNCPG_PEER: Final = Contender(
     "taskiq-postgres asyncpg",
-    lambda dsn: AsyncpgResultBackend(dsn, table_name="asyncpg_results"),
+    "asyncpg_results",
+    lambda dsn, table: AsyncpgResultBackend(dsn, table_name=table),
 )
 PSYCOPG_PEER: Final = Contender(
     "taskiq-postgres psycopg",
-    lambda dsn: PsycopgResultBackend(dsn, table_name="psycopg_results"),
+    "psycopg_results",
+    lambda dsn, table: PsycopgResultBackend(dsn, table_name=table),
 )
 CONTENDERS: Final = (OURS, ASYNCPG_PEER, PSYCOPG_PEER)
 
@@ -44,7 +47,7 @@ CONTENDERS: Final = (OURS, ASYNCPG_PEER, PSYCOPG_PEER)
 @asynccontextmanager
 async def started(contender: Contender, dsn: str, application_name: str) -> AsyncIterator[Backend]:
     """The contender's backend, between its startup() and shutdown()."""
-    backend = contender.make(named(dsn, application_name))
+    backend = contender.make(named(dsn, application_name), contender.table)
     await backend.startup()
     try:
         yield backend

@@ -20,6 +20,7 @@ PREPARED: Final = "one prepared upsert a call"
 BATCHES: Final = "batches of 500 through unnest"
 ROWS_PER_BATCH: Final = 500
 BATCH_CALLERS: Final = 2
+TABLE: Final = "floor_results"
 _PREPARED_CONNECTIONS: Final = 10
 
 
@@ -60,7 +61,7 @@ async def open_floor(dsn: str) -> AsyncIterator[Floor]:
 
 async def _make_tables(dsn: str) -> Models:
     backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
-        dsn, table_name="floor_results", run_migrations=True
+        dsn, table_name=TABLE, run_migrations=True
     )
     await backend.startup()
     await backend.shutdown()
@@ -79,6 +80,8 @@ async def _prepare(
         connection = await asyncpg.connect(dsn)
         stack.push_async_callback(connection.close)
         prepared.put_nowait(await connection.prepare(str(compiled)))
+        # Until the next statement the server takes the preparation for a transaction.
+        await connection.execute("SELECT 1")
     return prepared
 
 

@@ -75,7 +75,8 @@ def targets_table(all_targets: Iterable[Target]) -> str:
 def _introduction(results: Results) -> str:
     return (
         "Made by `make bench`. All contenders, with their default arguments, took turns on one "
-        f"server in one run; each figure is the median of {results.plan.rounds} rounds, and ratios "
+        "server in one run, `set_result` beginning with empty tables each time; "
+        f"each figure is the median of {results.plan.rounds} rounds, and ratios "
         "are those of medians. Callers are coroutines of one process, each of which calls again "
         "as soon as its last call has returned. The floor is bare asyncpg: the same database work "
         "as `set_result`, with values that are encoded already; its batches send all twelve "
