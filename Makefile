@@ -50,6 +50,10 @@ test: .venv/.test  ## run the tests; ARGS="-k name" are for pytest
 bench: .venv/.bench  ## compare the speed with taskiq-postgres; ARGS=--quick for a short look
 	.venv/bin/python -m benchmarks $(ARGS)
 
+.PHONY: soak
+soak: .venv/.test  ## ten minutes of load with a fault every few seconds; ARGS="--seconds 60"
+	.venv/bin/python -m tests.faults.soak $(ARGS)
+
 # The tests' processes leave a file each, which `combine` puts together.
 .PHONY: lowest
 lowest: .venv-lowest/.lowest  ## run the tests on the oldest dependencies, and measure their coverage

@@ -69,7 +69,7 @@ async def make_broker_table(dsn: str) -> None:
 
 
 @contextmanager
-def workers(*targets: str, cwd: Path) -> Iterator[None]:
+def workers(*targets: str, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `taskiq worker` on the targets; its processes listen when the block is entered.
 
     Their log is kept to themselves, unless they fail to start.
@@ -88,7 +88,7 @@ def workers(*targets: str, cwd: Path) -> Iterator[None]:
     ):
         try:
             wait_until_listening(process, Path(log.name))
-            yield
+            yield process
         finally:
             stop(process)
 

@@ -6,6 +6,7 @@ from taskiq_sa_pg.exceptions import (
     ConfigurationError,
     InvalidTaskIdError,
     NotStartedError,
+    PayloadTooLargeError,
     ResultDecodeError,
     ResultIsMissingError,
     ResultSerializationError,
@@ -14,12 +15,14 @@ from taskiq_sa_pg.exceptions import (
     TaskiqSaPgError,
 )
 from taskiq_sa_pg.models import Models, ProgressMixin, ResultMixin, build_models
+from taskiq_sa_pg.signing import SignedSerializer
 
 __all__ = [
     "ConfigurationError",
     "InvalidTaskIdError",
     "Models",
     "NotStartedError",
+    "PayloadTooLargeError",
     "ProgressMixin",
     "ResultDecodeError",
     "ResultIsMissingError",
@@ -27,6 +30,7 @@ __all__ = [
     "ResultSerializationError",
     "SQLAlchemyResultBackend",
     "SchemaError",
+    "SignedSerializer",
     "StorageError",
     "TableConfig",
     "TaskiqSaPgError",

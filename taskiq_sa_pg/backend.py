@@ -24,7 +24,12 @@ from taskiq_sa_pg.notifications import Notifier
 from taskiq_sa_pg.operations import Operations
 from taskiq_sa_pg.results import Results, Task
 from taskiq_sa_pg.schema import check
-from taskiq_sa_pg.store import DEFAULT_MAX_CONNECTIONS, Store
+from taskiq_sa_pg.store import (
+    DEFAULT_COMMAND_TIMEOUT,
+    DEFAULT_MAX_CONNECTIONS,
+    DEFAULT_RETRY_TIMEOUT,
+    Store,
+)
 from taskiq_sa_pg.waiting import Waiting
 
 logger = logging.getLogger(__name__)
@@ -83,7 +88,16 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             sends no notifications, and waiting looks ten times a second.
         listen_dsn: Address for the listening connection, where the other leads through a
             transaction pooler. None takes the other.
+        max_payload_bytes: The most bytes of a serialized return value, exception or progress's
+            metadata. A larger result is stored as an error result, so that whoever waits gets an
+            answer; None sets no limit.
         max_connections: The most connections that are in use at once, the listening one aside.
+        retry_timeout: For how many seconds a statement is tried again after a fault that passes:
+            a lost connection, a restart, a failover, a deadlock. 0 tries once.
+        command_timeout: How many seconds one attempt may take; a server that is silent for so
+            long counts as lost.
+        startup_timeout: For how many seconds startup() waits for a PostgreSQL that does not
+            answer yet.
         **engine_kwargs: With dsn: passed on to create_async_engine(). Where no pool is chosen,
             pool_size is 5 and max_overflow 0.
 
@@ -107,7 +121,11 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         run_migrations: bool = False,
         notify: bool = True,
         listen_dsn: DsnSource | None = None,
+        max_payload_bytes: int | None = None,
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
+        retry_timeout: float = DEFAULT_RETRY_TIMEOUT,
+        command_timeout: float = DEFAULT_COMMAND_TIMEOUT,
+        startup_timeout: float = 30.0,
         **engine_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -122,12 +140,15 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         self._table: Final = self._config.qualified_name
         self._check_schema: Final = check_schema
         self._run_migrations: Final = run_migrations
-        self._codec: Final = Codec(self._config, serializer)
+        self._codec: Final = Codec(self._config, serializer, max_payload_bytes)
         if listen_dsn is not None and not notify:
             raise ConfigurationError(
                 "listen_dsn is for notify=True; with notify=False leave it out"
             )
         self._notify: Final = notify
+        if startup_timeout < 0:
+            raise ConfigurationError(f"startup_timeout must be 0 or more, not {startup_timeout}")
+        self._startup_timeout: Final = startup_timeout
         self._parts: _Parts | None = None
         self._store: Final = Store(
             dsn,
@@ -135,6 +156,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             engine_kwargs=engine_kwargs,
             max_connections=max_connections,
             listen_dsn=listen_dsn,
+            retry_timeout=retry_timeout,
+            command_timeout=command_timeout,
         )
 
     async def startup(self) -> None:
@@ -153,7 +176,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
                 # Here, because Alembic is slow to import and only this needs it.
                 from taskiq_sa_pg.provisioning import provision  # noqa: PLC0415
 
-                await provision(self._store, self._config)
+                await provision(self._store, self._config, self._startup_timeout)
             await self._look_at_schema()
         except BaseException:
             if was_opened:
@@ -181,8 +204,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
     async def set_result(self, task_id: str, result: TaskiqResult[_ReturnType]) -> None:
         """Stores a result, over an earlier one unless that is of a later attempt.
 
-        A value that cannot be serialized is stored as an error result, so that whoever waits
-        for it gets an answer.
+        A value that cannot be serialized, or is too large, is stored as an error result, so that
+        whoever waits for it gets an answer.
 
         Raises:
             NotStartedError: Before startup().
@@ -248,6 +271,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
 
         Raises:
             ResultSerializationError: The serializer cannot hold the metadata.
+            PayloadTooLargeError: The metadata is larger than max_payload_bytes.
             NotStartedError: Before startup().
             InvalidTaskIdError: The task-id column cannot hold this id.
             StorageError: PostgreSQL refused the row or could not be reached.
@@ -412,7 +436,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         if self._check_schema == "off":
             return
         try:
-            await check(self._store, self.models)
+            await check(self._store, self.models, self._startup_timeout)
         except SchemaError as exc:
             if self._check_schema == "error":
                 raise

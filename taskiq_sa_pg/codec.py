@@ -29,6 +29,7 @@ from taskiq_sa_pg.exception_codec import (
 )
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
+    PayloadTooLargeError,
     ResultDecodeError,
     ResultSerializationError,
 )
@@ -42,6 +43,7 @@ from taskiq_sa_pg.jsonb import (
     wrap,
     wrap_bytes,
 )
+from taskiq_sa_pg.signing import SignedSerializer
 from taskiq_sa_pg.statements import ProgressRow, ResultRow, StoredProgress, StoredResult
 
 logger = logging.getLogger(__name__)
@@ -60,12 +62,24 @@ class Codec:
         config: The table's configuration; its payload type decides about bytes or JSON text.
         serializer: None for the default: PickleSerializer for "Bytea", JSONSerializer for
             "Jsonb".
+        max_payload_bytes: The most bytes of a serialized return value, exception or progress's
+            metadata; None sets no limit.
 
     Raises:
-        ConfigurationError: "Jsonb" with a serializer that does not write JSON.
+        ConfigurationError: "Jsonb" with a serializer that does not write JSON, or a limit below 1.
     """
 
-    def __init__(self, config: TableConfig, serializer: TaskiqSerializer | None = None) -> None:
+    def __init__(
+        self,
+        config: TableConfig,
+        serializer: TaskiqSerializer | None = None,
+        max_payload_bytes: int | None = None,
+    ) -> None:
+        if max_payload_bytes is not None and max_payload_bytes < 1:
+            raise ConfigurationError(
+                f"max_payload_bytes must be 1 or more, or None, not {max_payload_bytes}"
+            )
+        self._max_payload_bytes = max_payload_bytes
         self._table = config.qualified_name
         self._is_jsonb = config.field_for_payload == "Jsonb"
         if serializer is None:
@@ -73,11 +87,14 @@ class Codec:
         if self._is_jsonb:
             _check_writes_json(serializer)
         self.serializer = serializer
-        is_trusted_to_load = type(serializer) in _TRUSTED_TO_LOAD
+        innermost = (
+            serializer.serializer if isinstance(serializer, SignedSerializer) else serializer
+        )
+        is_trusted_to_load = type(innermost) in _TRUSTED_TO_LOAD
         self._dump = serializer.dumpb if is_trusted_to_load else self._dump_and_load
 
     def encode_result(self, task_id: Any, result: TaskiqResult[Any]) -> ResultRow:
-        """The row of a result. What cannot be serialized becomes an error result, and is logged.
+        """The row of a result. What cannot be stored becomes an error result, and is logged.
 
         Args:
             task_id: As the column has it.
@@ -86,10 +103,10 @@ class Codec:
         error, is_err, labels = result.error, result.is_err, result.labels
         try:
             return_value = self._encode_payload("the return value", result.return_value)
-        except ResultSerializationError as exc:
+        except (ResultSerializationError, PayloadTooLargeError) as exc:
             logger.error("task %s: %s", task_id, exc)  # noqa: TRY400 - the reason says it all
             error, is_err = exc, True
-            return_value = self._encode_payload("the return value", None)
+            return_value = self._encode_unlimited("the return value", None)
         encoded_error = error_type = traceback = None
         if error is not None:
             encoded_error = self._encode_exception(task_id, error)
@@ -137,6 +154,7 @@ class Codec:
 
         Raises:
             ResultSerializationError: The serializer cannot hold the metadata.
+            PayloadTooLargeError: The metadata is too large.
         """
         state = progress.state.value if isinstance(progress.state, Enum) else progress.state
         meta = progress.meta
@@ -200,9 +218,13 @@ class Codec:
 
     def _encode_payload(self, what: str, value: Any) -> bytes | str:
         dumped = self._serialize(what, value)
-        if not self._is_jsonb:
-            return dumped
-        return to_jsonb(dumped)
+        if self._max_payload_bytes is not None and len(dumped) > self._max_payload_bytes:
+            raise PayloadTooLargeError(what, len(dumped), self._max_payload_bytes)
+        return to_jsonb(dumped) if self._is_jsonb else dumped
+
+    def _encode_unlimited(self, what: str, value: Any) -> bytes | str:
+        dumped = self._serialize(what, value)
+        return to_jsonb(dumped) if self._is_jsonb else dumped
 
     def _decode_payload(self, stored: bytes | str) -> Any:
         return self.serializer.loadb(stored if isinstance(stored, bytes) else from_jsonb(stored))
@@ -215,7 +237,7 @@ class Codec:
             stand_in = ResultSerializationError(
                 "the error", qualified_name(type(exception)), _reason(exc)
             )
-            return self._encode_payload("the error", exception_to_document(stand_in, self))
+            return self._encode_unlimited("the error", exception_to_document(stand_in, self))
 
     def _decode_exception(self, stored: bytes | str) -> BaseException:
         return exception_from_document(self._decode_payload(stored), self)

@@ -14,6 +14,10 @@ DEFAULT_TABLE_NAME: Final = "taskiq_results"
 # NAMEDATALEN - 1: PostgreSQL cuts longer identifiers in silence.
 _MAX_IDENTIFIER_BYTES: Final = 63
 
+# A third of a b-tree's page, without the headers of tuple and value. A text that compresses well
+# could be longer, but nobody can tell beforehand.
+_MAX_TASK_ID_BYTES: Final = 2_692
+
 
 @dataclass(frozen=True, slots=True)
 class TableConfig:
@@ -124,6 +128,12 @@ class TableConfig:
         flaw = _flaw_of_text(task_id)
         if flaw:
             raise InvalidTaskIdError(task_id, f"{flaw}, which PostgreSQL cannot store")
+        if len(task_id) > _MAX_TASK_ID_BYTES // 4 and len(task_id.encode()) > _MAX_TASK_ID_BYTES:
+            raise InvalidTaskIdError(
+                f"{task_id[:50]}...",
+                f"is longer than the {_MAX_TASK_ID_BYTES} bytes that fit into the primary key's "
+                "index",
+            )
         return task_id
 
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from math import inf
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Dialect, Executable, QueuePool
@@ -20,6 +21,9 @@ _MAX_SECONDS_KEPT: Final = 5.0
 
 # A server that does not answer would keep us for as long as it likes.
 _MAX_SECONDS_TO_CLOSE: Final = 2.0
+
+# In the pool's notes about a connection: when it last answered us, by the event loop's clock.
+_ANSWERED_AT: Final = "taskiq_sa_pg.answered_at"
 
 _STATEMENT_EVENTS: Final = (
     "before_execute",
@@ -49,6 +53,7 @@ class Connections:
         self._sweeper: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._texts: dict[Executable, _Text] = {}
+        self._distrusted_at = -inf
 
     @property
     def kept(self) -> int:
@@ -79,11 +84,12 @@ class Connections:
         async with self._slots:
             await self._make_room()
             async with self._engine.connect() as connection:
-                await _open_driver_of(connection)
+                await _open_driver_of(connection, self._distrusted_at)
                 # Explicitly: the engine's own default may be AUTOCOMMIT.
                 await _set_isolation_level(connection, "READ COMMITTED")
                 async with connection.begin():
                     yield connection
+                _note_answer(connection)
 
     @asynccontextmanager
     async def detached(self) -> AsyncIterator[Any]:
@@ -92,7 +98,7 @@ class Connections:
             async with self._slots:
                 await self._make_room()
                 connection = await stack.enter_async_context(self._engine.connect())
-                driver = await _open_driver_of(connection)
+                driver = await _open_driver_of(connection, self._distrusted_at)
                 await _set_isolation_level(connection, "AUTOCOMMIT")
                 assert connection.sync_connection is not None
                 connection.sync_connection.detach()
@@ -104,6 +110,15 @@ class Connections:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_MAX_SECONDS_TO_CLOSE):
                         await driver.close()
+
+    def distrust(self) -> None:
+        """Replaces every connection that has not answered since, as it would be used next.
+
+        Where one was lost the others are likely to be: behind a network that went silent each of
+        them would cost the time limit of a statement. After a failover they may be alive and lead
+        to the old primary.
+        """
+        self._distrusted_at = asyncio.get_running_loop().time()
 
     async def close(self) -> None:
         """Gives the kept connections back to the pool."""
@@ -128,10 +143,11 @@ class Connections:
     async def _checkout(self) -> "_Connection":
         while self._kept:
             connection = self._kept.pop()
-            if not connection.is_closed:
+            if not connection.is_closed and connection.answered_at >= self._distrusted_at:
                 return connection
-            await asyncio.shield(self._close(connection, invalidate=True))
-        return await _check_out(self._engine, self._texts)
+            # Not waited for: a silent server keeps it for a while.
+            _ = self._close(connection, invalidate=True)
+        return await _check_out(self._engine, self._texts, self._distrusted_at)
 
     def _schedule_sweep(self) -> None:
         self._sweeper = asyncio.get_running_loop().call_later(_MAX_SECONDS_KEPT, self._sweep)
@@ -161,7 +177,8 @@ class _Connection:
         self._connection = connection
         self._driver = driver
         self._texts = texts
-        self._expires_at = asyncio.get_running_loop().time() + _MAX_SECONDS_KEPT
+        self.answered_at = asyncio.get_running_loop().time()
+        self._expires_at = self.answered_at + _MAX_SECONDS_KEPT
 
     @property
     def is_closed(self) -> bool:
@@ -180,6 +197,11 @@ class _Connection:
 
     async def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
         """The rows of a statement whose parameters are all given."""
+        rows = await self._fetch(statement, parameters)
+        self.answered_at = asyncio.get_running_loop().time()
+        return rows
+
+    async def _fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
         if self._texts is None:
             result = await self._connection.execute(statement, parameters)
             return result.all() if result.returns_rows else ()
@@ -192,7 +214,7 @@ class _Connection:
             # The default of a column of the user's own, which SQLAlchemy works out.
             await _set_isolation_level(self._connection, "AUTOCOMMIT")
             self._texts = None
-            return await self.fetch(statement, parameters)
+            return await self._fetch(statement, parameters)
         rows: Sequence[Any] = await self._driver.fetch(compiled.text, *values)
         return rows
 
@@ -200,6 +222,8 @@ class _Connection:
         """Gives it back to the pool, which may have to forget the driver's connection."""
         if invalidate:
             await self._connection.invalidate()
+        else:
+            _note_answer(self._connection, self.answered_at)
         await self._connection.close()
 
     def abandon(self) -> None:
@@ -220,10 +244,12 @@ def _compile(statement: Executable, dialect: Dialect) -> _Text:
     return _Text(compiled.string, compiled.positiontup)
 
 
-async def _check_out(engine: AsyncEngine, texts: dict[Executable, _Text]) -> _Connection:
+async def _check_out(
+    engine: AsyncEngine, texts: dict[Executable, _Text], distrusted_at: float
+) -> _Connection:
     connection = await engine.connect()
     try:
-        driver = await _open_driver_of(connection)
+        driver = await _open_driver_of(connection, distrusted_at)
         if _is_unobserved_asyncpg(engine) and not driver.is_in_transaction():
             return _Connection(connection, driver, texts)
         await _set_isolation_level(connection, "AUTOCOMMIT")
@@ -244,16 +270,20 @@ async def _set_isolation_level(connection: AsyncConnection, level: IsolationLeve
         raise
 
 
-async def _open_driver_of(connection: AsyncConnection) -> Any:
-    driver = await _driver_of(connection)
-    while _is_closed(driver):  # by the server, while it was in the pool
+async def _open_driver_of(connection: AsyncConnection, distrusted_at: float) -> Any:
+    while True:
+        pooled = await connection.get_raw_connection()
+        # A new one has just answered, and one that others opened is trusted once.
+        answered_at = pooled.info.setdefault(_ANSWERED_AT, asyncio.get_running_loop().time())
+        if answered_at >= distrusted_at and not _is_closed(pooled.driver_connection):
+            return pooled.driver_connection
         await connection.invalidate()
-        driver = await _driver_of(connection)
-    return driver
 
 
-async def _driver_of(connection: AsyncConnection) -> Any:
-    return (await connection.get_raw_connection()).driver_connection
+def _note_answer(connection: AsyncConnection, at: float | None = None) -> None:
+    if connection.sync_connection is not None and not connection.invalidated:
+        at = asyncio.get_running_loop().time() if at is None else at
+        connection.sync_connection.info[_ANSWERED_AT] = at
 
 
 def _is_closed(driver: Any) -> bool:

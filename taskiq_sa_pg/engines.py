@@ -1,6 +1,7 @@
 """Addresses of a PostgreSQL: every accepted form of DSN, and the engine that connects to it."""
 
 import re
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -80,6 +81,24 @@ _LIBPQ_ONLY: Final = frozenset(
 )
 
 
+# A peer that acknowledges nothing for so long is gone, be the connection idle or not. Seconds, but
+# milliseconds for TCP_USER_TIMEOUT, which macOS lacks.
+_TCP_OPTIONS: Final = {
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 10_000,
+}
+
+# The same, as psycopg has libpq set it.
+_LIBPQ_DEFAULTS: Final = {
+    "keepalives_idle": str(_TCP_OPTIONS["TCP_KEEPIDLE"]),
+    "keepalives_interval": str(_TCP_OPTIONS["TCP_KEEPINTVL"]),
+    "keepalives_count": str(_TCP_OPTIONS["TCP_KEEPCNT"]),
+    "tcp_user_timeout": str(_TCP_OPTIONS["TCP_USER_TIMEOUT"]),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Where and as whom to connect: a DSN taken apart. Its repr shows no secret.
@@ -144,7 +163,7 @@ class Address:
         return arguments
 
     def _psycopg_arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {**self.options, "dbname": self.database}
+        arguments: dict[str, Any] = {**_LIBPQ_DEFAULTS, **self.options, "dbname": self.database}
         if any(host for host, _ in self.hosts):
             arguments["host"] = ",".join(host for host, _ in self.hosts)
         if any(port for _, port in self.hosts):
@@ -294,7 +313,21 @@ def make_engine(source: DsnSource, **engine_kwargs: Any) -> AsyncEngine:
             cparams.pop(name, None)
         cparams.update(current.connect_arguments(), **connect_args)
 
+    if address.drivername == "postgresql+asyncpg":
+        event.listen(engine.sync_engine, "connect", _notice_silence)
     return engine
+
+
+def _notice_silence(dbapi_connection: Any, _connection_record: Any) -> None:
+    # asyncpg has no parameter for it.
+    transport = getattr(dbapi_connection.driver_connection, "_transport", None)
+    peer = None if transport is None else transport.get_extra_info("socket")
+    if peer is None or peer.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _TCP_OPTIONS.items():
+        if hasattr(socket, name):
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def check_dsn(source: DsnSource) -> None:

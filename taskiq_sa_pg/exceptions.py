@@ -101,6 +101,23 @@ class ResultDecodeError(TaskiqSaPgError, ResultGetError):
         )
 
 
+class PayloadTooLargeError(TaskiqSaPgError, ResultSetError):
+    """A serialized value beyond max_payload_bytes.
+
+    A task that returns one gets this error as its result. Its args: what it was, its bytes, the
+    limit.
+    """
+
+    @property
+    def message(self) -> str:
+        """What is too large, how large, and what to do with it."""
+        what, size, limit = self.args
+        return (
+            f"{what} takes {size} bytes, and max_payload_bytes is {limit}. Keep it elsewhere and "
+            "return where it is, or raise the limit"
+        )
+
+
 class ResultSerializationError(TaskiqSaPgError, ResultSetError):
     """A value that the serializer cannot hold, not even in its JSON-able form.
 

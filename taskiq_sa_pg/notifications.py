@@ -61,6 +61,7 @@ class Notifier:
             self._statement,
             {"channel": channel, "payloads": payloads},
             f"send notifications on channel {channel}",
+            retry_timeout=0,  # they are hints; whoever listens looks again after an outage
         )
 
     async def close(self) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
@@ -168,25 +169,28 @@ class Operations:
     async def _take(
         self, task_ids: Mapping[Any, str], is_wanted: Callable[[Any], bool]
     ) -> dict[Any, TaskiqResult[Any]]:
-        while asked := [column_id for column_id in task_ids if is_wanted(column_id)]:
-            async with self._store.transaction(
-                f"take results from table {self._table}"
-            ) as connection:
-                results: dict[Any, TaskiqResult[Any]] = {}
-                for some in _slices(asked):
-                    taken = await connection.execute(
-                        self._statements.take_results, {"task_ids": some}
+        async def take(connection: AsyncConnection) -> dict[Any, TaskiqResult[Any]] | None:
+            results: dict[Any, TaskiqResult[Any]] = {}
+            for some in _slices([column_id for column_id in task_ids if is_wanted(column_id)]):
+                taken = await connection.execute(self._statements.take_results, {"task_ids": some})
+                # Before the commit: what cannot be decoded is not deleted.
+                for row in map(StoredResult._make, taken.all()):
+                    results[row.task_id] = self._codec.decode_result(
+                        task_ids[row.task_id], row, with_logs=True
                     )
-                    # Before the commit: what cannot be decoded is not deleted.
-                    for row in map(StoredResult._make, taken.all()):
-                        results[row.task_id] = self._codec.decode_result(
-                            task_ids[row.task_id], row, with_logs=True
-                        )
-                if all(map(is_wanted, results)):
-                    return results
-                # A caller went away meanwhile: its result stays for another.
-                await connection.rollback()
-        return {}
+            if all(map(is_wanted, results)):
+                return results
+            # A caller went away meanwhile: its result stays for another.
+            await connection.rollback()
+            return None
+
+        results: dict[Any, TaskiqResult[Any]] | None = None
+        while results is None and any(map(is_wanted, task_ids)):
+            # Where the COMMIT may have been carried out, a second reading might find nothing.
+            results = await self._store.transact(
+                take, f"take results from table {self._table}", is_answer_final=True
+            )
+        return results or {}
 
     async def _read_results(self, batch: Mapping[Any, Entry[str]]) -> Mapping[Any, StoredResult]:
         return await self.read_all(batch)

@@ -21,9 +21,10 @@ from sqlalchemy.sql.elements import quoted_name
 
 from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError, TaskiqSaPgError
+from taskiq_sa_pg.faults import reason_of
 from taskiq_sa_pg.models import build_models
 from taskiq_sa_pg.schema import LATEST_VERSION, alembic_command, upgrade_step
-from taskiq_sa_pg.store import Store, reason_of
+from taskiq_sa_pg.store import Store
 
 _ENVIRONMENT_PREFIX: Final = "TASKIQ_SA_PG_"
 _OPTIONS: Final = tuple(option.name for option in fields(TableConfig))
@@ -36,11 +37,17 @@ def script_location() -> str:
     return str(installed if installed.is_dir() else checkout)
 
 
-async def provision(store: Store, config: TableConfig) -> None:
+async def provision(store: Store, config: TableConfig, timeout: float | None = None) -> None:
     """Brings the tables to the latest version, whoever else is at it at the same time.
 
     The steps that are missing run in one transaction under an advisory lock, and are recorded
     in the version table as `alembic upgrade head` records them.
+
+    Args:
+        store: Where the tables are.
+        config: Their names and types.
+        timeout: For how many seconds a PostgreSQL that does not answer is tried; None for as long
+            as the store tries.
 
     Raises:
         SchemaError: The tables cannot be made; says why and what to do.
@@ -48,16 +55,24 @@ async def provision(store: Store, config: TableConfig) -> None:
     """
     # Not through alembic.command: its `op` and `context` are global, and two backends that
     # start at the same time would run each other's migrations.
-    await _in_transaction(store, config, _upgrade_to_latest)
+    await _in_transaction(store, config, _upgrade_to_latest, timeout)
 
 
 async def _in_transaction(
-    store: Store, config: TableConfig, work: Callable[[sa.Connection, TableConfig], None]
+    store: Store,
+    config: TableConfig,
+    work: Callable[[sa.Connection, TableConfig], None],
+    timeout: float | None,
 ) -> None:
     purpose = f"bring table {config.qualified_name} up to date"
     try:
-        async with store.transaction(purpose) as connection:
-            await connection.run_sync(work, config)
+        # Without a limit: a step may have to build an index, or to wait for another process.
+        await store.transact(
+            lambda connection: connection.run_sync(work, config),
+            purpose,
+            is_limited=False,
+            retry_timeout=timeout,
+        )
     except StorageError as exc:
         remedy = _remedies(config).get(exc.sqlstate or "")
         if remedy is None or not isinstance(exc.__cause__, Exception):
@@ -162,7 +177,8 @@ async def _run_online(config: TableConfig) -> None:
     store = Store(dsn, engine_kwargs={"poolclass": sa.NullPool})
     await store.open()
     try:
-        await _in_transaction(store, config, _run_on)
+        # A command says at once what is wrong.
+        await _in_transaction(store, config, _run_on, timeout=0)
     finally:
         await store.close()
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.elements import conv, quoted_name
 from sqlalchemy.types import TypeEngine
 
@@ -174,8 +175,14 @@ def alembic_command(config: TableConfig, command: str) -> str:
     return f"alembic {''.join(options)}{command}"
 
 
-async def check(store: Store, models: Models) -> None:
+async def check(store: Store, models: Models, timeout: float | None = None) -> None:
     """Compares the tables with the models, by one query of the catalogue.
+
+    Args:
+        store: Where the tables are.
+        models: What they should be.
+        timeout: For how many seconds a PostgreSQL that does not answer is tried; None for as long
+            as the store tries.
 
     Raises:
         SchemaError: A table is absent or unfit; names the differences and what mends them.
@@ -183,8 +190,11 @@ async def check(store: Store, models: Models) -> None:
     """
     config = models.config
     purpose = f"check the schema of table {config.qualified_name}"
-    async with store.transaction(purpose) as connection:
-        rows = (await connection.execute(describe_tables(config))).all()
+
+    async def describe(connection: AsyncConnection) -> list[sa.Row[Any]]:
+        return list((await connection.execute(describe_tables(config))).all())
+
+    rows = await store.transact(describe, purpose, retry_timeout=timeout)
     results, progress = models.results_table, models.progress_table
     command = f"`{alembic_command(config, 'upgrade head')}`"
     if not rows:

@@ -1,38 +1,49 @@
 """The session layer: runs statements on an AsyncEngine that it owns or borrows."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Any, Final
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable, NullPool
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskiq_sa_pg.connections import Connections
 from taskiq_sa_pg.engines import DsnSource, check_dsn, make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, StorageError
+from taskiq_sa_pg.faults import condemns_connections, describe, errors_of, is_lost_connection
+from taskiq_sa_pg.retries import Retries
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_CONNECTIONS: Final = 4
 
-# What a person can do about an SQLSTATE.
-# https://www.postgresql.org/docs/18/errcodes-appendix.html
-_REMEDIES: Final[Mapping[str, str]] = {
-    "42P01": "make the tables with `alembic upgrade head`",
-    "42703": "bring the tables up to date with `alembic upgrade head`",
-    "42501": "grant the role SELECT, INSERT, UPDATE and DELETE on the table, "
-    "and USAGE on its schema",
-    "3D000": "create the database, or correct the dsn",
-    "28P01": "correct user and password in the dsn",
-}
+# Seconds.
+DEFAULT_RETRY_TIMEOUT: Final = 60.0
+DEFAULT_COMMAND_TIMEOUT: Final = 30.0
+
+# The drivers ask the server to cancel a statement and wait for its answer: psycopg for 10 s, unless
+# it is interrupted again.
+_SECONDS_TO_GIVE_UP: Final = 1.0
+
+_T = TypeVar("_T")
 
 
 class Store:
-    """Runs statements on an engine, and says what went wrong with them.
+    """Runs statements on an engine, again where they failed for a reason that passes.
 
     An engine that is given is borrowed: its pool is used and it is never disposed. One that is
     made from a DSN is owned: open() makes it, close() disposes it.
+
+    Args:
+        dsn: Where to connect.
+        engine: The engine, instead.
+        engine_kwargs: With dsn: arguments of the engine.
+        max_connections: How many are in use at once.
+        listen_dsn: Where to listen; None for the same place.
+        retry_timeout: For how many seconds a statement is tried again.
+        command_timeout: How many seconds one attempt may take, the way to a connection included.
 
     Raises:
         ConfigurationError: Neither a DSN nor an engine, both, a DSN that cannot work, or an
@@ -47,17 +58,25 @@ class Store:
         engine_kwargs: Mapping[str, Any] | None = None,
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
         listen_dsn: DsnSource | None = None,
+        retry_timeout: float = DEFAULT_RETRY_TIMEOUT,
+        command_timeout: float = DEFAULT_COMMAND_TIMEOUT,
     ) -> None:
         _check_source(dsn, engine, engine_kwargs)
         if listen_dsn is not None:
             check_dsn(listen_dsn)
         if max_connections < 1:
             raise ConfigurationError(f"max_connections must be 1 or more, not {max_connections}")
+        if retry_timeout < 0:
+            raise ConfigurationError(f"retry_timeout must be 0 or more, not {retry_timeout}")
+        if command_timeout <= 0:
+            raise ConfigurationError(f"command_timeout must be more than 0, not {command_timeout}")
         self._dsn = dsn
         self._borrowed = engine
         self._engine_kwargs = dict(engine_kwargs or {})
         self._max_connections = max_connections
         self._listen_dsn = listen_dsn
+        self._retries = Retries(retry_timeout)
+        self._command_timeout = command_timeout
         self._engine: AsyncEngine | None = None
         self._connections: Connections | None = None
         self._errors: tuple[type[Exception], ...] = ()
@@ -91,7 +110,7 @@ class Store:
             await anext(self._disposal)
         self._engine, self._connections = engine, connections
         self._loop = asyncio.get_running_loop()
-        self._errors = _errors_of(engine)
+        self._errors = errors_of(engine)
         return True
 
     async def close(self) -> None:
@@ -112,37 +131,97 @@ class Store:
             await connections.close()
 
     async def fetch(
-        self, statement: Executable, parameters: Mapping[str, Any], purpose: str
+        self,
+        statement: Executable,
+        parameters: Mapping[str, Any],
+        purpose: str,
+        *,
+        retry_timeout: float | None = None,
     ) -> Sequence[Any]:
         """Runs one statement in AUTOCOMMIT, which is one round trip, and returns its rows.
 
         Args:
-            statement: What to run. It is compiled once, so it must be an object that lasts.
+            statement: What to run, perhaps more than once. It is compiled once, so it must be an
+                object that lasts.
             parameters: Its parameters, all of them.
             purpose: What errors say could not be done: "store the result of ...".
+            retry_timeout: Instead of the store's own.
 
         Raises:
             NotStartedError: The store is not open.
-            StorageError: PostgreSQL refused the statement or could not be reached.
+            StorageError: PostgreSQL refused the statement or could not be reached in time.
         """
-        try:
-            return await self._running(purpose).fetch(statement, parameters)
-        except self._errors as exc:
-            raise StorageError(*_described(exc, purpose)) from exc
 
-    @asynccontextmanager
-    async def transaction(self, purpose: str) -> AsyncIterator[AsyncConnection]:
-        """A connection in one transaction: committed at the end, rolled back by an exception.
+        async def attempt() -> Sequence[Any]:
+            connections = self._running(purpose)
+            try:
+                async with (
+                    asyncio.timeout(self._command_timeout + _SECONDS_TO_GIVE_UP),
+                    asyncio.timeout(self._command_timeout),
+                ):
+                    return await connections.fetch(statement, parameters)
+            except self._errors as exc:
+                if condemns_connections(exc):
+                    connections.distrust()
+                raise
+
+        try:
+            return await self._retries.run(attempt, retry_timeout)
+        except self._errors as exc:
+            raise StorageError(*describe(exc, purpose)) from exc
+
+    async def transact(
+        self,
+        work: Callable[[AsyncConnection], Awaitable[_T]],
+        purpose: str,
+        *,
+        is_answer_final: bool = False,
+        is_limited: bool = True,
+        retry_timeout: float | None = None,
+    ) -> _T:
+        """Does some work in one transaction: committed at the end, rolled back by an exception.
+
+        Args:
+            work: What to do, perhaps more than once.
+            purpose: What errors say could not be done.
+            is_answer_final: Whether the answer counts where the connection was lost in the COMMIT,
+                so that nobody knows whether it was carried out; else the work is done again.
+            is_limited: Whether an attempt has to end in time; the way to a connection always has.
+            retry_timeout: Instead of the store's own.
+
+        Returns:
+            What the work returned.
 
         Raises:
             NotStartedError: The store is not open.
-            StorageError: PostgreSQL refused a statement or could not be reached.
+            StorageError: PostgreSQL refused a statement or could not be reached in time.
         """
+
+        async def attempt() -> _T:
+            connections = self._running(purpose)
+            answers: list[_T] = []
+            try:
+                async with (
+                    asyncio.timeout(self._command_timeout + _SECONDS_TO_GIVE_UP) as last_limit,
+                    asyncio.timeout(self._command_timeout) as limit,
+                    connections.transaction() as connection,
+                ):
+                    if not is_limited:
+                        limit.reschedule(None)
+                        last_limit.reschedule(None)
+                    answers.append(await work(connection))
+            except self._errors as exc:
+                if condemns_connections(exc):
+                    connections.distrust()
+                if not (answers and is_answer_final and is_lost_connection(exc)):
+                    raise
+                logger.warning("the connection was lost in a COMMIT that was to %s", purpose)
+            return answers[0]
+
         try:
-            async with self._running(purpose).transaction() as connection:
-                yield connection
+            return await self._retries.run(attempt, retry_timeout)
         except self._errors as exc:
-            raise StorageError(*_described(exc, purpose)) from exc
+            raise StorageError(*describe(exc, purpose)) from exc
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[Any]:
@@ -159,12 +238,14 @@ class Store:
         if self._listen_dsn is not None:
             engine = make_engine(self._listen_dsn, poolclass=NullPool)
             connections = Connections(engine, 1, keep=False)
-        errors = self._errors if engine is None else _errors_of(engine)
+        errors = self._errors if engine is None else errors_of(engine)
         try:
-            async with connections.detached() as connection:
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(self._command_timeout):
+                    connection = await stack.enter_async_context(connections.detached())
                 yield connection
         except errors as exc:
-            raise StorageError(*_described(exc, purpose)) from exc
+            raise StorageError(*describe(exc, purpose)) from exc
         finally:
             if engine is not None:
                 await engine.dispose()
@@ -218,42 +299,3 @@ async def _disposing(engine: AsyncEngine, connections: Connections) -> AsyncGene
     finally:
         await connections.close()
         await engine.dispose()
-
-
-def _errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
-    errors: tuple[type[Exception], ...] = (DBAPIError, PoolTimeoutError, OSError)
-    # The driver's own where SQLAlchemy is not asked to execute, and in 2.0 where it cannot connect.
-    dbapi: Any = engine.dialect.dbapi
-    asyncpg = getattr(dbapi, "asyncpg", None)
-    if asyncpg is not None:
-        return *errors, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError
-    return *errors, dbapi.Error
-
-
-def _described(exc: Exception, purpose: str) -> tuple[str, str | None]:
-    """The text and the SQLSTATE of a StorageError."""
-    if isinstance(exc, PoolTimeoutError):
-        return f"cannot {purpose}: no connection came free: {exc}", None
-    if isinstance(exc, OSError):
-        # asyncpg raises it bare where no server answers; a timeout has no text.
-        said = str(exc) or type(exc).__name__
-        return f"cannot {purpose}: no connection to PostgreSQL: {said}", None
-    sqlstate = sqlstate_of(exc)
-    remedy = _REMEDIES.get(sqlstate or "")
-    said = reason_of(exc) + (f" ({sqlstate})" if sqlstate else "")
-    return f"cannot {purpose}: {said}" + (f"; {remedy}" if remedy else ""), sqlstate
-
-
-def sqlstate_of(error: Exception) -> str | None:
-    """PostgreSQL's error code; None where the error came from the driver."""
-    sqlstate: str | None = getattr(getattr(error, "orig", error), "sqlstate", None)
-    return sqlstate
-
-
-def reason_of(error: Exception) -> str:
-    """What PostgreSQL or the driver said, in one line and without statement or parameters."""
-    said = getattr(error, "orig", None) or error
-    # SQLAlchemy's own exception for asyncpg puts the name of a class before the text.
-    if isinstance(error, DBAPIError):
-        said = said.__cause__ or said
-    return str(said).strip().partition("\n")[0]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import (
@@ -76,7 +76,7 @@ class Stores:
 
     async def open(self, owner: str = "owned", **arguments: Any) -> Store:
         """A store; the arguments that it does not know are for the engine."""
-        known = {"max_connections", "listen_dsn"}
+        known = {"max_connections", "listen_dsn", "retry_timeout", "command_timeout"}
         own = {name: arguments.pop(name) for name in known & arguments.keys()}
         if owner == "owned":
             store = Store(self.dsn, engine_kwargs=arguments, **own)
@@ -102,6 +102,15 @@ async def session_of(store: Store) -> int:
     """The server's session that a statement runs in."""
     [(session,)] = await store.fetch(SESSION, {}, "ask")
     return int(session)
+
+
+async def session_of_transaction(store: Store) -> int:
+    """The server's session that a transaction runs in."""
+
+    async def ask(connection: AsyncConnection) -> int:
+        return int((await connection.execute(SESSION)).scalar_one())
+
+    return await store.transact(ask, "ask")
 
 
 def engine_in(store: Store) -> AsyncEngine:

@@ -24,13 +24,13 @@ from tests.conftest import (
 from tests.integration.stores import (
     FAILING,
     PROGRESS,
-    SESSION,
     Backend,
     Checkouts,
     Stores,
     assert_disconnected,
     each_owner,
     session_of,
+    session_of_transaction,
 )
 from tests.tasks import result_of
 
@@ -97,13 +97,10 @@ async def test_a_borrowed_engines_connection_is_back_when_the_call_returns(
         with pytest.raises(StorageError, match="division by zero"):
             await store.fetch(FAILING, {}, "divide")
         assert checkouts.current == 0
-        async with store.transaction("ask") as connection:
-            await connection.execute(SESSION)
-            assert checkouts.current == 1
+        await session_of_transaction(store)
         assert checkouts.current == 0
         with pytest.raises(StorageError, match="division by zero"):
-            async with store.transaction("divide") as connection:
-                await connection.execute(FAILING)
+            await store.transact(lambda connection: connection.execute(FAILING), "divide")
         assert checkouts.current == 0
     assert checkouts.total == 12
 
@@ -113,13 +110,10 @@ async def test_no_more_connections_are_in_use_than_are_allowed(
     owner: str, stores: Stores, checkouts: Checkouts
 ) -> None:
     store = await stores.open(owner, max_connections=2, pool_events=checkouts.pool_events)
-
-    async def transact() -> None:
-        async with store.transaction("ask") as connection:
-            await connection.execute(SESSION)
-
     for _ in range(3):
-        await asyncio.gather(*[call for _ in range(10) for call in (session_of(store), transact())])
+        await asyncio.gather(
+            *[run(store) for _ in range(10) for run in (session_of, session_of_transaction)]
+        )
     assert checkouts.most == 2
 
 

@@ -20,13 +20,13 @@ from tests.conftest import (
     eventually,
 )
 from tests.integration.stores import (
-    SESSION,
     Stores,
     address,
     assert_disconnected,
     each_owner,
     engine_in,
     session_of,
+    session_of_transaction,
 )
 
 
@@ -38,13 +38,10 @@ async def terminate(database: Database) -> None:
     await assert_disconnected(database)
 
 
-async def transact(store: Store) -> int:
-    async with store.transaction("ask") as connection:
-        return int((await connection.execute(SESSION)).scalar_one())
-
-
 @each_owner
-@pytest.mark.parametrize("run", [session_of, transact], ids=["statement", "transaction"])
+@pytest.mark.parametrize(
+    "run", [session_of, session_of_transaction], ids=["statement", "transaction"]
+)
 async def test_a_connection_that_the_server_has_closed_is_not_used(
     run: Callable[[Store], Awaitable[int]], owner: str, database: Database
 ) -> None:
@@ -67,8 +64,9 @@ async def test_a_connection_that_the_server_has_closed_is_not_used(
 async def test_psycopg_notices_by_one_failed_statement_that_the_server_has_closed_it(
     owner: str, database: Database
 ) -> None:
+    """Which is tried again, usually."""
     stores = Stores(address(database, "psycopg"))
-    store = await stores.open(owner)
+    store = await stores.open(owner, retry_timeout=0)
     await session_of(store)
     await terminate(database)
     with pytest.raises(StorageError, match=r"terminating connection|closed"):
@@ -78,7 +76,9 @@ async def test_psycopg_notices_by_one_failed_statement_that_the_server_has_close
 
 
 @each_owner
-@pytest.mark.parametrize("run", [session_of, transact], ids=["statement", "transaction"])
+@pytest.mark.parametrize(
+    "run", [session_of, session_of_transaction], ids=["statement", "transaction"]
+)
 async def test_a_cancelled_call_leaves_no_connection_in_use(
     run: Callable[[Store], Awaitable[int]],
     owner: str,
@@ -145,7 +145,7 @@ async def test_listening_takes_no_place_of_the_pool(
     await session_of(store)
     async with store.listening() as one, store.listening() as other:
         await asyncio.gather(
-            *[call for _ in range(5) for call in (session_of(store), transact(store))]
+            *[call for _ in range(5) for call in (session_of(store), session_of_transaction(store))]
         )
         assert len({id(one), id(other)}) == 2
         assert len(await database.sessions("ours")) == 3

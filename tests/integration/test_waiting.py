@@ -137,11 +137,11 @@ ODD_IDS = {
     "null": "null",
     "placeholders": "%s %(task_id)s :task_id $1 {}",
     "unicode": "Zürich-任務-🦆-\u202e-e\u0301",
-    "5000": "x" * 5_000,
-    "just-fits": "y" * 7_995,
-    "just-too-long": "z" * 7_996,
-    "100000": "ü" * 100_000,
-    "escapes": "\\" * 6_000,
+    "longest": "ü" * 1_346,
+    # In JSON six bytes each, and a payload has 7,999.
+    "just-fits": "\x01" * 1_332 + "y" * 3,
+    "just-too-long": "\x02" * 1_332 + "y" * 4,
+    "escapes": "\x03" * 2_692,
 }
 
 

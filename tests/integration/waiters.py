@@ -77,10 +77,12 @@ def counted_fetches() -> Iterator[list[str]]:
     purposes: list[str] = []
     fetch = Store.fetch
 
-    async def note(self: Store, statement: Any, parameters: Any, purpose: str) -> Any:
+    async def note(
+        self: Store, statement: Any, parameters: Any, purpose: str, **options: Any
+    ) -> Any:
         if not purpose.startswith("send notifications"):
             purposes.append(purpose)
-        return await fetch(self, statement, parameters, purpose)
+        return await fetch(self, statement, parameters, purpose, **options)
 
     Store.fetch = note  # type: ignore[method-assign]
     try:

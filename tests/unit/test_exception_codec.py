@@ -294,6 +294,7 @@ OWN = [
     *(exceptions.NotStartedError("a"), exceptions.InvalidTaskIdError("t1", "is bad")),
     *(exceptions.SchemaError("a"), exceptions.StorageError("a", "53300")),
     *(exceptions.StorageError("a", None), exceptions.ResultIsMissingError("t1", "jobs")),
+    exceptions.PayloadTooLargeError("the return value", 2, 1),
     exceptions.ResultDecodeError("the result", "jobs", "why"),
     exceptions.ResultSerializationError("the value", "function", "why"),
 ]

@@ -1,0 +1,134 @@
+"""What goes wrong with a database: told apart, and put into words."""
+
+import ssl
+from collections.abc import Mapping
+from typing import Any, Final
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+# https://www.postgresql.org/docs/18/errcodes-appendix.html
+_READ_ONLY: Final = "25006"
+
+# What a person can do about an SQLSTATE.
+_REMEDIES: Final[Mapping[str, str]] = {
+    "42P01": "make the tables with `alembic upgrade head`",
+    "42703": "bring the tables up to date with `alembic upgrade head`",
+    "42501": "grant the role SELECT, INSERT, UPDATE and DELETE on the table, "
+    "and USAGE on its schema",
+    "3D000": "create the database, or correct the dsn",
+    "28P01": "correct user and password in the dsn",
+    _READ_ONLY: "name all hosts in the dsn, with target_session_attrs=read-write",
+}
+
+# Connection failures, and a server that shuts down, has crashed or is starting.
+_LOST: Final = ("08", "57P0")
+
+# Too many connections, serialization failures, deadlocks, lock timeouts, and a primary that has
+# become a standby.
+_PASSING: Final = frozenset({"53300", "40001", "40P01", "55P03", _READ_ONLY})
+
+# None of the hosts is a primary; and a server that closed the connection in the moment in which a
+# statement began: "cannot switch to state 12; another operation (2) is in progress".
+_LOST_TO_ASYNCPG: Final = frozenset({"TargetServerAttributeNotMatched", "InternalClientError"})
+
+# psycopg has no SQLSTATE for a connection that failed, only libpq's text, and this is what a
+# server says in English about what no repetition mends.
+_LASTING_TEXTS: Final = (
+    "authentication failed",
+    "does not exist",
+    "no pg_hba.conf entry",
+    "permission denied",
+    "no password supplied",
+)
+
+
+def errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
+    """What is raised where a statement or a connection of this engine fails."""
+    errors: tuple[type[Exception], ...] = (DBAPIError, PoolTimeoutError, OSError)
+    # The driver's own where SQLAlchemy is not asked to execute, and in 2.0 where it cannot connect.
+    dbapi: Any = engine.dialect.dbapi
+    asyncpg = getattr(dbapi, "asyncpg", None)
+    if asyncpg is not None:
+        return *errors, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError
+    return *errors, dbapi.Error
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same may succeed a little later."""
+    if sqlstate_of(error) in _PASSING or isinstance(error, PoolTimeoutError):
+        return True
+    return is_lost_connection(error)
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether there is no connection (any more), so that nobody can know what became of a COMMIT.
+
+    A server that does not answer in time counts.
+    """
+    if isinstance(error, OSError):
+        # asyncpg raises it bare. A certificate that is wrong stays so.
+        return not isinstance(error, ssl.SSLCertVerificationError)
+    sqlstate = sqlstate_of(error)
+    if sqlstate is not None:
+        return sqlstate.startswith(_LOST)
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    said = _said(error)
+    name = type(said).__name__
+    if name in _LOST_TO_ASYNCPG:
+        return True
+    if name == "InterfaceError":  # asyncpg's
+        return "closed" in str(said)
+    is_psycopgs = name in {"OperationalError", "ConnectionTimeout"}
+    return is_psycopgs and not any(text in str(said) for text in _LASTING_TEXTS)
+
+
+def condemns_connections(error: Exception) -> bool:
+    """Whether the other connections that were opened until now are probably of no use either."""
+    return is_lost_connection(error) or sqlstate_of(error) == _READ_ONLY
+
+
+def describe(error: Exception, purpose: str) -> tuple[str, str | None]:
+    """For those who call the library: what went wrong with its remedy, and PostgreSQL's code.
+
+    Args:
+        error: One of errors_of().
+        purpose: What could not be done: "store its result".
+    """
+    if isinstance(error, PoolTimeoutError):
+        return f"cannot {purpose}: no connection came free: {error}", None
+    if isinstance(error, TimeoutError):
+        return f"cannot {purpose}: PostgreSQL did not answer in time", None
+    if isinstance(error, OSError):
+        # asyncpg raises it bare where no server answers.
+        return f"cannot {purpose}: no connection to PostgreSQL: {reason_of(error)}", None
+    sqlstate = sqlstate_of(error)
+    remedy = _REMEDIES.get(sqlstate or "")
+    said = reason_of(error) + (f" ({sqlstate})" if sqlstate else "")
+    return f"cannot {purpose}: {said}" + (f"; {remedy}" if remedy else ""), sqlstate
+
+
+def sqlstate_of(error: Exception) -> str | None:
+    """PostgreSQL's error code; None where the error came from the driver."""
+    sqlstate: str | None = getattr(getattr(error, "orig", error), "sqlstate", None)
+    return sqlstate
+
+
+def reason_of(error: Exception) -> str:
+    """What PostgreSQL or the driver said, in one line and without statement or parameters."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    said = _said(error)
+    if type(said).__name__ == "InternalClientError":
+        return f"the connection was lost ({said})"
+    return str(said).strip().partition("\n")[0] or type(error).__name__
+
+
+def _said(error: Exception) -> BaseException:
+    said: BaseException = getattr(error, "orig", None) or error
+    # SQLAlchemy's own exception for asyncpg puts the name of a class before the text.
+    if isinstance(error, DBAPIError):
+        said = said.__cause__ or said
+    return said

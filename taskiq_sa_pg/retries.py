@@ -1,0 +1,84 @@
+"""Tries again what failed for a reason that passes: a restart, a failover, a deadlock."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from taskiq_sa_pg.faults import is_transient, reason_of, sqlstate_of
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+# Seconds. Those who try again spread over the pause, which doubles up to this: a server that is
+# back is noticed within it.
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+
+# Conflicts with other transactions, which no administrator needs to hear of.
+_CONFLICTS: Final = "40"
+
+
+class Retries:
+    """Repeats attempts, and logs when trouble begins and when it is over.
+
+    Args:
+        timeout: How many seconds after its start an attempt is repeated; 0 for never.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._trouble_since: float | None = None
+
+    async def run(self, attempt: Callable[[], Awaitable[_T]], timeout: float | None = None) -> _T:
+        """What an attempt returns.
+
+        Args:
+            attempt: What is done, once or more.
+            timeout: Instead of the usual.
+
+        Raises:
+            Exception: What the attempt raised, where it does not pass or did not in time.
+        """
+        timeout = self.timeout if timeout is None else timeout
+        started_at = asyncio.get_running_loop().time()
+        try:
+            # The usual case, without the machinery.
+            result = await attempt()
+        except Exception as exc:
+            if timeout <= 0 or not is_transient(exc):
+                raise
+            self._note_trouble(exc, timeout)
+        else:
+            if self._trouble_since is not None:
+                self._note_recovery()
+            return result
+        left = started_at + timeout - asyncio.get_running_loop().time()
+        repeat = AsyncRetrying(
+            retry=retry_if_exception(_is_transient),
+            wait=wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
+            stop=stop_after_delay(left),
+            reraise=True,
+        )
+        result = await repeat(attempt)
+        self._note_recovery()
+        return result
+
+    def _note_trouble(self, exc: Exception, timeout: float) -> None:
+        if self._trouble_since is not None or (sqlstate_of(exc) or "").startswith(_CONFLICTS):
+            return
+        self._trouble_since = asyncio.get_running_loop().time()
+        logger.warning("PostgreSQL: %s; trying again for up to %g s", reason_of(exc), timeout)
+
+    def _note_recovery(self) -> None:
+        if self._trouble_since is not None:
+            seconds = asyncio.get_running_loop().time() - self._trouble_since
+            self._trouble_since = None
+            logger.info("PostgreSQL: recovered after %.1f s", seconds)
+
+
+def _is_transient(exc: BaseException) -> bool:
+    return isinstance(exc, Exception) and is_transient(exc)

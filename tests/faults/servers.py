@@ -1,0 +1,174 @@
+"""PostgreSQL servers that can be stopped, crashed, killed and promoted, on a TCP port each."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import asyncpg
+
+from taskiq_sa_pg.embedded import (
+    _copy_install,
+    _find_bin_dir,
+    _run_as,
+    _server_user,
+    _succeeds,
+    _temp_dir,
+)
+
+PASSWORD: Final = "a-secret-of-the-tests"
+
+_SETTINGS: Final = """
+listen_addresses = '127.0.0.1'
+unix_socket_directories = ''
+fsync = off
+full_page_writes = off
+dynamic_shared_memory_type = mmap
+max_connections = 40
+wal_retrieve_retry_interval = 100
+"""
+
+# Ends the server when its standard input does: with us, however we end.
+_KEEPER: Final = """
+exec 3<&0
+"$@" </dev/null 3<&- &
+server=$!
+{ read -r _ <&3; kill -INT "$server" 2>/dev/null; } &
+wait "$server"
+"""
+
+_START_TIMEOUT: Final = 60
+
+
+class Server:
+    """One data directory, and the server on it while it runs."""
+
+    def __init__(self, root: Path, bin_dir: Path, port: int) -> None:
+        self._data = root / f"data-{port}"
+        self._log = root / f"log-{port}"
+        self._bin_dir = bin_dir
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = port
+
+    @property
+    def dsn(self) -> str:
+        return dsn_of(self.port)
+
+    def make(self, password_file: Path) -> None:
+        options = "--no-sync -E UTF8 --no-locale -U postgres --auth=scram-sha-256"
+        self._run("initdb", "-D", self._data, *options.split(), f"--pwfile={password_file}")
+        self.configure(_SETTINGS + f"port = {self.port}\n")
+
+    def make_standby_of(self, primary: "Server") -> None:
+        dsn = f"host=127.0.0.1 port={primary.port} user=postgres password={PASSWORD}"
+        self._run("pg_basebackup", "-d", dsn, "-D", self._data, "-R", "-c", "fast", "--no-sync")
+        self.configure(f"port = {self.port}\n")
+
+    def configure(self, lines: str) -> None:
+        with (self._data / "postgresql.conf").open("a") as settings:
+            settings.write(lines)
+
+    def start(self) -> None:
+        """Returns when it accepts connections; waits for what an earlier one has left."""
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not self._try_to_start(deadline):
+            assert time.monotonic() < deadline, self._log.read_text(errors="replace")[-2000:]
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """By SIGINT: fast; SIGQUIT: as after a crash; SIGKILL: the server process alone."""
+        if self._process is None:
+            return
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(int((self._data / "postmaster.pid").read_text().split()[0]), how)
+        self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process = None
+
+    def freeze(self, signal_number: signal.Signals = signal.SIGSTOP) -> None:
+        """Stops all its processes in their tracks, or with SIGCONT lets them go on."""
+        import psutil
+
+        postmaster = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
+        for process in [postmaster, *postmaster.children()]:
+            process.send_signal(signal_number)
+
+    def promote(self) -> None:
+        self._run("pg_ctl", "promote", "-D", self._data, "-w")
+
+    def _try_to_start(self, deadline: float) -> bool:
+        with self._log.open("ab") as log:
+            self._process = process = subprocess.Popen(
+                ["sh", "-c", _KEEPER, "keeper", self._bin_dir / "postgres", "-D", self._data],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **_run_as(_server_user()),
+            )
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError, IndexError):
+                if (self._data / "postmaster.pid").read_text().split()[-1] == "ready":
+                    return True
+            time.sleep(0.01)
+        return False
+
+    def _run(self, name: str, *arguments: object) -> None:
+        command = [self._bin_dir / name, *map(str, arguments)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, **_run_as(_server_user())
+        )
+        assert result.returncode == 0, result.stderr
+
+
+@contextlib.contextmanager
+def servers(count: int = 1) -> Iterator[list[Server]]:
+    """Servers that were made but not started, but for the first; the others have no data yet."""
+    user = _server_user()
+    root = Path(tempfile.mkdtemp(prefix="faults-", dir=_temp_dir(user)))
+    if user is not None:
+        os.chown(root, user.pw_uid, user.pw_gid)
+    bin_dir = _find_bin_dir(None)
+    if user is not None and not _succeeds(user, bin_dir / "initdb", "-V"):
+        bin_dir = _copy_install(bin_dir, root, user)
+    password_file = root / "password"
+    password_file.write_text(PASSWORD)
+    password_file.chmod(0o644)
+    made = [Server(root, bin_dir, free_port()) for _ in range(count)]
+    try:
+        made[0].make(password_file)
+        made[0].start()
+        yield made
+    finally:
+        for server in made:
+            with contextlib.suppress(Exception):
+                server.freeze(signal.SIGCONT)
+            server.stop(signal.SIGQUIT)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def dsn_of(*ports: int, options: str = "") -> str:
+    hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+    return f"postgresql://postgres:{PASSWORD}@{hosts}/postgres{options}"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+async def ask(dsn: str, query: str, *arguments: object) -> list[asyncpg.Record]:
+    """Runs a query past the library, on a connection of its own."""
+    connection = await asyncpg.connect(dsn, timeout=30)
+    try:
+        rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
+        return rows
+    finally:
+        await connection.close()
