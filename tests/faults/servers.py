@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -141,7 +142,7 @@ def servers(count: int = 1) -> Iterator[list[Server]]:
     password_file = root / "password"
     password_file.write_text(PASSWORD)
     password_file.chmod(0o644)
-    made = [Server(root, bin_dir, free_port()) for _ in range(count)]
+    made = [Server(root, bin_dir, port) for port in free_ports(count)]
     try:
         made[0].make(password_file)
         made[0].start()
@@ -159,9 +160,18 @@ def dsn_of(*ports: int, options: str = "") -> str:
     return f"postgresql://postgres:{PASSWORD}@{hosts}/postgres{options}"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on.
+
+    Not of those that the kernel gives to clients: they could take a server's while it is down.
+    """
+    ports: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+        if len(ports) == count:
+            break
+    return ports
 
 
 async def ask(dsn: str, query: str, *arguments: object) -> list[asyncpg.Record]:
