@@ -14,6 +14,7 @@ class Proxy:
     Attributes:
         is_silent: Takes bytes and passes none on, on connections that are open and on new ones.
         delay: Seconds for which every piece is held back.
+        most_connections: That were open at once.
         watch: Called with each piece that a client sends, before it is passed on; what it returns
             decides: False loses the answer, cutting the connection once the server has answered.
     """
@@ -23,6 +24,7 @@ class Proxy:
         self.port = 0
         self.is_silent = False
         self.delay = 0.0
+        self.most_connections = 0
         self.watch: Callable[[bytes], bool] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -54,6 +56,7 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self.most_connections = max(self.most_connections, len(self._tasks))
         self._writers.add(writer)
         server_writer = None
         try:
