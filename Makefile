@@ -104,6 +104,8 @@ requirements:  ## compile requirements/ with uv; UPGRADE=--upgrade takes newer r
 	$(compile) --generate-hashes --group test -c requirements/lint.txt -o requirements/test.txt
 	$(compile) --generate-hashes --group demo -c requirements/lint.txt -o requirements/demo.txt
 	$(compile) --generate-hashes --group bench -c requirements/lint.txt -o requirements/bench.txt
+	$(compile) --generate-hashes --group browser -c requirements/lint.txt -o requirements/browser.txt
+	$(compile) --generate-hashes --group docs -c requirements/lint.txt -o requirements/docs.txt
 	rm -f build/lowest.txt
 	$(compile) --all-extras --no-deps --resolution lowest-direct -o build/lowest.txt
 	$(compile) --generate-hashes --group test -c build/lowest.txt -o requirements/lowest.txt
