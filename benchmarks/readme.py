@@ -1,8 +1,5 @@
 """The compact table in the README."""
 
-import re
-from pathlib import Path
-
 from benchmarks.contenders import CONTENDERS, OURS, Contender
 from benchmarks.markdown import number, table
 from benchmarks.results import Results
@@ -10,27 +7,10 @@ from benchmarks.throughput import OPERATIONS
 from benchmarks.waiters import WAITERS
 from benchmarks.waiting import BACKEND_WAITS, TASK_WAITS
 
-_MARKED = re.compile(r"(?<=<!-- benchmark -->\n).*(?=<!-- /benchmark -->)", re.DOTALL)
 _CALLERS = (1, 100, 1000)
 
 
-class MarkersMissingError(RuntimeError):
-    """The README has no place for the table."""
-
-
-def check_markers(readme: Path) -> None:
-    if not _MARKED.search(readme.read_text("utf-8")):
-        raise MarkersMissingError(
-            f"{readme.name} has no lines <!-- benchmark --> and <!-- /benchmark --> for the table"
-        )
-
-
-def write_table(readme: Path, results: Results) -> None:
-    text = readme.read_text("utf-8")
-    readme.write_text(_MARKED.sub(lambda _: f"\n{_table(results)}\n\n", text), "utf-8")
-
-
-def _table(results: Results) -> str:
+def readme_table(results: Results) -> str:
     headers = ["", *(f"{contender.name}:" for contender in CONTENDERS)]
     rows = [
         *(_rates(results, operation, callers) for operation in OPERATIONS for callers in _CALLERS),
