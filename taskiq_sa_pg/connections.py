@@ -7,7 +7,7 @@ execution where the driver is asyncpg and nothing listens to the engine.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from math import inf
 from typing import Any, Final, NamedTuple
@@ -22,6 +22,10 @@ _MAX_SECONDS_KEPT: Final = 5.0
 # A server that does not answer would keep us for as long as it likes.
 _MAX_SECONDS_TO_CLOSE: Final = 2.0
 
+# The drivers ask the server to cancel a statement and wait for its answer: psycopg for 10 s, unless
+# it is interrupted again.
+_SECONDS_TO_GIVE_UP: Final = 1.0
+
 # In the pool's notes about a connection: when it last answered us, by the event loop's clock.
 _ANSWERED_AT: Final = "taskiq_sa_pg.answered_at"
 
@@ -31,6 +35,25 @@ _STATEMENT_EVENTS: Final = (
     "before_cursor_execute",
     "after_cursor_execute",
 )
+
+
+@asynccontextmanager
+async def time_limit(seconds: float) -> AsyncIterator[Callable[[], None]]:
+    """Cancels what takes longer, and again where it does not end at once; yields how to lift it.
+
+    Raises:
+        TimeoutError: It took longer.
+    """
+    async with (
+        asyncio.timeout(seconds + _SECONDS_TO_GIVE_UP) as last_limit,
+        asyncio.timeout(seconds) as limit,
+    ):
+
+        def lift() -> None:
+            limit.reschedule(None)
+            last_limit.reschedule(None)
+
+        yield lift
 
 
 class Connections:
@@ -60,23 +83,47 @@ class Connections:
         """How many are checked out although nothing runs on them."""
         return len(self._kept)
 
-    async def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
-        """The rows of a statement in AUTOCOMMIT; all of its parameters must be given."""
-        async with self._slots:
-            connection = await self._checkout()
-            try:
-                rows = await connection.fetch(statement, parameters)
-            except BaseException as exc:
-                # Whoever is cancelled a second time must not keep it from going back.
-                await asyncio.shield(self._close(connection, connection.is_unusable_after(exc)))
-                raise
-            if self._keep and not connection.is_old:
-                self._kept.append(connection)
-                if self._sweeper is None:
-                    self._schedule_sweep()
-            else:
-                await asyncio.shield(self._close(connection))
-            return rows
+    async def fetch(
+        self, statement: Executable, parameters: Mapping[str, Any], timeout: float
+    ) -> Sequence[Any]:
+        """The rows of a statement in AUTOCOMMIT.
+
+        Args:
+            statement: What to run.
+            parameters: Its parameters, all of them.
+            timeout: How many seconds it may take, the way to a connection included.
+
+        Raises:
+            TimeoutError: It took longer.
+        """
+        if self._has_one_at_hand():
+            # With the driver's own timer: those of asyncio cost a tenth of a small statement.
+            async with self._slots:
+                return await self._run(self._kept.pop(), statement, parameters, timeout)
+        async with time_limit(timeout), self._slots:
+            return await self._run(await self._checkout(), statement, parameters)
+
+    async def _run(
+        self,
+        connection: "_Connection",
+        statement: Executable,
+        parameters: Mapping[str, Any],
+        timeout: float | None = None,
+    ) -> Sequence[Any]:
+        try:
+            rows = await connection.fetch(statement, parameters, timeout)
+        except BaseException as exc:
+            # Neither who is cancelled a second time nor a silent server keeps it from going back.
+            closing = self._close(connection, connection.is_unusable_after(exc))
+            await asyncio.wait([closing], timeout=_SECONDS_TO_GIVE_UP)
+            raise
+        if self._keep and not connection.is_old:
+            self._kept.append(connection)
+            if self._sweeper is None:
+                self._schedule_sweep()
+        else:
+            await asyncio.shield(self._close(connection))
+        return rows
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -140,10 +187,19 @@ class Connections:
         if self._kept:
             await asyncio.shield(self._close(self._kept.pop()))
 
+    def _has_one_at_hand(self) -> bool:
+        """Whether there is nothing to wait for but the driver's answer."""
+        if not self._kept or self._slots.locked():
+            return False
+        return self._kept[-1].is_direct and self._is_trusted(self._kept[-1])
+
+    def _is_trusted(self, connection: "_Connection") -> bool:
+        return not connection.is_closed and connection.answered_at >= self._distrusted_at
+
     async def _checkout(self) -> "_Connection":
         while self._kept:
             connection = self._kept.pop()
-            if not connection.is_closed and connection.answered_at >= self._distrusted_at:
+            if self._is_trusted(connection):
                 return connection
             # Not waited for: a silent server keeps it for a while.
             _ = self._close(connection, invalidate=True)
@@ -190,18 +246,27 @@ class _Connection:
         """Whether it has been checked out for long enough."""
         return asyncio.get_running_loop().time() >= self._expires_at
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether statements go to the driver past SQLAlchemy."""
+        return self._texts is not None
+
     def is_unusable_after(self, exc: BaseException) -> bool:
         """Whether nobody must use it again. What SQLAlchemy executes, it judges itself."""
         # Only after an error of the server's own is it sure that nothing is left to be read.
-        return self._texts is not None and (self.is_closed or not hasattr(exc, "sqlstate"))
+        return self.is_direct and (self.is_closed or not hasattr(exc, "sqlstate"))
 
-    async def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
-        """The rows of a statement whose parameters are all given."""
-        rows = await self._fetch(statement, parameters)
+    async def fetch(
+        self, statement: Executable, parameters: Mapping[str, Any], timeout: float | None
+    ) -> Sequence[Any]:
+        """The rows of a statement whose parameters are all given; with a timeout if direct."""
+        rows = await self._fetch(statement, parameters, timeout)
         self.answered_at = asyncio.get_running_loop().time()
         return rows
 
-    async def _fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
+    async def _fetch(
+        self, statement: Executable, parameters: Mapping[str, Any], timeout: float | None
+    ) -> Sequence[Any]:
         if self._texts is None:
             result = await self._connection.execute(statement, parameters)
             return result.all() if result.returns_rows else ()
@@ -212,10 +277,11 @@ class _Connection:
             values = [parameters[name] for name in compiled.names]
         except KeyError:
             # The default of a column of the user's own, which SQLAlchemy works out.
-            await _set_isolation_level(self._connection, "AUTOCOMMIT")
-            self._texts = None
-            return await self._fetch(statement, parameters)
-        rows: Sequence[Any] = await self._driver.fetch(compiled.text, *values)
+            async with asyncio.timeout(timeout):
+                await _set_isolation_level(self._connection, "AUTOCOMMIT")
+                self._texts = None
+                return await self._fetch(statement, parameters, None)
+        rows: Sequence[Any] = await self._driver.fetch(compiled.text, *values, timeout=timeout)
         return rows
 
     async def close(self, invalidate: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Executable, NullPool
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskiq_sa_pg.connections import Connections
+from taskiq_sa_pg.connections import Connections, time_limit
 from taskiq_sa_pg.engines import DsnSource, check_dsn, make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, StorageError
 from taskiq_sa_pg.faults import condemns_connections, describe, errors_of, is_lost_connection
@@ -22,10 +22,6 @@ DEFAULT_MAX_CONNECTIONS: Final = 4
 # Seconds.
 DEFAULT_RETRY_TIMEOUT: Final = 60.0
 DEFAULT_COMMAND_TIMEOUT: Final = 30.0
-
-# The drivers ask the server to cancel a statement and wait for its answer: psycopg for 10 s, unless
-# it is interrupted again.
-_SECONDS_TO_GIVE_UP: Final = 1.0
 
 _T = TypeVar("_T")
 
@@ -155,11 +151,7 @@ class Store:
         async def attempt() -> Sequence[Any]:
             connections = self._running(purpose)
             try:
-                async with (
-                    asyncio.timeout(self._command_timeout + _SECONDS_TO_GIVE_UP),
-                    asyncio.timeout(self._command_timeout),
-                ):
-                    return await connections.fetch(statement, parameters)
+                return await connections.fetch(statement, parameters, self._command_timeout)
             except self._errors as exc:
                 if condemns_connections(exc):
                     connections.distrust()
@@ -202,13 +194,11 @@ class Store:
             answers: list[_T] = []
             try:
                 async with (
-                    asyncio.timeout(self._command_timeout + _SECONDS_TO_GIVE_UP) as last_limit,
-                    asyncio.timeout(self._command_timeout) as limit,
+                    time_limit(self._command_timeout) as lift_limit,
                     connections.transaction() as connection,
                 ):
                     if not is_limited:
-                        limit.reschedule(None)
-                        last_limit.reschedule(None)
+                        lift_limit()
                     answers.append(await work(connection))
             except self._errors as exc:
                 if condemns_connections(exc):
