@@ -1,7 +1,7 @@
 """SQLAlchemyResultBackend: taskiq's contract, kept thin. It encodes, stores and decodes."""
 
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import asdict
 from typing import Any, Final, Literal, NamedTuple, TypeVar, get_args, overload
 
@@ -365,18 +365,18 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         tasks: Iterable[AsyncTaskiqTask[_T]],
         timeout: float | None = ...,
         with_logs: bool = ...,
-    ) -> AsyncIterator[tuple[AsyncTaskiqTask[_T], TaskiqResult[_T]]]: ...
+    ) -> AsyncGenerator[tuple[AsyncTaskiqTask[_T], TaskiqResult[_T]], None]: ...
     @overload
     def as_completed(
         self, tasks: Iterable[str], timeout: float | None = ..., with_logs: bool = ...
-    ) -> AsyncIterator[tuple[str, TaskiqResult[_ReturnType]]]: ...
+    ) -> AsyncGenerator[tuple[str, TaskiqResult[_ReturnType]], None]: ...
     @overload
     def as_completed(
         self, tasks: Iterable[Task[Any]], timeout: float | None = ..., with_logs: bool = ...
-    ) -> AsyncIterator[tuple[Task[Any], TaskiqResult[Any]]]: ...
+    ) -> AsyncGenerator[tuple[Task[Any], TaskiqResult[Any]], None]: ...
     def as_completed(
         self, tasks: Iterable[Task[Any]], timeout: float | None = None, with_logs: bool = False
-    ) -> AsyncIterator[tuple[Any, TaskiqResult[Any]]]:
+    ) -> AsyncGenerator[tuple[Any, TaskiqResult[Any]], None]:
         """Iterates over several tasks with their results, as they complete.
 
             async for task, result in backend.as_completed(tasks): ...
@@ -402,7 +402,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
 
     def watch_progress(
         self, task: Task[Any], timeout: float | None = None
-    ) -> AsyncIterator[TaskProgress[Any]]:
+    ) -> AsyncGenerator[TaskProgress[Any], None]:
         """Iterates over a task's progress, each time it has changed, until the result is there.
 
             async for progress in backend.watch_progress(task): ...

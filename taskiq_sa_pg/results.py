@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, TypeVar
@@ -113,7 +113,7 @@ class Results:
 
     async def as_completed(
         self, tasks: Iterable[Task[Any]], timeout: float | None, with_logs: bool
-    ) -> AsyncIterator[tuple[Task[Any], TaskiqResult[Any]]]:
+    ) -> AsyncGenerator[tuple[Task[Any], TaskiqResult[Any]], None]:
         """Each task with its result, as they come."""
         async for ready in self._become_ready(list(tasks), timeout):
             # Those to be deleted one by one: whoever stops in the middle leaves the others there.
@@ -125,7 +125,7 @@ class Results:
 
     async def watch_progress(
         self, task: Task[Any], timeout: float | None
-    ) -> AsyncIterator[TaskProgress[Any]]:
+    ) -> AsyncGenerator[TaskProgress[Any], None]:
         """The progress of a task, whenever it has changed, until its result is there."""
         task_id = _id_of(task)
         column_id = self._config.to_column_task_id(task_id)

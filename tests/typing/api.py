@@ -1,5 +1,6 @@
 """Checked by the type checker and never run: the public API as its users write it."""
 
+from contextlib import aclosing
 from typing import Any, assert_type
 
 from sqlalchemy import URL, select
@@ -63,6 +64,8 @@ async def waiting(backend: SQLAlchemyResultBackend[int], task: AsyncTaskiqTask[s
         assert_type(task_id, str)
     async for progress in backend.watch_progress(task, timeout=1):
         assert_type(progress, TaskProgress[Any])
+    async with aclosing(backend.watch_progress("id")), aclosing(backend.as_completed(["id"])):
+        pass
 
 
 def errors(error: StorageError) -> None:
