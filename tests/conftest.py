@@ -75,9 +75,9 @@ class Database:
         return [row["state"] for row in await self.fetch(query, application_name)]
 
 
-async def eventually(is_so: Callable[[], Awaitable[bool]]) -> None:
+async def eventually(is_so: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:
     """Asks again until it is so, for what the server does in its own time."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + seconds
     while not await is_so():
         assert time.monotonic() < deadline, "it did not come to be so in time"
         await asyncio.sleep(0.01)

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
+
+from tests.processes import heed_interrupts, processes_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,8 +26,7 @@ def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
-        # A shell's background job inherits that SIGINT is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 - no threads
     ) as process:
         yield process
         process.kill()
@@ -66,13 +65,3 @@ def test_an_interrupted_demo_leaves_nothing_behind(
     assert demo.returncode == 1
     assert list(tmp_path.iterdir()) == []
     assert processes_of(tmp_path) == []
-
-
-def processes_of(temporary_directory: Path) -> list[str]:
-    """The processes that inherited this TMPDIR."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get("TMPDIR") == str(temporary_directory):
-                found.append(" ".join(process.cmdline()))
-    return found
