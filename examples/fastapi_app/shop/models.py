@@ -1,0 +1,50 @@
+"""All tables of the application, on one metadata: Alembic knows them all."""
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Column, DateTime, Integer, MetaData, String, Table, Text, func, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from taskiq_sa_pg import build_models
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class Order(Base):
+    __tablename__ = "orders"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[UUID] = mapped_column(unique=True)
+    customer: Mapped[str]
+    quantity: Mapped[int]
+    ordered_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=func.now())
+
+
+# The results of the tasks and their progress, as JSON: to be read by the browser, and in SQL.
+task_models = build_models(
+    field_for_task_id="Uuid", field_for_payload="Jsonb", metadata=Base.metadata
+)
+Result = task_models.Result
+
+# The broker's queue. It would make this table itself, behind Alembic's back.
+queue = Table(
+    "taskiq_messages",
+    Base.metadata,
+    Column("id", Integer, primary_key=True),
+    Column("task_id", String, nullable=False),
+    Column("task_name", String, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("labels", JSONB, nullable=False),
+    Column("status", Text, nullable=False, server_default=text("'pending'")),
+    Column("created_at", DateTime(timezone=True), server_default=func.now()),
+)

@@ -1,0 +1,40 @@
+"""The work that takes its time. `taskiq worker shop.tasks:broker` does it."""
+
+import asyncio
+from typing import Any
+
+from pydantic import BaseModel
+from taskiq import TaskiqDepends
+from taskiq.depends.progress_tracker import ProgressTracker, TaskState
+from taskiq_pg.asyncpg import AsyncpgBroker
+
+from shop.database import DSN, Session, engine
+from shop.models import Order, task_models
+from taskiq_sa_pg import SQLAlchemyResultBackend
+
+STOCK = 10
+SECONDS_PER_ITEM = 0.25
+
+backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(engine=engine, models=task_models)
+broker = AsyncpgBroker(DSN).with_result_backend(backend)
+
+
+class Parcel(BaseModel):
+    label: str
+    items: int
+
+
+class OutOfStockError(Exception):
+    pass
+
+
+@broker.task
+async def pack(order_id: int, tracker: ProgressTracker[dict[str, int]] = TaskiqDepends()) -> Parcel:
+    async with Session() as session:
+        order = await session.get_one(Order, order_id)
+    for packed in range(order.quantity):
+        await tracker.set_progress(TaskState.STARTED, {"packed": packed, "ordered": order.quantity})
+        if packed == STOCK:
+            raise OutOfStockError(f"{order.quantity} ordered, and only {STOCK} in stock")
+        await asyncio.sleep(SECONDS_PER_ITEM)
+    return Parcel(label=f"No. {order.id} for {order.customer}", items=order.quantity)
