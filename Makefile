@@ -61,6 +61,10 @@ demo: .venv/.demo  ## run the example on a PostgreSQL of its own
 test: .venv/.test  ## run the tests; ARGS="-k name" are for pytest
 	.venv/bin/python -m pytest $(ARGS)
 
+.PHONY: test-browser
+test-browser: .venv/.browser  ## run the example application's page in a headless Chromium
+	.venv/bin/python -m pytest -n0 examples/fastapi_app/browser_tests $(ARGS)
+
 .PHONY: bench
 bench: .venv/.bench  ## compare the speed with taskiq-postgres; ARGS=--quick for a short look
 	.venv/bin/python -m benchmarks $(ARGS)
