@@ -186,7 +186,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         await super().startup()
 
     async def shutdown(self) -> None:
-        """Stores what was accepted, and disposes the backend's own engine. May be repeated.
+        """Ends what was accepted, and disposes the backend's own engine. May be repeated.
 
         Later calls, and those that wait for a result, get NotStartedError. A given engine is left
         alone.

@@ -71,7 +71,8 @@ class Connections:
     def __init__(self, engine: AsyncEngine, limit: int, *, keep: bool) -> None:
         self._engine = engine
         self._keep = keep
-        self._slots = asyncio.Semaphore(min(limit, _size_of_pool(engine) or limit))
+        self._limit = min(limit, _size_of_pool(engine) or limit)
+        self._slots = asyncio.Semaphore(self._limit)
         self._kept: list[_Connection] = []
         self._sweeper: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -168,12 +169,16 @@ class Connections:
         self._distrusted_at = asyncio.get_running_loop().time()
 
     async def close(self) -> None:
-        """Gives the kept connections back to the pool."""
+        """Gives all back to the pool, those in use when their statement has ended."""
+        self._keep = False
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
         while self._kept:
             await self._kept.pop().close()
+        # Whoever came earlier has a slot earlier: with all of them, nobody is left.
+        for _ in range(self._limit):
+            await self._slots.acquire()
         if self._closing:
             await asyncio.wait(self._closing)
 
@@ -306,7 +311,7 @@ class _Text(NamedTuple):
 
 
 def _compile(statement: Executable, dialect: Dialect) -> _Text:
-    compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+    compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]  # the base lacks it
     return _Text(compiled.string, compiled.positiontup)
 
 

@@ -287,5 +287,7 @@ async def _disposing(engine: AsyncEngine, connections: Connections) -> AsyncGene
     try:
         yield
     finally:
-        await connections.close()
-        await engine.dispose()
+        try:
+            await connections.close()
+        finally:
+            await engine.dispose()

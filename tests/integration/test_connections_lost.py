@@ -5,6 +5,7 @@ import gc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
@@ -110,7 +111,8 @@ async def test_a_cancelled_call_leaves_no_connection_in_use(
     assert_nothing_checked_out(engine_in(store), connections.kept)
     pool = engine_in(store).pool
     await store.close()
-    assert pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert isinstance(pool, sa.QueuePool)
+    assert pool.checkedout() == 0
 
 
 @each_owner
@@ -238,6 +240,45 @@ async def test_an_address_that_nobody_answers_at_is_a_storage_error(
     with pytest.raises(StorageError, match=r"cannot listen for notifications: .*No such file"):
         async with store.listening():
             pass
+
+
+COUNT = sa.select(sa.func.count()).select_from(sa.table("t"))
+
+
+async def count(store: Store) -> None:
+    await store.fetch(COUNT, {}, "count")
+
+
+async def count_in_a_transaction(store: Store) -> None:
+    await store.transact(lambda connection: connection.execute(COUNT), "count")
+
+
+@each_owner
+@pytest.mark.parametrize("run", [count, count_in_a_transaction])
+async def test_what_runs_while_a_store_is_closed_ends_first_and_leaves_no_session(
+    run: Callable[[Store], Awaitable[None]], owner: str, stores: Stores, database: Database
+) -> None:
+    store = await stores.open(owner, max_connections=2)
+    await database.fetch("CREATE TABLE t (i integer)")
+
+    async def are_running() -> bool:
+        return await database.sessions("ours") == ["active"] * 2
+
+    other = await asyncpg.connect(database.dsn)
+    async with other.transaction():
+        await other.execute("LOCK TABLE t")
+        running = [asyncio.create_task(run(store)) for _ in range(3)]  # the last waits for a place
+        await eventually(are_running)
+        closing = asyncio.create_task(store.close())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not closing.done()
+    await other.close()
+    await closing
+    assert all(task.done() for task in running)
+    await asyncio.gather(*running)
+    await stores.close()
+    await assert_disconnected(database)
 
 
 @pytest.fixture
