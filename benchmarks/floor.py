@@ -71,7 +71,7 @@ async def _make_tables(dsn: str) -> Models:
 async def _prepare(
     stack: AsyncExitStack, dsn: str, statement: Insert, connections: int
 ) -> asyncio.LifoQueue[PreparedStatement]:
-    dialect = asyncpg_dialect.dialect()  # type: ignore[no-untyped-call]
+    dialect = asyncpg_dialect.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's, bare
     compiled = statement.compile(dialect=dialect)
     assert compiled.positiontup == list(ResultRow._fields)
     # A lone caller stays on one connection: taking turns among several would cost time.

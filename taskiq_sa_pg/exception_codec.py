@@ -265,9 +265,8 @@ def _stand_in(node: Document, bases: list[type[BaseException]], args: list[Any])
     text = node["text"]
     for base in bases:
         try:
-            # taskiq annotates the base as an Exception, and takes any BaseException.
-            cls = create_exception_cls(qualname.rpartition(".")[2], module, base)  # type: ignore[arg-type]
-            cls.__str__ = lambda _: text  # type: ignore[method-assign]
+            cls = create_exception_cls(qualname.rpartition(".")[2], module, base)  # type: ignore[arg-type]  # taskiq takes any BaseException
+            cls.__str__ = lambda _: text  # type: ignore[method-assign]  # a class of our own
         except Exception:  # noqa: BLE001, S112 - a class that cannot be derived from
             continue
         for arguments in (args, [text]):

@@ -249,6 +249,5 @@ def _is_filled(expected: sa.Table, name: str, written: Sequence[str]) -> bool:
 
 
 def _type_name(wanted: sa.types.TypeEngine[Any]) -> str:
-    # SQLAlchemy leaves the constructor of its dialect without annotations.
-    name = wanted.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
+    name = wanted.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]  # SQLAlchemy's, bare
     return "character varying" if name == "varchar" else name

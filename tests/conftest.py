@@ -4,7 +4,7 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 from hypothesis import HealthCheck, settings
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.embedded import postgres
@@ -103,7 +103,8 @@ def assert_nothing_checked_out(engine: AsyncEngine, kept: int = 0) -> None:
     """No connection of the pool is in use, but for those kept; of a NullPool none is known."""
     if isinstance(engine.pool, NullPool):
         return
-    assert engine.pool.checkedout() == kept, engine.pool.status()  # type: ignore[attr-defined]
+    assert isinstance(engine.pool, QueuePool)
+    assert engine.pool.checkedout() == kept, engine.pool.status()
 
 
 def assert_nothing_in_use(backend: SQLAlchemyResultBackend[Any]) -> None:
@@ -127,6 +128,14 @@ async def assert_comes_to_rest(backend: SQLAlchemyResultBackend[Any]) -> None:
     await eventually(is_at_rest)
 
 
+async def shut_down(backends: Iterable[SQLAlchemyResultBackend[Any]]) -> None:
+    """Ends the backends of a test, none of which may hold a connection."""
+    for backend in backends:
+        if backend._store._engine is not None:
+            await assert_comes_to_rest(backend)
+        await backend.shutdown()
+
+
 BackendFactory = Callable[..., Any]
 
 
@@ -145,7 +154,4 @@ async def start_backend(database: Database) -> AsyncIterator[BackendFactory]:
         return backend
 
     yield start
-    for backend in started:
-        if backend._store._engine is not None:
-            await assert_comes_to_rest(backend)
-        await backend.shutdown()
+    await shut_down(started)

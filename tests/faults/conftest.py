@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.engines import make_engine
-from tests.conftest import assert_comes_to_rest, assert_nothing_checked_out
+from tests.conftest import assert_nothing_checked_out, shut_down
 from tests.faults.servers import PASSWORD, Server, ask, servers
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -56,10 +56,7 @@ async def start(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Start]:
         return backend
 
     yield start
-    for backend in started:
-        if backend._store._engine is not None:
-            await assert_comes_to_rest(backend)
-        await backend.shutdown()
+    await shut_down(started)
     for engine in engines:
         assert_nothing_checked_out(engine)
         await engine.dispose()

@@ -12,7 +12,9 @@ from types import ModuleType
 
 import pytest
 from demo import make_broker_table, workers
+from taskiq import AsyncTaskiqTask
 
+from taskiq_sa_pg import SQLAlchemyResultBackend
 from tests.conftest import Database, eventually
 from tests.faults.conftest import Start
 from tests.faults.servers import Server, ask
@@ -111,9 +113,10 @@ async def test_tasks_over_a_restart_of_the_results_server(
     assert await asyncio.gather(*waiters) == [2 * number for number in range(TASKS)]
 
 
-async def wait(tasks: ModuleType, task, number: int) -> int:  # type: ignore[no-untyped-def]
-    waiting = tasks.backend.wait_result(task, 60) if number % 2 else task.wait_result(timeout=60)
-    return (await waiting).return_value  # type: ignore[no-any-return]
+async def wait(tasks: ModuleType, task: AsyncTaskiqTask[int], number: int) -> int:
+    backend: SQLAlchemyResultBackend[int] = tasks.backend
+    waiting = backend.wait_result(task, 60) if number % 2 else task.wait_result(timeout=60)
+    return (await waiting).return_value
 
 
 def _restart(server: Server, how: signal.Signals) -> None:

@@ -135,7 +135,7 @@ async def test_a_lost_connection_comes_back_by_itself(
     await insert(each_driver.database, in_the_gap, "there")
     assert (await waiting[0]).return_value == "there"
     await until_healthy(backend)
-    waiting_of(backend)._look = see_nothing  # type: ignore[method-assign]
+    waiting_of(backend)._look = see_nothing  # type: ignore[method-assign]  # on purpose
     await until_waiting(backend, 1)
     await backend.set_result(afterwards, result_of("heard"))
     assert (await waiting[1]).return_value == "heard"

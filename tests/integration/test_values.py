@@ -255,8 +255,10 @@ async def test_exceptions_labels_log_and_progress_come_back(
     stored.error = error  # past validation, which would rebuild it
     await backend.set_result("t1", stored)
     result = await backend.get_result("t1", with_logs=True)
-    assert (type(result.error), str(result.error), result.error.code) == (Rejected, "code 5", 5)  # type: ignore[union-attr]
-    assert result.error.__cause__.args == ("a\x00b", b"\xff")  # type: ignore[union-attr]
+    assert isinstance(result.error, Rejected)
+    assert (str(result.error), result.error.code) == ("code 5", 5)
+    assert isinstance(result.error.__cause__, ValueError)
+    assert result.error.__cause__.args == ("a\x00b", b"\xff")
     assert result.labels == stored.labels
     assert result.log == "line\\x00"
     await backend.set_progress("t1", TaskProgress(state="a\x00b", meta=["\x00", 1e300]))

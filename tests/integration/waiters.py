@@ -84,11 +84,11 @@ def counted_fetches() -> Iterator[list[str]]:
             purposes.append(purpose)
         return await fetch(self, statement, parameters, purpose, **options)
 
-    Store.fetch = note  # type: ignore[method-assign]
+    Store.fetch = note  # type: ignore[method-assign]  # to count
     try:
         yield purposes
     finally:
-        Store.fetch = fetch  # type: ignore[method-assign]
+        Store.fetch = fetch  # type: ignore[method-assign]  # as it was
 
 
 class Backends:

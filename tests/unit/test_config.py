@@ -106,7 +106,7 @@ def test_configurations_are_frozen_and_compare_by_value() -> None:
     assert config == TableConfig("results", schema="app")
     assert len({config, TableConfig("results", schema="app")}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.table_name = "other"  # type: ignore[misc]
+        config.table_name = "other"  # type: ignore[misc]  # it is frozen
 
 
 def test_the_qualified_name_has_the_schema_if_there_is_one() -> None:

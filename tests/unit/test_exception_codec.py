@@ -85,10 +85,11 @@ class Outer:
 
 
 def with_attributes() -> Exception:
-    exception = ValueError("a")
-    exception.number, exception.items = 5, [1, {"a": None}]  # type: ignore[attr-defined]
+    exception: Any = ValueError("a")
+    exception.number, exception.items = 5, [1, {"a": None}]
     exception.add_note("first")
     exception.add_note("second")
+    assert isinstance(exception, Exception)
     return exception
 
 
@@ -181,11 +182,8 @@ def assert_alike(exception: BaseException, original: BaseException) -> None:
     assert type(exception) is type(original)
     assert str(exception) == str(original)
     if isinstance(original, BaseExceptionGroup):
-        for member, its_original in zip(
-            exception.exceptions,  # type: ignore[attr-defined]
-            original.exceptions,
-            strict=True,
-        ):
+        assert isinstance(exception, BaseExceptionGroup)
+        for member, its_original in zip(exception.exceptions, original.exceptions, strict=True):
             assert_alike(member, its_original)
     else:
         assert list(exception.args) == [list_of(arg) for arg in original.args]
@@ -276,8 +274,8 @@ def test_a_deep_argument_leaves_the_class_alone(codec: Codec, levels: int) -> No
 def test_an_argument_that_contains_itself_leaves_the_class_alone(codec: Codec) -> None:
     arg: list[Any] = []
     arg.extend([arg, arg])
-    error = ValueError("x", arg)
-    error.self = error  # type: ignore[attr-defined]
+    error: Any = ValueError("x", arg)
+    error.self = error
     assert type(through(codec, error)) is ValueError
     assert through(codec, error).args[0] == "x"
 

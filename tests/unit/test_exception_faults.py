@@ -40,12 +40,12 @@ class Hostile(Exception):
     def __str__(self) -> str:
         raise self
 
-    __repr__ = __reduce__ = __reduce_ex__ = __eq__ = __hash__ = __getstate__ = __str__  # type: ignore[assignment]
+    __repr__ = __reduce__ = __reduce_ex__ = __eq__ = __hash__ = __getstate__ = __str__  # type: ignore[assignment]  # wrong on purpose
 
 
 class BrokenArgs(Exception):
     @property
-    def args(self) -> Any:  # type: ignore[override]
+    def args(self) -> Any:  # type: ignore[override]  # wrong on purpose
         raise Hostile
 
 
@@ -158,8 +158,8 @@ def test_a_class_that_has_changed_at_the_reader_is_rebuilt_from_its_parts(module
 
 def test_an_argument_that_the_reader_lacks_leaves_the_exception_alone(module: Any) -> None:
     codec = CODECS["PickleSerializer"]
-    original = ValueError("a", module.Value())
-    original.value = module.Value()  # type: ignore[attr-defined]
+    original: Any = ValueError("a", module.Value())
+    original.value = module.Value()
     assert through(codec, original).args == original.args
     row = encode(codec, original)
     del module.Value

@@ -53,7 +53,7 @@ names = st.text(min_size=1, max_size=47).filter(
 
 
 def compiled(element: Any) -> str:
-    return str(element.compile(dialect=asyncpg.dialect()))  # type: ignore[no-untyped-call]
+    return str(element.compile(dialect=asyncpg.dialect()))  # type: ignore[no-untyped-call]  # SQLAlchemy's, bare
 
 
 def ddl(models: Models) -> list[str]:
