@@ -7,7 +7,7 @@ SHELL := /bin/sh
 
 PYTHON ?= python3
 UV ?= uv
-checked := $(wildcard taskiq_sa_pg migrations examples scripts benchmarks tests/typing)
+checked := $(wildcard taskiq_sa_pg migrations examples scripts benchmarks docs tests/typing)
 
 # $(call pip,VENV): a pip from outside, so that Pythons without ensurepip (Debian's) work too.
 pip = $(PYTHON) -m pip --python $(1)/bin/python -qq --disable-pip-version-check
@@ -98,6 +98,11 @@ types: .venv/.lint  ## check types
 .PHONY: imports
 imports: .venv/.lint  ## check the import contracts
 	.venv/bin/lint-imports --no-logo
+
+# Without a network: nothing is looked up in the inventories of other projects.
+.PHONY: docs
+docs: .venv/.docs  ## build the documentation site: build/docs/index.html
+	.venv/bin/sphinx-build -W --keep-going -n -q -d build/doctrees docs build/docs
 
 # The wheel is built from the sdist, so both are checked.
 .PHONY: wheel

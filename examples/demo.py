@@ -69,12 +69,12 @@ async def make_broker_table(dsn: str) -> None:
 
 
 @contextmanager
-def workers(*targets: str, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
+def workers(*targets: str, cwd: Path, count: int = WORKERS) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `taskiq worker` on the targets; its processes listen when the block is entered.
 
     Their log is kept to themselves, unless they fail to start.
     """
-    command = [sys.executable, "-m", "taskiq", "worker", *targets, "-w", str(WORKERS)]
+    command = [sys.executable, "-m", "taskiq", "worker", *targets, "-w", str(count)]
     with (
         tempfile.NamedTemporaryFile(prefix="taskiq-worker-") as log,
         subprocess.Popen(
@@ -87,15 +87,15 @@ def workers(*targets: str, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
         ) as process,
     ):
         try:
-            wait_until_listening(process, Path(log.name))
+            wait_until_listening(process, Path(log.name), count)
             yield process
         finally:
             stop(process)
 
 
-def wait_until_listening(process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_listening(process: subprocess.Popen[bytes], log: Path, count: int) -> None:
     deadline = time.monotonic() + START_TIMEOUT
-    while log.read_text().count("Listening started") < WORKERS:
+    while log.read_text().count("Listening started") < count:
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"the workers did not start:\n{log.read_text()}")
         time.sleep(0.05)

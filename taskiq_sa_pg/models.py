@@ -222,7 +222,7 @@ class Models:
 
     @property
     def metadata(self) -> MetaData:
-        """The MetaData that holds both tables: for `target_metadata` in an Alembic env.py."""
+        """The MetaData that holds both tables, for `target_metadata` in an Alembic env.py."""
         return self.results_table.metadata
 
     @property
@@ -261,7 +261,7 @@ def build_models(
             tables; None makes one of their own.
 
     Returns:
-        The classes, on a registry of their own: two calls never share a class.
+        The classes. They are on a registry of their own; two calls never share a class.
 
     Raises:
         ConfigurationError: A name or type that cannot work, or a table that this metadata

@@ -1,8 +1,10 @@
-"""README.md says what is true: its examples are the files that run, its tables the real names."""
+"""The documentation says what is true: its tables have the real names, its links lead somewhere."""
 
 import ast
 import inspect
 import re
+from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,20 +16,10 @@ from taskiq_sa_pg.exceptions import TaskiqSaPgError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+REFERENCE = ROOT / "docs" / "reference"
 
-
-@pytest.mark.parametrize("name", ["quickstart.py", "progress.py"])
-def test_an_example_is_the_file_that_the_acceptance_tests_run(name: str) -> None:
-    shown = re.search(rf"<!-- example: {name} -->\n```python\n(.*?)\n```", README, re.DOTALL)
-    assert shown is not None
-    assert shown[1] + "\n" == (ROOT / "examples" / name).read_text()
-
-
-def test_no_code_escapes_the_parser() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == README.count("```python")
-    for block in blocks:
-        ast.parse(block)
+# They are being written.
+COMING = {"existing-application.md", "pgbouncer.md", "switching.md", "cli.md"}
 
 
 def test_every_constructor_argument_has_its_row_in_this_order() -> None:
@@ -64,13 +56,45 @@ def test_every_error_is_in_the_table() -> None:
         and issubclass(exported, TaskiqSaPgError)
         and exported is not TaskiqSaPgError
     ]
-    section = README.partition("## Errors")[2].partition("\n## ")[0]
-    assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(errors)
+    page = (REFERENCE / "errors.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(errors)
 
 
-def test_every_column_is_named() -> None:
-    section = README.partition("## Querying results")[2].partition("\n## ")[0]
+def test_every_column_has_its_row_in_this_order() -> None:
+    page = (REFERENCE / "models.md").read_text()
     models = build_models()
-    for table in (models.results_table, models.progress_table):
-        for column in table.c:
-            assert f"`{column.name}`" in section
+    columns = chain(models.results_table.c, models.progress_table.c)
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [c.name for c in columns]
+
+
+def test_every_environment_variable_is_named() -> None:
+    sources = [*ROOT.glob("taskiq_sa_pg/*.py"), ROOT / "tests" / "conftest.py"]
+    read = set(re.findall(r"TASKIQ_SA_PG_[A-Z_]*[A-Z]", "".join(p.read_text() for p in sources)))
+    options = {f"TASKIQ_SA_PG_{field.name.upper()}" for field in fields(TableConfig)}
+    page = (REFERENCE / "environment.md").read_text()
+    assert (
+        set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+        == (read - {"TASKIQ_SA_PG_NAME"}) | options
+    )
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/reference/compatibility.md"])
+def test_there_is_a_place_for_the_versions_that_were_seen_to_pass(name: str) -> None:
+    marked = re.findall(
+        r"^<!-- matrix -->\n.+\n<!-- /matrix -->$",
+        (ROOT / name).read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert len(marked) == 1
+
+
+def test_every_link_of_the_readme_leads_to_a_file_or_a_heading() -> None:
+    headings = {
+        heading.lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings
+        elif not target.startswith("https://") and Path(target).name not in COMING:
+            assert (ROOT / target).is_file(), target
