@@ -6,7 +6,7 @@ A fence is carried out as its language says. A comment in the line before it say
     <!-- file: NAME -->      written to the page's directory, for a shell block to run
     <!-- output -->          what the block before has printed; the digits of fractions may differ
     <!-- run by: PATH -->    a test of ours runs it, and names the page
-    <!-- not run: REASON --> for shell blocks only
+    <!-- not run: REASON --> for shell and SQL only
 
 A comment `<!-- setup ... -->` holds Python that readers do not see. The address that the pages
 show stands for a schema of the test's own.
@@ -36,6 +36,7 @@ from demo import workers
 from sybil import Document, Region
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, FencedCodeBlockLexer
 
+from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.provisioning import script_location
 
 ROOT: Final = Path(__file__).parents[2]
@@ -151,7 +152,7 @@ class Page:
                 f"{block.argument} does not name this page"
             )
         elif block.mark == "not run":
-            assert block.language == "shell", "only a shell block may be left out"
+            assert block.language in {"shell", "sql"}, "only shell and SQL may be left out"
             assert block.argument, "say why"
         elif block.language in self._run:
             dsn = shlex.quote(self._dsn) if block.language == "shell" else self._dsn
@@ -178,6 +179,10 @@ class Page:
             awaitable = eval(code, self.namespace)  # noqa: S307 - our own documentation
             if inspect.isawaitable(awaitable):
                 await awaitable
+        for made in self.namespace.values():
+            # Of one that a page only shows, its arguments have to be the engine's at least.
+            if isinstance(made, SQLAlchemyResultBackend) and await made._store.open():
+                await made._store.close()
         return printed.getvalue()
 
     async def _run_shell(self, source: str) -> str:

@@ -40,6 +40,10 @@ BROKEN = {
     "Python that awaits what raises": (
         "```python\nimport asyncio\nawait asyncio.wait_for(asyncio.Event().wait(), 0)\n```\n"
     ),
+    "Python that makes a backend with arguments of nobody": (
+        "```python\nfrom taskiq_sa_pg import SQLAlchemyResultBackend\n"
+        'backend = SQLAlchemyResultBackend("postgresql://host/database", what=4)\n```\n'
+    ),
     "Python that is said not to run": "<!-- not run: no time -->\n```python\npass\n```\n",
     "Python for a test that does not know the page": (
         "<!-- run by: tests/conftest.py -->\n```python\npass\n```\n"

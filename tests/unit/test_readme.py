@@ -67,15 +67,18 @@ def test_every_column_has_its_row_in_this_order() -> None:
     assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [c.name for c in columns]
 
 
-def test_every_environment_variable_is_named() -> None:
-    sources = [*ROOT.glob("taskiq_sa_pg/*.py"), ROOT / "tests" / "conftest.py"]
-    read = set(re.findall(r"TASKIQ_SA_PG_[A-Z_]*[A-Z]", "".join(p.read_text() for p in sources)))
+def test_every_environment_variable_is_named_and_read() -> None:
+    code = "".join(path.read_text() for path in ROOT.glob("[a-z]*/**/*.py"))
+    package = "".join(path.read_text() for path in ROOT.glob("taskiq_sa_pg/*.py"))
     options = {f"TASKIQ_SA_PG_{field.name.upper()}" for field in fields(TableConfig)}
     page = (REFERENCE / "environment.md").read_text()
-    assert (
-        set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
-        == (read - {"TASKIQ_SA_PG_NAME"}) | options
-    )
+    named = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert options | _variables(package) <= named
+    assert named <= options | _variables(code)
+
+
+def _variables(code: str) -> set[str]:
+    return set(re.findall(r"\bTASKIQ_SA_PG_[A-Z_]*[A-Z]\b", code)) - {"TASKIQ_SA_PG_NAME"}
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/reference/compatibility.md"])
