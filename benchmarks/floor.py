@@ -51,6 +51,7 @@ def as_columns(row: ResultRow) -> list[list[Any]]:
 async def open_floor(dsn: str) -> AsyncIterator[Floor]:
     models = await _make_tables(dsn)
     statements = upsert_results(models)
+    assert statements.many is not None
     async with AsyncExitStack() as stack:
         yield Floor(
             Codec(models.config),

@@ -19,6 +19,7 @@ from taskiq_sa_pg.exceptions import (
     ResultIsMissingError,
     SchemaError,
 )
+from taskiq_sa_pg.extras import ExtraValues, ExtraValuesFunction
 from taskiq_sa_pg.models import Models, build_models
 from taskiq_sa_pg.notifications import Notifier
 from taskiq_sa_pg.operations import Operations
@@ -77,6 +78,12 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             users never notice.
         models: Models of the tables, from build_models() or of your own; None builds them from
             the names and types given here.
+        extra_values: Called with the task id and the TaskiqResult that set_result() is about to
+            store; returns a dict of values for columns of your own in models.Result, by attribute,
+            which are stored in the same row and statement. None is NULL; a column without a key
+            is left alone, and gets its default in a new row. What cannot be used, be it that the
+            function raises or that PostgreSQL refuses a value, is logged as an error, and the
+            result is stored without it. It must not be async, and should be quick.
         schema: PostgreSQL schema of the tables; None leaves it to the search_path.
         field_for_payload: Type of return_value, error and meta. "Jsonb" can be read and
             filtered in SQL, and needs a serializer that writes JSON.
@@ -115,6 +122,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         *,
         engine: AsyncEngine | None = None,
         models: Models | None = None,
+        extra_values: ExtraValuesFunction | None = None,
         schema: str | None = None,
         field_for_payload: PayloadField = "Bytea",
         check_schema: SchemaCheck = "error",
@@ -131,6 +139,9 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         super().__init__()
         config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
         self.models: Final = _choose_models(models, config)
+        self._extra_values: Final = (
+            None if extra_values is None else ExtraValues(extra_values, self.models)
+        )
         if check_schema not in get_args(SchemaCheck):
             raise ConfigurationError(
                 f'check_schema must be "error", "warn" or "off", not {check_schema!r}'
@@ -425,7 +436,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
 
     def _make_parts(self) -> "_Parts":
         notifier = Notifier(self._store) if self._notify else None
-        operations = Operations(self._store, self._codec, self.models, notifier)
+        operations = Operations(self._store, self._codec, self.models, notifier, self._extra_values)
         waiting = Waiting(self._config, operations.find_ready, self._store.listening, notifier)
         results = Results(
             operations, waiting, self._codec, self._config, keep_results=self.keep_results
@@ -436,7 +447,12 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         if self._check_schema == "off":
             return
         try:
-            await check(self._store, self.models, self._startup_timeout)
+            await check(
+                self._store,
+                self.models,
+                self._startup_timeout,
+                extra_columns={} if self._extra_values is None else self._extra_values.columns,
+            )
         except SchemaError as exc:
             if self._check_schema == "error":
                 raise

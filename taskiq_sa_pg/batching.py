@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
 from taskiq_sa_pg.exceptions import NotStartedError, ResultDecodeError, StorageError
+from taskiq_sa_pg.faults import is_unfit_value
 
 _Key = TypeVar("_Key", bound=Hashable)
 _Item = TypeVar("_Item")
@@ -231,7 +232,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             try:
                 answers = await self._flush(batch)
             except Exception as exc:  # noqa: BLE001 - it is the callers'
-                if not _blames_a_row(exc):
+                if not blames_a_row(exc):
                     _fail(_futures_of(batch), exc)
                     return
                 if len(batch) > 1:
@@ -260,9 +261,10 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                         answer = None
 
 
-def _blames_a_row(exc: Exception) -> bool:
+def blames_a_row(exc: Exception) -> bool:
+    """Whether one row may be at fault, and the others could be stored without it."""
     if isinstance(exc, StorageError):
-        return (exc.sqlstate or "")[:2] in _BLAMING_A_ROW
+        return (exc.sqlstate or "")[:2] in _BLAMING_A_ROW or is_unfit_value(exc.__cause__)
     return isinstance(exc, ResultDecodeError)
 
 

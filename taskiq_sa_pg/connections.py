@@ -14,7 +14,10 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Dialect, Executable, QueuePool
 from sqlalchemy.engine.interfaces import IsolationLevel
+from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from taskiq_sa_pg.statements import CONVERTED
 
 # Afterwards the pool's own care, such as pool_recycle and pool_pre_ping, has its turn.
 _MAX_SECONDS_KEPT: Final = 5.0
@@ -258,8 +261,10 @@ class _Connection:
 
     def is_unusable_after(self, exc: BaseException) -> bool:
         """Whether nobody must use it again. What SQLAlchemy executes, it judges itself."""
-        # Only after an error of the server's own is it sure that nothing is left to be read.
-        return self.is_direct and (self.is_closed or not hasattr(exc, "sqlstate"))
+        # Only after an error of the server's own is it sure that nothing is left to be read, or
+        # where nothing was sent.
+        is_known = hasattr(exc, "sqlstate") or isinstance(exc, StatementError)
+        return self.is_direct and (self.is_closed or not is_known)
 
     async def fetch(
         self, statement: Executable, parameters: Mapping[str, Any], timeout: float | None
@@ -286,6 +291,12 @@ class _Connection:
                 await _set_isolation_level(self._connection, "AUTOCOMMIT")
                 self._texts = None
                 return await self._fetch(statement, parameters, None)
+        for position, convert in compiled.conversions:
+            try:
+                values[position] = convert(values[position])
+            except Exception as exc:
+                # As where SQLAlchemy executes.
+                raise StatementError(str(exc), compiled.text, None, exc) from exc
         rows: Sequence[Any] = await self._driver.fetch(compiled.text, *values, timeout=timeout)
         return rows
 
@@ -304,15 +315,26 @@ class _Connection:
 
 
 class _Text(NamedTuple):
-    """A compiled statement, and the names of its parameters in their order."""
+    """A compiled statement, and the names of its parameters in their order.
+
+    Conversions, by position, are what SQLAlchemy does to values before a driver gets them.
+    """
 
     text: str
     names: Sequence[str]
+    conversions: Sequence[tuple[int, Callable[[Any], Any]]]
 
 
 def _compile(statement: Executable, dialect: Dialect) -> _Text:
     compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]  # the base lacks it
-    return _Text(compiled.string, compiled.positiontup)
+    converted = statement.get_execution_options().get(CONVERTED, ())
+    conversions = []
+    for position, name in enumerate(compiled.positiontup):
+        if name in converted:
+            convert = compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)
+            if convert is not None:
+                conversions.append((position, convert))
+    return _Text(compiled.string, compiled.positiontup, conversions)
 
 
 async def _check_out(

@@ -4,7 +4,7 @@ import ssl
 from collections.abc import Mapping
 from typing import Any, Final
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -29,6 +29,9 @@ _LOST: Final = ("08", "57P0")
 # become a standby.
 _PASSING: Final = frozenset({"53300", "40001", "40P01", "55P03", _READ_ONLY})
 
+# What Python raises where a value is not what it should be. psycopg lets them pass.
+CONVERSION_ERRORS: Final = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+
 # None of the hosts is a primary; and a server that closed the connection in the moment in which a
 # statement began: "cannot switch to state 12; another operation (2) is in progress".
 _LOST_TO_ASYNCPG: Final = frozenset({"TargetServerAttributeNotMatched", "InternalClientError"})
@@ -46,7 +49,7 @@ _LASTING_TEXTS: Final = (
 
 def errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
     """What is raised where a statement or a connection of this engine fails."""
-    errors: tuple[type[Exception], ...] = (DBAPIError, PoolTimeoutError, OSError)
+    errors: tuple[type[Exception], ...] = (StatementError, PoolTimeoutError, OSError)
     # The driver's own where SQLAlchemy is not asked to execute, and in 2.0 where it cannot connect.
     dbapi: Any = engine.dialect.dbapi
     asyncpg = getattr(dbapi, "asyncpg", None)
@@ -83,6 +86,21 @@ def is_lost_connection(error: Exception) -> bool:
         return "closed" in str(said)
     is_psycopgs = name in {"OperationalError", "ConnectionTimeout"}
     return is_psycopgs and not any(text in str(said) for text in _LASTING_TEXTS)
+
+
+def is_unfit_value(error: BaseException | None) -> bool:
+    """Whether a value never got to PostgreSQL: its type or the driver could not convert it."""
+    if isinstance(error, DBAPIError):
+        error = _said(error)
+    if isinstance(error, OSError) or getattr(error, "sqlstate", None) is not None:
+        return False
+    # asyncpg's DataError and ClientConfigurationError are ValueErrors; the others are psycopg's.
+    name = type(error).__name__
+    if name == "ClientConfigurationError":
+        return False
+    return name in {"DataError", "ProgrammingError", "NotSupportedError"} or isinstance(
+        error, (StatementError, *CONVERSION_ERRORS)
+    )
 
 
 def condemns_connections(error: Exception) -> bool:

@@ -1,20 +1,24 @@
 """The operations on one pair of tables, gathered: what is asked for at once shares a statement."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
-from taskiq_sa_pg.batching import Batcher, Entry
+from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row
 from taskiq_sa_pg.codec import Codec, attempt_of
-from taskiq_sa_pg.exceptions import StorageError
+from taskiq_sa_pg.exceptions import StorageError, TaskiqSaPgError
+from taskiq_sa_pg.extras import ExtendedRow, ExtendedUpserts, ExtraValues
+from taskiq_sa_pg.faults import CONVERSION_ERRORS, describe, is_transient
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.notifications import Notifier
 from taskiq_sa_pg.statements import (
     MAX_IDS_PER_READ,
+    Call,
     ProgressRow,
     ResultRow,
     StoredProgress,
@@ -23,7 +27,12 @@ from taskiq_sa_pg.statements import (
 )
 from taskiq_sa_pg.store import Store
 
+logger = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
+
+# The task id as the column has it, the result, the extra values.
+_Extended = tuple[Any, TaskiqResult[Any], Mapping[str, Any]]
 
 
 class Operations:
@@ -36,6 +45,7 @@ class Operations:
         codec: How values become rows.
         models: The tables.
         notifier: Told of what was committed.
+        extra_values: Asked for the values of the application's own columns.
     """
 
     def __init__(
@@ -44,17 +54,27 @@ class Operations:
         codec: Codec,
         models: Models,
         notifier: Notifier | None,
+        extra_values: ExtraValues | None = None,
     ) -> None:
         self._store = store
         self._codec = codec
         self._statements = build_statements(models)
         self._table = models.config.qualified_name
+        self._purpose = f"store its result in table {self._table}"
         self._config = models.config
         self._notifier = notifier
         self._results: Batcher[Any, tuple[Any, TaskiqResult[Any]], ResultRow, None] = Batcher(
             self._store_results,
             encode=lambda item: codec.encode_result(item[0], item[1]),
             size=_size_of,
+            rank=lambda item: attempt_of(getattr(item[1], "labels", None)),
+        )
+        self._extra_values = extra_values
+        self._extended_upserts = ExtendedUpserts(models)
+        self._extended: Batcher[Any, _Extended, ExtendedRow, None] = Batcher(
+            self._store_extended,
+            encode=lambda item: ExtendedRow(codec.encode_result(item[0], item[1]), item[2]),
+            size=lambda row: _size_of(row.result) + sum(map(_length_of, row.extra.values())),
             rank=lambda item: attempt_of(getattr(item[1], "labels", None)),
         )
         self._progress: Batcher[Any, tuple[Any, TaskProgress[Any]], ProgressRow, None] = Batcher(
@@ -75,7 +95,7 @@ class Operations:
             *[
                 batcher.close()
                 for batcher in (
-                    *(self._results, self._progress, self._ready),
+                    *(self._results, self._extended, self._progress, self._ready),
                     *(self._results_read, self._results_taken, self._progress_read),
                 )
             ]
@@ -84,8 +104,12 @@ class Operations:
     def set_result(
         self, column_id: Any, task_id: str, result: TaskiqResult[Any]
     ) -> Awaitable[None]:
-        """Stores a result."""
-        return _naming(task_id, self._results.submit(column_id, (column_id, result)))
+        """Stores a result, with the values that the application has for its own columns."""
+        if self._extra_values is None:
+            return _naming(task_id, self._results.submit(column_id, (column_id, result)))
+        # Here, where the caller's context is.
+        extra = self._extra_values.of(task_id, result)
+        return _naming(task_id, self._extended.submit(column_id, (column_id, result, extra)))
 
     def set_progress(
         self, column_id: Any, task_id: str, progress: TaskProgress[Any]
@@ -111,23 +135,69 @@ class Operations:
 
     async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]
-        await self._store.fetch(
-            *self._statements.upsert_results.of(rows),
-            f"store its result in table {self._table}",
-        )
-        if self._notifier is not None:
-            self._notifier.announce(self._config.results_channel, batch)
+        await self._upsert_results(self._statements.upsert_results.of(rows))
+        self._announce(self._config.results_channel, batch)
         return {}
+
+    async def _store_extended(self, batch: Mapping[Any, Entry[ExtendedRow]]) -> Mapping[Any, None]:
+        rows = [entry.row for entry in batch.values()]
+        try:
+            await self._upsert_extended(rows)
+        except StorageError as exc:
+            if blames_a_row(exc) and len(rows) > 1:
+                raise  # the batcher tries it in halves
+            await self._upsert_without_extra(rows, exc)
+        self._announce(self._config.results_channel, batch)
+        return {}
+
+    async def _upsert_extended(self, rows: Sequence[ExtendedRow]) -> None:
+        try:
+            await self._upsert_results(self._extended_upserts.of(rows))
+        except TaskiqSaPgError:
+            raise
+        except CONVERSION_ERRORS as exc:
+            text, _ = describe(exc, self._purpose)
+            raise StorageError(text, None) from exc
+
+    async def _upsert_without_extra(
+        self, rows: Sequence[ExtendedRow], refusal: StorageError
+    ) -> None:
+        """Stores results without their extra values, where it may be those that were refused."""
+        extended = [row.result.task_id for row in rows if row.extra]
+        cause = refusal.__cause__
+        if not extended or (isinstance(cause, Exception) and is_transient(cause)):
+            raise refusal
+        await self._upsert_extended([row._replace(extra={}) for row in rows])
+        for task_id in extended:
+            logger.error("task %s: its result goes without its extra_values: %s", task_id, refusal)
 
     async def _store_progress(self, batch: Mapping[Any, Entry[ProgressRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]
-        await self._store.fetch(
-            *self._statements.upsert_progress.of(rows),
+        await self._upsert(
+            self._statements.upsert_progress.of(rows),
             f"store its progress in table {self._table}_progress",
         )
-        if self._notifier is not None:
-            self._notifier.announce(self._config.progress_channel, batch)
+        self._announce(self._config.progress_channel, batch)
         return {}
+
+    async def _upsert_results(self, calls: Sequence[Call]) -> None:
+        await self._upsert(calls, self._purpose)
+
+    async def _upsert(self, calls: Sequence[Call], purpose: str) -> None:
+        if len(calls) == 1:
+            await self._store.fetch(*calls[0], purpose)
+            return
+
+        async def upsert(connection: AsyncConnection) -> None:
+            for call in calls:
+                await connection.execute(*call)
+
+        # All or none: those that are tried again may have been read and deleted meanwhile.
+        await self._store.transact(upsert, purpose)
+
+    def _announce(self, channel: str, column_ids: Iterable[Any]) -> None:
+        if self._notifier is not None:
+            self._notifier.announce(channel, column_ids)
 
     async def find_ready(self, column_ids: Iterable[Any]) -> set[Any]:
         """Those of the tasks that have a result, in one statement however many there are."""
@@ -225,6 +295,10 @@ def _size_of(row: ResultRow) -> int:
     if row.error is None and row.log is None:
         return size
     return size + sum(map(len, filter(None, (row.error, row.traceback, row.log))))
+
+
+def _length_of(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes) else 0
 
 
 def _slices(column_ids: list[Any]) -> Iterator[list[Any]]:

@@ -5,8 +5,9 @@ move on. A step that has been released is never edited; a change is a new step.
 """
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -22,6 +23,13 @@ from taskiq_sa_pg.statements import ProgressRow, ResultRow, describe_tables
 from taskiq_sa_pg.store import Store
 
 LATEST_VERSION: Final = 1
+
+# What Alembic asks: a name, its kind ("schema", "table", "column", ...), the names above it.
+IncludeName = Callable[[str | None, Any, Any], bool]
+
+_REMEDY_FOR_OWN: Final = (
+    " (a server_default would fill it, and in the results table extra_values can)"
+)
 
 
 def upgrade(
@@ -68,6 +76,53 @@ def downgrade(
     """
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
     _step(version)[1](op, config)
+
+
+def include_name(
+    hook: IncludeName | None = None,
+    *,
+    table_name: str = DEFAULT_TABLE_NAME,
+    schema: str | None = None,
+) -> IncludeName:
+    """For Alembic's `context.configure(include_name=...)` in an env.py of your own.
+
+    Where your metadata does not know our tables, it keeps `alembic revision --autogenerate` and
+    `alembic check` from dropping them: results, progress and version table, and no other. Several
+    results tables take one call around the other. Leave it out where the models are in your
+    metadata.
+
+    Args:
+        hook: Your own, asked about every name that is not one of ours.
+        table_name: The results table.
+        schema: PostgreSQL schema of the tables; None is the default one, the first of the
+            search_path.
+
+    Raises:
+        ConfigurationError: A name that cannot work.
+    """
+    config = TableConfig(table_name, schema=schema)
+    ours = {config.table_name, config.progress_table_name, config.version_table_name}
+
+    def is_included(name: str | None, kind: str, parent_names: Mapping[str, Any]) -> bool:
+        if kind == "table" and name in ours:
+            found_in = parent_names["schema_name"]
+            if found_in == schema or (found_in is None and schema == _default_schema()):
+                return False
+        return hook is None or hook(name, kind, parent_names)
+
+    return is_included
+
+
+def _default_schema() -> str | None:
+    """The schema that Alembic calls None, as the connection of its command has it."""
+    # Here, because Alembic is slow to import, and who is asked this has done so.
+    from alembic import context  # noqa: PLC0415
+
+    try:
+        connection = context.get_bind()
+    except NameError:  # outside of a command
+        return None
+    return connection.dialect.default_schema_name
 
 
 def upgrade_step(op: Any, version: int, config: TableConfig) -> None:
@@ -175,7 +230,13 @@ def alembic_command(config: TableConfig, command: str) -> str:
     return f"alembic {''.join(options)}{command}"
 
 
-async def check(store: Store, models: Models, timeout: float | None = None) -> None:
+async def check(
+    store: Store,
+    models: Models,
+    timeout: float | None = None,
+    *,
+    extra_columns: Mapping[str, sa.Column[Any]] = MappingProxyType({}),
+) -> None:
     """Compares the tables with the models, by one query of the catalogue.
 
     Args:
@@ -183,6 +244,7 @@ async def check(store: Store, models: Models, timeout: float | None = None) -> N
         models: What they should be.
         timeout: For how many seconds a PostgreSQL that does not answer is tried; None for as long
             as the store tries.
+        extra_columns: Those of the application's own in the results table that it may fill.
 
     Raises:
         SchemaError: A table is absent or unfit; names the differences and what mends them.
@@ -202,8 +264,9 @@ async def check(store: Store, models: Models, timeout: float | None = None) -> N
             f"tables {results.fullname} and {progress.fullname} do not exist; make them with "
             f"{command} or run_migrations=True"
         )
+    may_fill = {column.name for column in extra_columns.values()}
     differences = [
-        *_differences(results, ResultRow._fields, "finished_at", rows),
+        *_differences(results, ResultRow._fields, "finished_at", rows, may_fill),
         *_differences(progress, ProgressRow._fields, "updated_at", rows),
     ]
     if differences:
@@ -216,18 +279,24 @@ async def check(store: Store, models: Models, timeout: float | None = None) -> N
 
 
 def _differences(
-    expected: sa.Table, written: Sequence[str], stamp: str, rows: Sequence[sa.Row[Any]]
+    expected: sa.Table,
+    written: Sequence[str],
+    stamp: str,
+    rows: Sequence[sa.Row[Any]],
+    may_fill: Collection[str] = (),
 ) -> list[str]:
     table = expected.name
     found = {row.column_name: row for row in rows if row.table_name == table}
     if not found:
         return [f"table {expected.fullname} does not exist"]
     differences = []
-    for name in (*written, stamp):
-        wanted = _type_name(expected.c[name].type)
+    for column in expected.c:
+        name, is_ours = column.name, column.name in {*written, stamp}
         if name not in found:
-            differences.append(f"column {table}.{name} is missing")
-        elif found[name].type_name != wanted:
+            whose = "" if is_ours else " (one of your model's own, for a migration of your own)"
+            differences.append(f"column {table}.{name} is missing{whose}")
+        # What others call a type of their own is not for us to compare.
+        elif is_ours and found[name].type_name != (wanted := _type_name(column.type)):
             differences.append(
                 f"column {table}.{name} is {found[name].type_name} and should be {wanted}"
             )
@@ -235,8 +304,9 @@ def _differences(
         differences.append(f"column {table}.task_id is neither primary key nor unique")
     differences.extend(
         f"column {table}.{name} is NOT NULL without a default, and the backend may leave it empty"
+        + ("" if name in {*written, stamp} else _REMEDY_FOR_OWN)
         for name, row in found.items()
-        if row.is_required and not _is_filled(expected, name, written)
+        if row.is_required and name not in may_fill and not _is_filled(expected, name, written)
     )
     return differences
 
@@ -245,7 +315,7 @@ def _is_filled(expected: sa.Table, name: str, written: Sequence[str]) -> bool:
     """Whether every INSERT has a value for the column, be it a default of the model's."""
     if name in written:
         return not expected.c[name].nullable
-    return name in expected.c and expected.c[name].default is not None
+    return any(column.name == name and column.default is not None for column in expected.c)
 
 
 def _type_name(wanted: sa.types.TypeEngine[Any]) -> str:

@@ -7,14 +7,17 @@ codec has a say in it.
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     Column,
     Delete,
+    Enum,
     Insert,
     Integer,
     Select,
+    String,
     Table,
     Text,
     Uuid,
@@ -32,11 +35,12 @@ from sqlalchemy import (
     select,
     table,
     type_coerce,
+    types,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.sql.elements import ColumnElement
-from sqlalchemy.types import TypeEngine
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.models import Models
@@ -50,9 +54,12 @@ _DEFAULTS: Final[Mapping[str, tuple[Any, ColumnElement[Any]]]] = {
     "labels": ("{}", literal_column("'{}'", Text)),
     "attempt": (0, literal_column("0", Integer)),
 }
-
-
 _NULL: Final = (None, null())
+
+# The execution option that names the parameters to be converted; others come as drivers take them.
+CONVERTED: Final = "taskiq_sa_pg_converted"
+
+_NOTHING: Final[Mapping[str, Column[Any]]] = MappingProxyType({})
 
 
 class ResultRow(NamedTuple):
@@ -70,6 +77,10 @@ class ResultRow(NamedTuple):
     task_name: str | None
     attempt: int
     expires_at: datetime | None
+
+
+# All columns of the tables that are ours.
+RESULT_COLUMNS: Final = frozenset({*ResultRow._fields, "finished_at"})
 
 
 class ProgressRow(NamedTuple):
@@ -101,28 +112,34 @@ class StoredProgress(NamedTuple):
     meta: bytes | str | None
 
 
+# A statement and its parameters.
+Call = tuple[Insert, dict[str, Any]]
+
+
 class Upsert(NamedTuple):
     """Stores rows, in one of two shapes.
 
     One array a column serves any number of rows with one text; a column in which all of them have
     the default needs no array. A row alone is worth a text of its own: its arrays would take
-    PostgreSQL and asyncpg longer than all the rest.
+    PostgreSQL and asyncpg longer than all the rest. Where `many` is None, all go alone.
     """
 
     one: Insert
-    many: Insert
+    many: Insert | None
 
-    def of(self, rows: Sequence[Any]) -> tuple[Insert, dict[str, Any]]:
-        """The statement for one or more rows with distinct task ids, and its parameters."""
-        if len(rows) == 1:
-            return self.one, rows[0]._asdict()
+    def of(self, rows: Sequence[Any]) -> Sequence[Call]:
+        """What stores one or more rows with distinct task ids; one statement, if there is many."""
         # Upserts that overlap and lock their rows in different orders deadlock.
-        columns = zip(*sorted(rows, key=itemgetter(0)), strict=True)
-        return self.many, {
+        rows = sorted(rows, key=itemgetter(0))
+        if len(rows) == 1 or self.many is None:
+            return [(self.one, row._asdict()) for row in rows]
+        columns = zip(*rows, strict=True)
+        arrays = {
             # unnest fills an array that is too short up with NULLs, and those are the defaults.
             name: () if values.count(_DEFAULTS.get(name, _NULL)[0]) == len(values) else values
             for name, values in zip(rows[0]._fields, columns, strict=True)
         }
+        return [(self.many, arrays)]
 
 
 class Statements(NamedTuple):
@@ -151,31 +168,34 @@ def build_statements(models: Models) -> Statements:
     )
 
 
-def upsert_results(models: Models) -> Upsert:
-    """Stores results; one of a later attempt stays, an equal or earlier one is overwritten."""
+def upsert_results(models: Models, extra: Mapping[str, Column[Any]] = _NOTHING) -> Upsert:
+    """Stores results; one of a later attempt stays, an equal or earlier one is overwritten.
+
+    Columns of the application's own are left alone, but for those in `extra`, by parameter.
+    """
     results = models.results_table
+    overwritten = (*ResultRow._fields[1:], "finished_at", *[c.key for c in extra.values()])
 
     def over_earlier(statement: PostgresInsert) -> Insert:
         return _on_conflict(
-            statement,
-            (*ResultRow._fields[1:], "finished_at"),
-            where=statement.excluded.attempt >= results.c.attempt,
-        )
+            statement, overwritten, where=statement.excluded.attempt >= results.c.attempt
+        ).execution_options(**{CONVERTED: tuple(extra)} if extra else {})
 
-    return Upsert(
-        one=over_earlier(_insert_one(results, ResultRow._fields)),
-        many=over_earlier(_insert_unnested(results, ResultRow._fields)),
-    )
+    fields = ResultRow._fields
+    one = over_earlier(_insert_one(results, fields, extra))
+    if not _can_be_many(results, extra):
+        return Upsert(one, None)
+    return Upsert(one, over_earlier(_insert_unnested(results, fields, extra)))
 
 
 def upsert_progress(models: Models) -> Upsert:
     """Stores progress, replacing what was there."""
-    progress = models.progress_table
-    overwritten = (*ProgressRow._fields[1:], "updated_at")
-    return Upsert(
-        one=_on_conflict(_insert_one(progress, ProgressRow._fields), overwritten),
-        many=_on_conflict(_insert_unnested(progress, ProgressRow._fields), overwritten),
-    )
+    progress, fields = models.progress_table, ProgressRow._fields
+    overwritten = (*fields[1:], "updated_at")
+    one = _on_conflict(_insert_one(progress, fields), overwritten)
+    if not _can_be_many(progress):
+        return Upsert(one, None)
+    return Upsert(one, _on_conflict(_insert_unnested(progress, fields), overwritten))
 
 
 def select_ready(models: Models) -> Select[Any]:
@@ -231,22 +251,64 @@ def _on_conflict(
     )
 
 
-def _insert_one(target: Table, names: Sequence[str]) -> PostgresInsert:
-    columns = [target.c[name] for name in names]
-    return insert(target).values(
-        {c: _as_stored(bindparam(c.name, type_=_wire_type(c)), c) for c in columns}
+def _can_be_many(target: Table, extra: Mapping[str, Column[Any]] = _NOTHING) -> bool:
+    filled = set(extra.values())
+    # SQLAlchemy calls a Python function that is a column's default once for a statement.
+    return all(map(_fits_an_array, filled)) and not any(
+        c.default is not None and c.default.is_callable for c in target.c if c not in filled
     )
 
 
-def _insert_unnested(target: Table, names: Sequence[str]) -> PostgresInsert:
+def _fits_an_array(stored: Column[Any]) -> bool:
+    wire = stored.type.impl_instance if isinstance(stored.type, TypeDecorator) else stored.type
+    if isinstance(wire, types.ARRAY):  # unnest would take it apart, too
+        return False
+    if wire is not stored.type and getattr(wire, "length", None):  # see _item_type()
+        return False
+    return stored.type.bind_expression(bindparam(None, type_=stored.type)) is None
+
+
+def _item_type(stored: Column[Any]) -> TypeEngine[Any]:
+    item = stored.type
+    if isinstance(item, String) and not isinstance(item, Enum) and item.length is not None:
+        # The array is cast to its type, and PostgreSQL cuts in silence what is cast to VARCHAR(8).
+        item = item.copy()
+        item.length = None
+    return item
+
+
+def _insert_one(
+    target: Table, names: Sequence[str], extra: Mapping[str, Column[Any]] = _NOTHING
+) -> PostgresInsert:
     columns = [target.c[name] for name in names]
+    values = {c: _as_stored(bindparam(c.name, type_=_wire_type(c)), c) for c in columns}
+    values.update({c: bindparam(name, type_=c.type) for name, c in extra.items()})
+    return insert(target).values(values)
+
+
+def _insert_unnested(
+    target: Table, names: Sequence[str], extra: Mapping[str, Column[Any]] = _NOTHING
+) -> PostgresInsert:
+    columns = [target.c[name] for name in names]
+    arrays = [
+        *[bindparam(c.name, type_=ARRAY(_wire_type(c))) for c in columns],
+        # With its dimensions, because a value of JSON may be a list itself.
+        *[bindparam(name, type_=ARRAY(_item_type(c), dimensions=1)) for name, c in extra.items()],
+    ]
     rows = (
-        func.unnest(*[bindparam(c.name, type_=ARRAY(_wire_type(c))) for c in columns])
-        .table_valued(*[column(c.name, _wire_type(c)) for c in columns])
+        func.unnest(*arrays)
+        .table_valued(
+            *[column(c.name, _wire_type(c)) for c in columns],
+            *[column(name, c.type) for name, c in extra.items()],
+        )
         .render_derived(name="rows")
     )
     return insert(target).from_select(
-        names, select(*[_as_stored(_or_default(rows.c[c.name], c.name), c) for c in columns])
+        [*names, *[c.key for c in extra.values()]],
+        select(
+            *[_as_stored(_or_default(rows.c[c.name], c.name), c) for c in columns],
+            *[rows.c[name] for name in extra],
+        ),
     )
 
 

@@ -113,7 +113,8 @@ async def stored_rows(database: Database, table: str) -> dict[Any, tuple[Any, ..
 
 
 async def store(backend: Backend, upsert: Upsert, rows: Sequence[Any]) -> None:
-    await backend._store.fetch(*upsert.of(rows), "store rows")
+    [call] = upsert.of(rows)
+    await backend._store.fetch(*call, "store rows")
 
 
 @pytest.mark.parametrize("what", ["results", "progress"])

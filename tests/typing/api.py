@@ -33,12 +33,24 @@ class Progress(ProgressMixin, Base):
     __table_config__ = TableConfig("orders_results", field_for_task_id="Uuid")
 
 
+def tenant_of(task_id: str, result: TaskiqResult[Any]) -> dict[str, str]:
+    return {"tenant": result.labels["tenant"]}
+
+
+async def tenant_from_afar(task_id: str, result: TaskiqResult[Any]) -> dict[str, str]:
+    return tenant_of(task_id, result)
+
+
 def arguments(engine: AsyncEngine) -> None:
     SQLAlchemyResultBackend[int]("postgresql://", True, "results", "Text", JSONSerializer())
     SQLAlchemyResultBackend[int](lambda: URL.create("postgresql"), pool_size=3)
     SQLAlchemyResultBackend[int]("postgresql://", notify=False, max_connections=2)
     SQLAlchemyResultBackend[int](engine=engine, listen_dsn=lambda: URL.create("postgresql"))
-    SQLAlchemyResultBackend[int](engine=engine, models=Models(Result, Progress))
+    models = Models(Result, Progress)
+    SQLAlchemyResultBackend[int](engine=engine, models=models)
+    SQLAlchemyResultBackend[int](engine=engine, models=models, extra_values=tenant_of)
+    SQLAlchemyResultBackend[int](engine=engine, models=models, extra_values=lambda *_: {})
+    SQLAlchemyResultBackend[int](engine=engine, models=models, extra_values=tenant_from_afar)  # type: ignore[arg-type]  # async
     SQLAlchemyResultBackend[int](engine=engine, field_for_payload="Json")  # type: ignore[arg-type]  # no such type
     InMemoryBroker().with_result_backend(SQLAlchemyResultBackend("postgresql://"))
 

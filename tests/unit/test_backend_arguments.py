@@ -2,6 +2,7 @@
 
 import inspect
 import socket
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,17 @@ from taskiq_sa_pg import (
 DSN = "postgresql://user:hunter2@localhost:1/database"
 
 Backend = SQLAlchemyResultBackend[Any]
+
+
+async def no_values(*_: Any) -> dict[str, Any]:
+    return {}
+
+
+class NoValues:
+    """An async function of sorts."""
+
+    async def __call__(self, *_: Any) -> dict[str, Any]:
+        return {}
 
 
 def borrowed_engine() -> Any:
@@ -56,6 +68,11 @@ def borrowed_engine() -> Any:
             {"dsn": DSN, "field_for_payload": "Jsonb", "serializer": PickleSerializer()},
             "PickleSerializer",
         ),
+        ({"dsn": DSN, "extra_values": {}}, "extra_values must be a callable, not {}"),
+        ({"dsn": DSN, "extra_values": lambda *_: {}}, "the model has none: subclass ResultMixin"),
+        ({"dsn": DSN, "extra_values": no_values}, "ordinary function, not an async one"),
+        ({"dsn": DSN, "extra_values": partial(no_values)}, "ordinary function, not an async one"),
+        ({"dsn": DSN, "extra_values": NoValues()}, "ordinary function, not an async one"),
         ({"dsn": DSN, "models": TableConfig()}, "models must be a Models, not TableConfig"),
         ({"dsn": DSN, "models": build_models("a"), "table_name": "b"}, "to the models alone"),
         ({"dsn": DSN, "models": build_models("a"), "schema": "s"}, "to the models alone"),
