@@ -1,0 +1,380 @@
+"""Our tables in the Alembic history of an application, and beside it."""
+
+import asyncio
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from alembic.util import CommandError
+
+from taskiq_sa_pg.config import PayloadField, TaskIdField
+from taskiq_sa_pg.provisioning import script_location
+from tests.conftest import BackendFactory, Database
+from tests.migrations.applications import Application, execute_script, operations_in
+from tests.migrations.conftest import alembic, catalogue, tables
+from tests.migrations.test_steps import downgrade, upgrade_to_latest
+
+NAME = "taskiq_results"
+ODD_NAME = "Wéird \"Re-sults\" 'n' 100%(:x) \\n user"
+
+ApplicationFactory = Callable[..., Any]
+
+
+@pytest.fixture
+def new_application(tmp_path: Path, database: Database) -> ApplicationFactory:
+    """Makes an application whose history has its orders, in the database too."""
+
+    async def new(template: str = "generic", **arguments: Any) -> Application:
+        application = Application(tmp_path / "app", database, template, **arguments)
+        await application.autogenerate("orders")
+        await application.alembic("upgrade", "head")
+        assert await tables(database) == ["alembic_version", "orders"]
+        return application
+
+    (tmp_path / "app").mkdir()
+    return new
+
+
+async def expected_catalogue(database: Database, **options: Any) -> list[Any]:
+    """What the steps build; the schema is left empty."""
+    await upgrade_to_latest(database.dsn, **options)
+    found = await catalogue(database, options.get("table_name", NAME))
+    assert found
+    await downgrade(database.dsn, 1, **options)
+    return found
+
+
+def arguments_of(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "odd": {"table_name": ODD_NAME},
+    "reserved": {"table_name": "Order"},
+} | {
+    f"{task_id}-{payload}": {"field_for_task_id": task_id, "field_for_payload": payload}
+    for task_id in get_args(TaskIdField)
+    for payload in get_args(PayloadField)
+    if (task_id, payload) != ("VarChar", "Bytea")
+}
+each_template = pytest.mark.parametrize("template", ["generic", "async"])
+
+
+def of_kinds(names: Iterable[str]) -> pytest.MarkDecorator:
+    """A test of these kinds of tables, with the templates by turns."""
+    templates = itertools.cycle(["generic", "async"])
+    return pytest.mark.parametrize(
+        ("template", "options"),
+        [
+            pytest.param(template, KINDS[name], id=f"{name}-{template}")
+            for name, template in zip(names, templates, strict=False)
+        ],
+    )
+
+
+async def assert_history_goes_up_and_down(
+    application: Application, expected: list[Any], name: str, place: Database | None = None
+) -> None:
+    """Upgraded, fresh, and by the SQL of offline mode, up and down; clean whenever it is up."""
+    database = application.database
+    place = place or database
+
+    async def assert_is_up() -> None:
+        assert {"alembic_version", "orders"} <= set(await tables(database))
+        assert {name, f"{name}_progress"} <= set(await tables(place))
+        assert await catalogue(place, name) == expected
+        assert "No new upgrade operations" in await application.alembic("check")
+
+    await application.alembic("upgrade", "head")
+    await assert_is_up()
+    await application.alembic("downgrade", "-1")
+    assert await tables(database) == ["alembic_version", "orders"]
+    assert await catalogue(place, name) == []
+    await application.alembic("downgrade", "base")
+    await application.alembic("upgrade", "head")
+    await assert_is_up()
+    down = await application.alembic("downgrade", "head:base", "--sql")
+    await execute_script(database, down)
+    assert await tables(database) == ["alembic_version"]
+    assert await catalogue(place, name) == []
+    await execute_script(database, "DROP TABLE alembic_version")
+    await execute_script(database, await application.alembic("upgrade", "head", "--sql"))
+    await assert_is_up()
+
+
+MAKES_TWO_TABLES = {"create_table": 2, "create_index": 2, "drop_index": 2, "drop_table": 2}
+
+
+@of_kinds(KINDS)
+async def test_autogenerate_makes_exactly_the_tables(
+    new_application: ApplicationFactory,
+    other_database: Database,
+    template: str,
+    options: dict[str, Any],
+) -> None:
+    application = await new_application(template, options='{"compare_server_default": True}')
+    expected = await expected_catalogue(other_database, **options)
+    application.set_models(f"build_models(metadata=Base.metadata, {arguments_of(options)})")
+    with pytest.raises(CommandError, match="add_table"):
+        await application.alembic("check")
+    assert operations_in(await application.autogenerate("results")) == MAKES_TWO_TABLES
+    name = options.get("table_name", NAME)
+    await assert_history_goes_up_and_down(application, expected, name)
+
+
+def only_schemas(*names: str) -> str:
+    """Arguments of context.configure() for an application that has these beside the default."""
+    hook = f"lambda name, kind, _: kind != 'schema' or name in {(None, *names)}"
+    return f'{{"include_schemas": True, "include_name": {hook}}}'
+
+
+async def test_autogenerate_makes_the_tables_in_a_schema(
+    new_application: ApplicationFactory, other_database: Database
+) -> None:
+    place = other_database.schema
+    expected = await expected_catalogue(other_database, table_name=ODD_NAME)
+    application = await new_application("async", options=only_schemas(place))
+    application.set_models(f"build_models({ODD_NAME!r}, schema={place!r}, metadata=Base.metadata)")
+    assert operations_in(await application.autogenerate("results")) == MAKES_TWO_TABLES
+    await assert_history_goes_up_and_down(application, expected, ODD_NAME, other_database)
+
+
+OWN_MODELS = """
+import enum
+from sqlalchemy.dialects.postgresql import JSONB
+
+class Result(ResultMixin, Base):
+    tenant: Mapped[str | None] = mapped_column("Tenant", index=True)
+    order_id: Mapped[int | None] = mapped_column(sa.ForeignKey(Order.id, ondelete="CASCADE"))
+    details: Mapped[dict | None] = mapped_column(JSONB)
+    order: Mapped[Order | None] = relationship(backref="results")
+
+class Progress(ProgressMixin, Base):
+    stage: Mapped[str] = mapped_column(server_default="early")
+
+class Invoice(Base):
+    __tablename__ = "invoices"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[str | None] = mapped_column(sa.ForeignKey(Result.task_id, ondelete="SET NULL"))
+"""
+
+
+async def test_autogenerate_makes_columns_of_the_applications_own(
+    new_application: ApplicationFactory, database: Database
+) -> None:
+    """And later in a table that is there already."""
+    application = await new_application("async")
+    application.set_models("build_models(metadata=Base.metadata)")
+    await application.autogenerate("results")
+    await application.alembic("upgrade", "head")
+    application.set_models(OWN_MODELS)
+    later = operations_in(await application.autogenerate("own columns"))
+    assert (later["add_column"], later["create_table"]) == (4, 1)
+    await application.alembic("upgrade", "head")
+    assert "No new upgrade operations" in await application.alembic("check")
+    upgraded = await catalogue(database)
+    assert (NAME, "Tenant", "character varying", False, None) in upgraded
+    await application.alembic("downgrade", "base")
+    for revision in application.revisions:
+        if "orders" not in revision.name:
+            revision.unlink()
+    await application.alembic("upgrade", "head")
+    at_once = operations_in(await application.autogenerate("all at once"))
+    assert (at_once["create_table"], at_once["create_index"]) == (3, 3)
+    await application.alembic("upgrade", "head")
+    assert await catalogue(database) == upgraded
+    assert "No new upgrade operations" in await application.alembic("check")
+
+
+@of_kinds(["default", "odd", "Uuid-Jsonb"])
+async def test_a_revision_that_calls_the_step_makes_what_the_models_describe(
+    new_application: ApplicationFactory,
+    other_database: Database,
+    template: str,
+    options: dict[str, Any],
+) -> None:
+    application = await new_application(template, options='{"compare_server_default": True}')
+    expected = await expected_catalogue(other_database, **options)
+    application.set_models(f"build_models(metadata=Base.metadata, {arguments_of(options)})")
+    await application.write_revision(
+        f"schema.upgrade(op, version=1, {arguments_of(options)})",
+        f"schema.downgrade(op, version=1, {arguments_of(options)})",
+    )
+    name = options.get("table_name", NAME)
+    await assert_history_goes_up_and_down(application, expected, name)
+
+
+async def test_a_revision_that_calls_the_step_for_a_schema(
+    new_application: ApplicationFactory, other_database: Database
+) -> None:
+    place = other_database.schema
+    expected = await expected_catalogue(other_database)
+    application = await new_application(options=only_schemas(place))
+    application.set_models(f"build_models(schema={place!r}, metadata=Base.metadata)")
+    await application.write_revision(
+        f"schema.upgrade(op, version=1, schema={place!r})",
+        f"schema.downgrade(op, version=1, schema={place!r})",
+    )
+    await assert_history_goes_up_and_down(application, expected, NAME, other_database)
+
+
+WITHOUT_ORDERS = "Base.metadata.remove(Order.__table__)"
+
+
+def all_of(name: str) -> set[str]:
+    return {name, f"{name}_progress", f"{name}_version"}
+
+
+async def dropped_by_autogenerate(application: Application) -> set[str]:
+    """The tables that a revision would drop."""
+    try:
+        assert "No new upgrade operations" in await application.alembic("check")
+    except CommandError as exc:
+        return set(
+            re.findall(r"\('remove_table', Table\((?:u?'|\")(.*?)(?:'|\"), MetaData", str(exc))
+        )
+    return set()
+
+
+@pytest.mark.parametrize("name", [NAME, ODD_NAME], ids=["default", "odd"])
+@each_template
+async def test_tables_of_our_history_are_left_alone_and_those_of_theirs_are_not(
+    new_application: ApplicationFactory,
+    start_backend: BackendFactory,
+    database: Database,
+    template: str,
+    name: str,
+) -> None:
+    all_tables = {"alembic_version", "orders", *all_of(name)}
+    application = await new_application(template)
+    await start_backend(table_name=name, run_migrations=True)
+    if name == NAME:
+        assert await dropped_by_autogenerate(application) == all_of(name)
+    application.use(database, f'{{"include_name": schema.include_name(table_name={name!r})}}')
+    assert await dropped_by_autogenerate(application) == set()
+    assert operations_in(await application.autogenerate("nothing")) == {}
+    application.set_models(WITHOUT_ORDERS)
+    await application.alembic("upgrade", "head")
+    assert await dropped_by_autogenerate(application) == {"orders"}
+    assert operations_in(await application.autogenerate("orders go")) == {
+        "drop_index": 1,
+        "drop_table": 1,
+        "create_table": 1,
+        "create_index": 1,
+    }
+    assert set(await tables(database)) == all_tables
+    await application.alembic("upgrade", "head")
+    assert set(await tables(database)) == all_tables - {"orders"}
+
+
+async def test_several_results_tables_and_a_hook_of_the_applications_own(
+    new_application: ApplicationFactory, start_backend: BackendFactory, database: Database
+) -> None:
+    application = await new_application()
+    for name in ("one", "two"):
+        await start_backend(table_name=name, run_migrations=True)
+    await execute_script(database, "CREATE TABLE legacy (id int); CREATE TABLE one_more (id int)")
+    hook = 'lambda name, kind, parents: kind != "table" or name != "legacy"'
+    hook = f'schema.include_name({hook}, table_name="one")'
+    for options, dropped in {
+        hook: {"one_more", *all_of("two")},
+        f'schema.include_name({hook}, table_name="two")': {"one_more"},
+    }.items():
+        application.use(database, f'{{"include_name": {options}}}')
+        assert await dropped_by_autogenerate(application) == dropped
+
+
+async def test_tables_of_these_names_in_another_schema_are_not_ours(
+    new_application: ApplicationFactory,
+    start_backend: BackendFactory,
+    database: Database,
+    other_database: Database,
+) -> None:
+    application = await new_application()
+    await start_backend(schema=other_database.schema, run_migrations=True)
+    await execute_script(database, f"CREATE TABLE {NAME} (id int)")
+    hook = f"lambda name, kind, _: kind != 'schema' or name in {(None, other_database.schema)}"
+    for ours, dropped in {
+        f"schema={other_database.schema!r}": {NAME},
+        "": all_of(NAME),
+    }.items():
+        application.use(
+            database,
+            f'{{"include_schemas": True, "include_name": schema.include_name({hook}, {ours})}}',
+        )
+        assert await dropped_by_autogenerate(application) == dropped
+
+
+@pytest.mark.parametrize("include_schemas", [False, True])
+@each_template
+async def test_the_default_schema_may_be_named(
+    new_application: ApplicationFactory,
+    start_backend: BackendFactory,
+    database: Database,
+    template: str,
+    include_schemas: bool,
+) -> None:
+    application = await new_application(template)
+    await start_backend(schema=database.schema, run_migrations=True)
+    hook = "lambda name, kind, _: kind != 'schema' or name is None"
+    ours = f"schema.include_name({hook}, schema={database.schema!r})"
+    options = f'{{"include_schemas": {include_schemas}, "include_name": {ours}}}'
+    application.use(database, options)
+    assert await dropped_by_autogenerate(application) == set()
+    application.set_models(WITHOUT_ORDERS)
+    assert await dropped_by_autogenerate(application) == {"orders"}
+
+
+async def test_our_history_beside_theirs_in_one_ini_file(
+    new_application: ApplicationFactory, database: Database, other_database: Database
+) -> None:
+    """With -n for ours; neither moves the other."""
+    expected = await expected_catalogue(other_database)
+    application = await new_application(options='{"include_name": schema.include_name()}')
+    ini = str(application.ini)
+
+    def point_at(place: Database) -> None:
+        theirs = application.ini.read_text().partition("[taskiq_sa_pg]")[0]
+        dsn = place.dsn.replace("%", "%%")
+        section = f"script_location = {script_location()}\nsqlalchemy.url = {dsn}\n"
+        application.ini.write_text(f"{theirs}[taskiq_sa_pg]\n{section}")
+
+    async def ours(*arguments: str) -> str:
+        outcome = await alembic("-c", ini, "-n", "taskiq_sa_pg", *arguments)
+        assert outcome.status == 0, outcome.stdout + outcome.stderr
+        return outcome.stdout
+
+    point_at(database)
+    await ours("upgrade", "head")
+    assert set(await tables(database)) == {"alembic_version", "orders", *all_of(NAME)}
+    assert await catalogue(database) == expected
+    [theirs_at] = [path.name.partition("_")[0] for path in application.revisions]
+    current, check, script = await asyncio.gather(
+        ours("current"), ours("check"), ours("upgrade", "head", "--sql")
+    )
+    assert "0001 (head)" in current
+    assert theirs_at not in current
+    assert "No new upgrade operations" in check
+    assert f"{theirs_at} (head)" in await application.alembic("current")
+    assert await dropped_by_autogenerate(application) == set()
+
+    await application.alembic("downgrade", "base")
+    assert set(await tables(database)) == {"alembic_version", *all_of(NAME)}
+    await application.alembic("upgrade", "head")
+    await ours("downgrade", "base")
+    assert set(await tables(database)) == {"alembic_version", "orders", f"{NAME}_version"}
+    assert f"{theirs_at} (head)" in await application.alembic("current")
+    assert "0001" not in await ours("current")
+
+    await execute_script(other_database, script)
+    await execute_script(other_database, await application.alembic("upgrade", "head", "--sql"))
+    application.use(other_database)
+    point_at(other_database)
+    assert await catalogue(other_database) == expected
+    assert set(await tables(other_database)) == {"alembic_version", "orders", *all_of(NAME)}
+    assert "No new upgrade operations" in await application.alembic("check")
+    assert "No new upgrade operations" in await ours("check")
