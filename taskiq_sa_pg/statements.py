@@ -129,9 +129,11 @@ class Upsert(NamedTuple):
 
     def of(self, rows: Sequence[Any]) -> Sequence[Call]:
         """What stores one or more rows with distinct task ids; one statement, if there is many."""
+        if len(rows) == 1:
+            return [(self.one, rows[0]._asdict())]
         # Upserts that overlap and lock their rows in different orders deadlock.
         rows = sorted(rows, key=itemgetter(0))
-        if len(rows) == 1 or self.many is None:
+        if self.many is None:
             return [(self.one, row._asdict()) for row in rows]
         columns = zip(*rows, strict=True)
         arrays = {
@@ -169,10 +171,7 @@ def build_statements(models: Models) -> Statements:
 
 
 def upsert_results(models: Models, extra: Mapping[str, Column[Any]] = _NOTHING) -> Upsert:
-    """Stores results; one of a later attempt stays, an equal or earlier one is overwritten.
-
-    Columns of the application's own are left alone, but for those in `extra`, by parameter.
-    """
+    """Stores results, over those of equal or earlier attempts, and extra columns by parameter."""
     results = models.results_table
     overwritten = (*ResultRow._fields[1:], "finished_at", *[c.key for c in extra.values()])
 

@@ -402,16 +402,30 @@ async def test_where_the_result_itself_is_refused_the_caller_hears_of_it(
     assert errors(caplog) == []
 
 
-async def test_an_outage_is_no_reason_to_leave_values_out(
-    application: Application, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("times", [1, 1000])
+async def test_a_fault_that_passes_is_no_reason_to_leave_values_out(
+    application: Application, caplog: pytest.LogCaptureFixture, times: int
 ) -> None:
-    backend = await application.start(lambda *_: {"count": 1}, retry_timeout=0, command_timeout=0.3)
-    await store(backend, "a")
-    async with application.engine.begin() as holder:
-        await holder.execute(sa.text("LOCK TABLE taskiq_results IN ACCESS EXCLUSIVE MODE"))
-        with pytest.raises(StorageError, match="did not answer in time"):
-            await backend.set_result("b", result_of(1))
-    assert await application.stored("count") == {"a": 1}
+    """The statement is tried again, with them; and given up with them."""
+    await application.execute(
+        "CREATE SEQUENCE attempts",
+        "CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"IF nextval('attempts') <= {times} THEN "
+        "RAISE EXCEPTION 'conflict' USING ERRCODE = '40001'; END IF; RETURN NEW; END $$",
+        "CREATE TRIGGER conflict BEFORE INSERT ON taskiq_results FOR EACH ROW "
+        "WHEN (NEW.count IS NOT NULL) EXECUTE FUNCTION conflict()",
+    )
+    retry_timeout = 30 if times == 1 else 0
+    backend = await application.start(lambda *_: {"count": 1}, retry_timeout=retry_timeout)
+    outcomes = await asyncio.gather(
+        *[backend.set_result(i, result_of(i)) for i in "abc"], return_exceptions=True
+    )
+    if times == 1:
+        assert outcomes == [None] * 3
+        assert await application.stored("count") == dict.fromkeys("abc", 1)
+    else:
+        assert [getattr(outcome, "sqlstate", None) for outcome in outcomes] == ["40001"] * 3
+        assert await application.stored("count") == {}
     assert errors(caplog) == []
 
 
