@@ -6,11 +6,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 
 from taskiq_sa_pg.provisioning import script_location
 from tests.conftest import BackendFactory, Database
+from tests.migrations.applications import execute_script
 from tests.migrations.conftest import (
     PASSWORD,
     ROOT,
@@ -30,14 +30,6 @@ FOREIGN_TABLE = "(task_id VARCHAR UNIQUE, result BYTEA, progress BYTEA)"
 def succeeded(outcome: Outcome) -> Outcome:
     assert outcome.status == 0, outcome.stdout + outcome.stderr
     return outcome
-
-
-async def execute_script(database: Database, script: str) -> None:
-    connection = await asyncpg.connect(database.dsn)
-    try:
-        await connection.execute(script)
-    finally:
-        await connection.close()
 
 
 def all_of(table_name: str) -> list[str]:
