@@ -51,6 +51,11 @@ _ASYNCPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
     "ssl": str,
 }
 
+# What psycopg's connect() takes beside libpq's parameters. None turns prepared statements off.
+_PSYCOPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "prepare_threshold": lambda text: None if text.lower() == "none" else int(text),
+}
+
 # libpq's parameters without a counterpart in asyncpg, which would hand them to the server as
 # settings. https://www.postgresql.org/docs/18/libpq-connect.html#LIBPQ-PARAMKEYWORDS
 _LIBPQ_ONLY: Final = frozenset(
@@ -136,7 +141,11 @@ class Address:
                 else self._psycopg_arguments()
             ),
         }
-        return {name: value for name, value in arguments.items() if value is not None}
+        return {
+            name: value
+            for name, value in arguments.items()
+            if value is not None or name in _PSYCOPG_ARGUMENTS
+        }
 
     def _asyncpg_arguments(self) -> dict[str, Any]:
         rest = dict(self.options)
@@ -164,6 +173,8 @@ class Address:
 
     def _psycopg_arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {**_LIBPQ_DEFAULTS, **self.options, "dbname": self.database}
+        for name in _PSYCOPG_ARGUMENTS.keys() & self.options:
+            arguments[name] = _PSYCOPG_ARGUMENTS[name](self.options[name])
         if any(host for host, _ in self.hosts):
             arguments["host"] = ",".join(host for host, _ in self.hosts)
         if any(port for _, port in self.hosts):
@@ -255,7 +266,7 @@ def _host_and_port(host: str, default_port: str) -> tuple[str, int | None]:
 
 def _check_options(address: Address) -> None:
     if address.drivername == "postgresql+asyncpg":
-        driver, other, foreign = "asyncpg", "psycopg", _LIBPQ_ONLY
+        driver, other, foreign = "asyncpg", "psycopg", _LIBPQ_ONLY.union(_PSYCOPG_ARGUMENTS)
     else:
         driver, other, foreign = "psycopg", "asyncpg", frozenset(_ASYNCPG_ARGUMENTS)
     unknown = sorted(foreign.intersection(address.options))
@@ -269,7 +280,8 @@ def _check_options(address: Address) -> None:
     except ValueError:
         numbers = ", ".join(name for name, kind in _ASYNCPG_ARGUMENTS.items() if kind is not str)
         raise ConfigurationError(
-            f"the dsn's parameters {numbers} and connect_timeout take numbers"
+            f"the dsn's parameters {numbers} and connect_timeout take numbers, and "
+            "prepare_threshold takes a number or none"
         ) from None
 
 

@@ -22,6 +22,27 @@ _REMEDIES: Final[Mapping[str, str]] = {
     _READ_ONLY: "name all hosts in the dsn, with target_session_attrs=read-write",
 }
 
+# A statement was prepared on one of a pooler's servers, and is missed on another, or its
+# name is taken there: "bind message supplies 1 parameters, but prepared statement ...".
+_UNPREPARED: Final = frozenset({"26000", "42P05"})
+_ANOTHER_PREPARED: Final = "but prepared statement"
+_POOLED: Final = (
+    "the address leads through a transaction pooler, such as PgBouncer, that does not carry "
+    "prepared statements from server to server: turn them off with "
+)
+_UNPREPARED_REMEDIES: Final[Mapping[str, str]] = {
+    "asyncpg": _POOLED + 'connect_args={"statement_cache_size": 0} or ?statement_cache_size=0',
+    "psycopg": _POOLED + 'connect_args={"prepare_threshold": None} or ?prepare_threshold=none',
+}
+
+# PgBouncer's own errors, those that pass and those that stay, all have this SQLSTATE.
+_PROTOCOL_VIOLATION: Final = "08P01"
+_REFUSED_SETTING: Final = "unsupported startup parameter"
+_REFUSED_SETTING_REMEDY: Final = (
+    "PgBouncer does not pass this setting on: leave it out of the dsn and connect_args and set it "
+    "by ALTER ROLE or ALTER DATABASE, or have PgBouncer drop it with ignore_startup_parameters"
+)
+
 # Connection failures, and a server that shuts down, has crashed or is starting.
 _LOST: Final = ("08", "57P0")
 
@@ -37,13 +58,16 @@ CONVERSION_ERRORS: Final = (TypeError, ValueError, ArithmeticError, LookupError,
 _LOST_TO_ASYNCPG: Final = frozenset({"TargetServerAttributeNotMatched", "InternalClientError"})
 
 # psycopg has no SQLSTATE for a connection that failed, only libpq's text, and this is what a
-# server says in English about what no repetition mends.
+# server or PgBouncer says in English about what no repetition mends.
 _LASTING_TEXTS: Final = (
     "authentication failed",
     "does not exist",
     "no pg_hba.conf entry",
     "permission denied",
     "no password supplied",
+    "no such user",
+    _ANOTHER_PREPARED,
+    _REFUSED_SETTING,
 )
 
 
@@ -75,7 +99,9 @@ def is_lost_connection(error: Exception) -> bool:
         return not isinstance(error, ssl.SSLCertVerificationError)
     sqlstate = sqlstate_of(error)
     if sqlstate is not None:
-        return sqlstate.startswith(_LOST)
+        return sqlstate.startswith(_LOST) and not (
+            sqlstate == _PROTOCOL_VIOLATION and _is_lasting(error)
+        )
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
     said = _said(error)
@@ -85,7 +111,7 @@ def is_lost_connection(error: Exception) -> bool:
     if name == "InterfaceError":  # asyncpg's
         return "closed" in str(said)
     is_psycopgs = name in {"OperationalError", "ConnectionTimeout"}
-    return is_psycopgs and not any(text in str(said) for text in _LASTING_TEXTS)
+    return is_psycopgs and not _is_lasting(error)
 
 
 def is_unfit_value(error: BaseException | None) -> bool:
@@ -123,9 +149,22 @@ def describe(error: Exception, purpose: str) -> tuple[str, str | None]:
         # asyncpg raises it bare where no server answers.
         return f"cannot {purpose}: no connection to PostgreSQL: {reason_of(error)}", None
     sqlstate = sqlstate_of(error)
-    remedy = _REMEDIES.get(sqlstate or "")
+    remedy = _remedy(error)
     said = reason_of(error) + (f" ({sqlstate})" if sqlstate else "")
     return f"cannot {purpose}: {said}" + (f"; {remedy}" if remedy else ""), sqlstate
+
+
+def _remedy(error: Exception) -> str | None:
+    sqlstate, said = sqlstate_of(error), _said(error)
+    if sqlstate in _UNPREPARED or _ANOTHER_PREPARED in str(said):
+        return _UNPREPARED_REMEDIES.get(type(said).__module__.partition(".")[0])
+    if _REFUSED_SETTING in str(said):
+        return _REFUSED_SETTING_REMEDY
+    return _REMEDIES.get(sqlstate or "")
+
+
+def _is_lasting(error: Exception) -> bool:
+    return any(text in str(_said(error)) for text in _LASTING_TEXTS)
 
 
 def sqlstate_of(error: Exception) -> str | None:

@@ -204,6 +204,15 @@ def test_asyncpg_arguments_become_numbers() -> None:
     }
 
 
+@pytest.mark.parametrize(("given", "threshold"), [("none", None), ("None", None), ("0", 0)])
+def test_psycopgs_prepared_statements_are_turned_off_in_the_dsn(
+    given: str, threshold: int | None
+) -> None:
+    found = arguments(f"postgresql+psycopg://h/d?prepare_threshold={given}")
+    assert found["prepare_threshold"] == threshold
+    assert "prepare_threshold" not in arguments("postgresql+psycopg://h/d")
+
+
 def test_a_connect_timeout_of_zero_is_no_limit_of_no_time() -> None:
     assert "timeout" not in arguments("postgresql://h/d?connect_timeout=0")
 
@@ -215,6 +224,12 @@ def test_a_connect_timeout_of_zero_is_no_limit_of_no_time() -> None:
         ("postgresql://u:hunter2@h/d?hostaddr=1.2.3.4", "hostaddr.*postgresql\\+psycopg://"),
         ("postgresql+psycopg://h/d?command_timeout=1", "psycopg does not .* command_timeout"),
         ("postgresql://u:hunter2@h/d?command_timeout=soon", "take numbers"),
+        ("postgresql://u:hunter2@h/d?prepare_threshold=none", "asyncpg does not know .* prepare_"),
+        (
+            "postgresql+psycopg://u:hunter2@h/d?statement_cache_size=0",
+            "psycopg does not know .* statement_cache_size",
+        ),
+        ("postgresql+psycopg://u:hunter2@h/d?prepare_threshold=off", "takes a number or none"),
         ("postgresql+psycopg2://u:hunter2@h/d", "driver 'postgresql\\+psycopg2'"),
         ("postgresql+pg8000://u:hunter2@h/d", "driver 'postgresql\\+pg8000'"),
         ("mysql+aiomysql://u:hunter2@h/d", "driver 'mysql\\+aiomysql'"),

@@ -1,0 +1,63 @@
+"""What a pooler's errors say to do: PgBouncer's own, and those of statements that it has lost."""
+
+import asyncpg
+import psycopg
+import pytest
+
+from taskiq_sa_pg.faults import describe, is_transient
+
+FOR_ASYNCPG = 'connect_args={"statement_cache_size": 0} or ?statement_cache_size=0'
+FOR_PSYCOPG = 'connect_args={"prepare_threshold": None} or ?prepare_threshold=none'
+FOR_SETTINGS = "ignore_startup_parameters"
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (
+            asyncpg.InvalidSQLStatementNameError('prepared statement "a" does not exist'),
+            FOR_ASYNCPG,
+        ),
+        (asyncpg.DuplicatePreparedStatementError('prepared statement "a" exists'), FOR_ASYNCPG),
+        (psycopg.errors.InvalidSqlStatementName('prepared statement "_pg3_0" ...'), FOR_PSYCOPG),
+        (psycopg.errors.DuplicatePreparedStatement('prepared statement "_pg3_0"'), FOR_PSYCOPG),
+        (
+            psycopg.errors.ProtocolViolation(
+                'bind message supplies 1 parameters, but prepared statement "_pg3_0" requires 2'
+            ),
+            FOR_PSYCOPG,
+        ),
+        (
+            asyncpg.ProtocolViolationError("unsupported startup parameter: search_path"),
+            FOR_SETTINGS,
+        ),
+        (
+            psycopg.OperationalError(
+                "connection failed: FATAL:  unsupported startup parameter in options: search_path"
+            ),
+            FOR_SETTINGS,
+        ),
+    ],
+    ids=repr,
+)
+def test_a_wrong_setting_is_an_error_that_names_the_right_one(
+    error: Exception, remedy: str
+) -> None:
+    text, _ = describe(error, "store its result")
+    assert text.startswith(f"cannot store its result: {error}")
+    assert remedy in text
+    assert "\n" not in text
+    assert not is_transient(error)
+
+
+@pytest.mark.parametrize(
+    "said", ["query_wait_timeout", "server conn crashed?", "no more connections allowed"]
+)
+def test_pgbouncers_errors_that_pass_are_tried_again(said: str) -> None:
+    assert is_transient(asyncpg.ProtocolViolationError(said))
+
+
+@pytest.mark.parametrize("said", ['database "d" does not exist', "no such user"])
+def test_pgbouncers_errors_that_stay_are_not(said: str) -> None:
+    assert not is_transient(asyncpg.ProtocolViolationError(said))
+    assert not is_transient(psycopg.OperationalError(f"connection failed: FATAL:  {said}"))
