@@ -29,7 +29,7 @@ endef
 
 .PHONY: help
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The larger requirements hold the smaller ones at the same versions, so one venv serves them all.
 .venv/.%: requirements/%.txt pyproject.toml
@@ -64,6 +64,10 @@ test: .venv/.test  ## run the tests; ARGS="-k name" are for pytest
 .PHONY: test-browser
 test-browser: .venv/.browser  ## run the example application's page in a headless Chromium
 	.venv/bin/python -m pytest -n0 examples/fastapi_app/browser_tests $(ARGS)
+
+.PHONY: test-pgbouncer
+test-pgbouncer: .venv/.test  ## run the integration tests through a PgBouncer in transaction mode
+	.venv/bin/python -m pytest --pgbouncer tests/integration tests/pgbouncer $(ARGS)
 
 .PHONY: bench
 bench: .venv/.bench  ## compare the speed with taskiq-postgres; ARGS=--quick for a short look

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -13,10 +14,11 @@ import asyncpg
 import pytest
 from hypothesis import HealthCheck, settings
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.pool import QueuePool
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.embedded import postgres
+from tests.pooler import NOT_THROUGH_A_POOLER, Pooler, pgbouncer
 
 # No time limits, which a busy machine breaks; in CI the same examples every time.
 settings.register_profile(
@@ -30,6 +32,28 @@ settings.register_profile(
 settings.load_profile("project")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pgbouncer",
+        action="store_true",
+        help="have the library connect through a PgBouncer in transaction mode",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What is about PgBouncer needs one."""
+    is_about = collection_path.name == "pgbouncer" and collection_path.is_dir()
+    return True if is_about and not config.getoption("pgbouncer") else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("pgbouncer"):
+        return
+    left_out = [item for item in items if any(part in item.nodeid for part in NOT_THROUGH_A_POOLER)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def server_dsn() -> Iterator[str]:
     """The address of a PostgreSQL: TASKIQ_SA_PG_TEST_DSN's, else that of an embedded one."""
@@ -41,28 +65,64 @@ def server_dsn() -> Iterator[str]:
         yield server.dsn
 
 
+@pytest.fixture(scope="session")
+def pooler(request: pytest.FixtureRequest, server_dsn: str) -> Iterator[Pooler | None]:
+    """With --pgbouncer, a PgBouncer in front of the server."""
+    if not request.config.getoption("pgbouncer"):
+        yield None
+        return
+    with pgbouncer(server_dsn) as pooler:
+        yield pooler
+
+
 @dataclass(frozen=True)
 class Database:
-    """A schema of its own, which every connection to `dsn` finds first in its search_path."""
+    """A schema of its own, which every connection to it finds first in its search_path."""
 
     server_dsn: str
     schema: str
+    pooler: Pooler | None = None
 
     @property
-    def dsn(self) -> str:
-        """In libpq's form; asyncpg serves it."""
+    def direct_dsn(self) -> str:
+        """In libpq's form, past any pooler; asyncpg serves it, the library's or not."""
         separator = "&" if "?" in self.server_dsn else "?"
         options = quote(f"-c search_path={self.schema}")
         return f"{self.server_dsn}{separator}options={options}"
 
     @property
+    def dsn(self) -> str:
+        """Where the library connects; asyncpg serves it."""
+        return self.pooler.dsn(self.schema) if self.pooler else self.direct_dsn
+
+    @property
     def psycopg_dsn(self) -> str:
         """The same, served by psycopg."""
-        return self.dsn.replace("postgresql://", "postgresql+psycopg://", 1)
+        if self.pooler:
+            return self.pooler.dsn(self.schema, "psycopg")
+        return self.direct_dsn.replace("postgresql://", "postgresql+psycopg://", 1)
+
+    def dsn_of(self, driver: str) -> str:
+        """The same, served by this driver."""
+        return self.dsn if driver == "asyncpg" else self.psycopg_dsn
+
+    async def create(self) -> None:
+        """Makes the schema; with a pooler, which sets no search_path, also a user who has it."""
+        await self.fetch(f"CREATE SCHEMA {self.schema}")
+        if self.pooler:
+            await self.fetch(f"CREATE ROLE {self.schema} SUPERUSER LOGIN")
+            await self.fetch(f"ALTER ROLE {self.schema} SET search_path = {self.schema}")
+
+    async def drop(self) -> None:
+        """Drops what create() has made, and everything in it."""
+        await self.fetch(f"DROP SCHEMA {self.schema} CASCADE")
+        if self.pooler:
+            await self.fetch(f"DROP OWNED BY {self.schema}")
+            await self.fetch(f"DROP ROLE {self.schema}")
 
     async def fetch(self, query: str, *args: object) -> list[asyncpg.Record]:
         """Runs a query past the library, on a connection of its own."""
-        connection = await asyncpg.connect(self.dsn)
+        connection = await asyncpg.connect(self.direct_dsn)
         try:
             rows: list[asyncpg.Record] = await connection.fetch(query, *args)
             return rows
@@ -70,9 +130,12 @@ class Database:
             await connection.close()
 
     async def sessions(self, application_name: str) -> list[str]:
-        """The states of the server's sessions of that name."""
-        query = "SELECT state FROM pg_stat_activity WHERE application_name = $1"
-        return [row["state"] for row in await self.fetch(query, application_name)]
+        """The states of the sessions of that name: the server's, or else the pooler's."""
+        query = "SELECT state FROM pg_stat_activity WHERE application_name = $1 AND usename <> $2"
+        rows = await self.fetch(query, application_name, self.schema)
+        clients = self.pooler.clients(self.schema) if self.pooler else []
+        pooled = [row for row in clients if row["application_name"] == application_name]
+        return [row["state"] for row in [*rows, *pooled]]
 
 
 async def eventually(is_so: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:
@@ -83,13 +146,22 @@ async def eventually(is_so: Callable[[], Awaitable[bool]], seconds: float = 10) 
         await asyncio.sleep(0.01)
 
 
+NewDatabase = Callable[[], Database]
+
+
+@pytest.fixture(scope="session")
+def new_database(server_dsn: str, pooler: Pooler | None) -> NewDatabase:
+    """Names a schema that is nobody else's; create() makes it."""
+    return lambda: Database(server_dsn, f"test_{uuid.uuid4().hex}", pooler)
+
+
 @pytest.fixture
-async def database(server_dsn: str) -> AsyncIterator[Database]:
+async def database(new_database: NewDatabase) -> AsyncIterator[Database]:
     """An empty schema, dropped after the test."""
-    database = Database(server_dsn, f"test_{uuid.uuid4().hex}")
-    await database.fetch(f"CREATE SCHEMA {database.schema}")
+    database = new_database()
+    await database.create()
     yield database
-    await database.fetch(f"DROP SCHEMA {database.schema} CASCADE")
+    await database.drop()
 
 
 def engine_of(backend: SQLAlchemyResultBackend[Any]) -> AsyncEngine:
@@ -100,11 +172,9 @@ def engine_of(backend: SQLAlchemyResultBackend[Any]) -> AsyncEngine:
 
 
 def assert_nothing_checked_out(engine: AsyncEngine, kept: int = 0) -> None:
-    """No connection of the pool is in use, but for those kept; of a NullPool none is known."""
-    if isinstance(engine.pool, NullPool):
-        return
-    assert isinstance(engine.pool, QueuePool)
-    assert engine.pool.checkedout() == kept, engine.pool.status()
+    """No connection of the pool is in use, but for those kept; other pools do not count."""
+    if isinstance(engine.pool, QueuePool):
+        assert engine.pool.checkedout() == kept, engine.pool.status()
 
 
 def assert_nothing_in_use(backend: SQLAlchemyResultBackend[Any]) -> None:

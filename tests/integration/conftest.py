@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import get_args
 
@@ -10,18 +9,18 @@ import pytest
 
 from taskiq_sa_pg.config import TaskIdField
 from taskiq_sa_pg.waiting import Waiting
-from tests.conftest import Database
+from tests.conftest import Database, NewDatabase
 from tests.integration.stores import Checkouts, Log, Stores, address
 from tests.integration.waiters import Backend, Backends, table_of
 
 
 @pytest.fixture(scope="module")
-def waiting_tables(server_dsn: str) -> Iterator[Database]:
+def waiting_tables(new_database: NewDatabase) -> Iterator[Database]:
     """A schema with a table for every kind of task id."""
-    database = Database(server_dsn, f"test_{uuid.uuid4().hex}")
+    database = new_database()
 
     async def make() -> None:
-        await database.fetch(f"CREATE SCHEMA {database.schema}")
+        await database.create()
         for kind in get_args(TaskIdField):
             backend = Backend(
                 database.dsn,
@@ -34,7 +33,7 @@ def waiting_tables(server_dsn: str) -> Iterator[Database]:
 
     asyncio.run(make())
     yield database
-    asyncio.run(database.fetch(f"DROP SCHEMA {database.schema} CASCADE"))
+    asyncio.run(database.drop())
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class Log:
 
 
 def address(database: Database, driver: str, application_name: str = "ours") -> str:
-    dsn = database.dsn if driver == "asyncpg" else database.psycopg_dsn
+    dsn = database.dsn_of(driver)
     return f"{dsn}&application_name={application_name}"
 
 
@@ -55,7 +55,11 @@ class Checkouts:
     @property
     def pool_events(self) -> list[tuple[Callable[..., None], str]]:
         """For create_async_engine()."""
-        return [(self._note_checkout, "checkout"), (self._note_checkin, "checkin")]
+        return [
+            (self._note_checkout, "checkout"),
+            (self._note_checkin, "checkin"),
+            (self._note_checkin, "detach"),
+        ]
 
     def _note_checkout(self, *_: Any) -> None:
         self.total += 1

@@ -12,7 +12,7 @@ from taskiq.depends.progress_tracker import TaskProgress, TaskState
 from taskiq_sa_pg import InvalidTaskIdError, ResultIsMissingError, SQLAlchemyResultBackend
 from taskiq_sa_pg.config import PayloadField, TaskIdField
 from taskiq_sa_pg.engines import make_engine
-from tests.conftest import Database, assert_nothing_checked_out, engine_of
+from tests.conftest import Database, NewDatabase, assert_nothing_checked_out, engine_of
 from tests.tasks import new_id, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -53,12 +53,12 @@ UUID_IDS = [Combination(field_for_task_id="Uuid", driver=d) for d in ("asyncpg",
 
 
 @pytest.fixture(scope="module")
-def tables(server_dsn: str) -> Iterator[Database]:
+def tables(new_database: NewDatabase) -> Iterator[Database]:
     """A schema with a results table of every type, which the tests share: their task ids differ."""
-    database = Database(server_dsn, f"test_{uuid.uuid4().hex}")
+    database = new_database()
 
     async def make() -> None:
-        await database.fetch(f"CREATE SCHEMA {database.schema}")
+        await database.create()
         for combination in {c.table_name: c for c in COMBINATIONS}.values():
             backend = new_backend(database, combination, run_migrations=True)
             await backend.startup()
@@ -66,12 +66,12 @@ def tables(server_dsn: str) -> Iterator[Database]:
 
     asyncio.run(make())
     yield database
-    asyncio.run(database.fetch(f"DROP SCHEMA {database.schema} CASCADE"))
+    asyncio.run(database.drop())
 
 
 def new_backend(database: Database, combination: Combination, **kwargs: Any) -> Backend:
     return Backend(
-        database.dsn if combination.driver == "asyncpg" else database.psycopg_dsn,
+        database.dsn_of(combination.driver),
         table_name=combination.table_name,
         field_for_task_id=combination.field_for_task_id,
         field_for_payload=combination.field_for_payload,

@@ -42,7 +42,7 @@ async def once(
     request: pytest.FixtureRequest, database: Database, start_backend: BackendFactory
 ) -> Backend:
     """A backend that deletes what it reads."""
-    dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
+    dsn = database.dsn_of(request.param)
     backend: Backend = await start_backend(
         f"{dsn}&application_name=once", keep_results=False, notify=False
     )
@@ -200,7 +200,7 @@ async def test_the_result_of_a_reader_who_goes_while_it_is_taken_stays(
 ) -> None:
     task_ids = MANY[:100]
     await store(once, task_ids)
-    other = await asyncpg.connect(database.dsn)
+    other = await asyncpg.connect(database.direct_dsn)
     async with other.transaction():
         # All of a batch but one are deleted, and wait for this one.
         locked = task_ids[-1] if position else task_ids[0]
@@ -221,7 +221,7 @@ async def test_where_all_readers_go_while_their_results_are_taken_all_stay(
     once: Backend, database: Database
 ) -> None:
     await store(once, MANY)
-    other = await asyncpg.connect(database.dsn)
+    other = await asyncpg.connect(database.direct_dsn)
     async with other.transaction():
         await other.execute("SELECT 1 FROM taskiq_results FOR UPDATE")
         readers = [asyncio.create_task(once.get_result(i)) for i in MANY]
@@ -240,7 +240,7 @@ async def test_another_reader_of_the_same_gets_what_a_cancelled_one_does_not(
     once: Backend, database: Database
 ) -> None:
     await store(once, ["first", "task"])
-    other = await asyncpg.connect(database.dsn)
+    other = await asyncpg.connect(database.direct_dsn)
     async with other.transaction():
         await other.execute("SELECT 1 FROM taskiq_results WHERE task_id = 'task' FOR UPDATE")
         readers = [asyncio.create_task(once.get_result(i)) for i in ("first", "task", "task")]

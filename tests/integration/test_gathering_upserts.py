@@ -50,7 +50,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 async def backend(kind: Kind, database: Database, start_backend: BackendFactory) -> Backend:
     """A backend on tables of this kind."""
     backend: Backend = await start_backend(
-        database.dsn if kind.driver == "asyncpg" else database.psycopg_dsn,
+        database.dsn_of(kind.driver),
         field_for_task_id=kind.task_id,
         field_for_payload=kind.payload,
     )
@@ -176,7 +176,7 @@ async def two(
     request: pytest.FixtureRequest, database: Database, start_backend: BackendFactory
 ) -> tuple[Backend, Backend]:
     """Two backends on the same tables, as two processes have them, that delete what they read."""
-    dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
+    dsn = database.dsn_of(request.param)
     first, second = [
         await start_backend(f"{dsn}&application_name=crossing{i}", keep_results=False, notify=False)
         for i in range(2)
@@ -198,7 +198,7 @@ async def write(backend: Backend, operation: str, task_ids: Sequence[str], value
 @asynccontextmanager
 async def one_locked(database: Database, operation: str) -> AsyncIterator[None]:
     """The row in the middle, where those who come up to it wait for each other's rows."""
-    holder = await asyncpg.connect(database.dsn)
+    holder = await asyncpg.connect(database.direct_dsn)
     async with holder.transaction():
         query = f"SELECT 1 FROM {TABLES[operation]} WHERE task_id = '100' FOR UPDATE"
         await holder.execute(query)

@@ -114,7 +114,7 @@ REFUSALS = {
 
 
 async def execute(database: Database, script: str) -> None:
-    connection = await asyncpg.connect(database.dsn)
+    connection = await asyncpg.connect(database.direct_dsn)
     await connection.execute(script)
     await connection.close()
 
@@ -124,9 +124,7 @@ async def execute(database: Database, script: str) -> None:
 async def test_of_a_refused_batch_only_the_guilty_fail(
     refusal: str, driver: str, database: Database, start_backend: BackendFactory
 ) -> None:
-    backend: Backend = await start_backend(
-        database.dsn if driver == "asyncpg" else database.psycopg_dsn
-    )
+    backend: Backend = await start_backend(database.dsn_of(driver))
     await execute(database, REFUSALS[refusal])
     task_ids = [f"bad {i}" if n in {2, 77, 78, 300, 499} else i for n, i in enumerate(MANY)]
     outcomes = dict(zip(task_ids, await store(backend, task_ids), strict=True))
@@ -219,7 +217,7 @@ async def test_cancelling_half_of_the_callers_touches_no_other(
     seed: int, driver: str, database: Database, start_backend: BackendFactory
 ) -> None:
     chance = random.Random(seed)
-    dsn = database.dsn if driver == "asyncpg" else database.psycopg_dsn
+    dsn = database.dsn_of(driver)
     backend: Backend = await start_backend(dsn, notify=False)
     task_ids = [str(i) for i in range(1000)]
     calls = []
@@ -246,7 +244,7 @@ async def test_cancelling_the_lone_caller_leaves_the_next_one_alone(
     backend: Backend, database: Database
 ) -> None:
     await backend.set_result("task", result_of(0))
-    other = await asyncpg.connect(database.dsn)
+    other = await asyncpg.connect(database.direct_dsn)
     async with other.transaction():
         await other.execute("SELECT 1 FROM taskiq_results FOR UPDATE")
         lone, *others = [
@@ -297,7 +295,7 @@ async def test_what_was_stored_is_committed_when_its_caller_returns(
 ) -> None:
     lookers: asyncio.Queue[asyncpg.Connection] = asyncio.Queue()
     for _ in range(4):
-        lookers.put_nowait(await asyncpg.connect(database.dsn))
+        lookers.put_nowait(await asyncpg.connect(database.direct_dsn))
     query = "SELECT count(*) FROM taskiq_results WHERE task_id = $1"
 
     async def write_and_look(task_id: str) -> int:

@@ -255,7 +255,7 @@ async def test_an_event_loop_that_was_blocked_does_no_harm(
     backend = await each_driver.start()
     async with heard_by(backend):
         channel, probe = table_of(each_driver.database), listener_of(backend)._probe
-        with psycopg.connect(each_driver.database.dsn, autocommit=True) as connection:
+        with psycopg.connect(each_driver.database.direct_dsn, autocommit=True) as connection:
             for _ in range(5):
                 connection.execute("SELECT pg_notify(%s, %s)", [channel, probe])
                 time.sleep(0.15)  # noqa: ASYNC251 - somebody else's code
@@ -306,7 +306,7 @@ async def test_an_unreachable_listen_dsn_is_warned_of_once_and_waiting_looks(
 
 
 async def test_a_listen_dsn_that_fails_to_be_told_is_tried_again(backends: Backends) -> None:
-    answers = [ValueError("no secret yet"), UNREACHABLE, backends.dsn()]
+    answers = [ValueError("no secret yet"), UNREACHABLE, backends.direct_dsn()]
 
     def ask() -> str:
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -317,7 +317,7 @@ async def test_a_listen_dsn_that_fails_to_be_told_is_tried_again(backends: Backe
 
     backend = await backends.start(listen_dsn=ask)
     async with heard_by(backend):
-        assert answers == [backends.dsn()]
+        assert answers == [backends.direct_dsn()]
 
 
 @pytest.mark.parametrize("listens", ["asyncpg", "psycopg"])
@@ -326,7 +326,7 @@ async def test_listen_dsn_leads_the_listening_connection_alone(
     each_driver: Backends, listens: str
 ) -> None:
     other = Backends(each_driver.database, listens)
-    backend = await each_driver.start(listen_dsn=other.dsn())
+    backend = await each_driver.start(listen_dsn=other.direct_dsn())
     task_id = new_id()
     waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
     await until_healthy(backend)

@@ -24,7 +24,7 @@ async def once(
     request: pytest.FixtureRequest, database: Database, start_backend: BackendFactory
 ) -> Backend:
     """A backend that deletes what it reads."""
-    dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
+    dsn = database.dsn_of(request.param)
     backend: Backend = await start_backend(f"{dsn}&application_name=once", keep_results=False)
     return backend
 

@@ -197,7 +197,7 @@ async def application(
     made: list[AsyncEngine] = []
 
     def make(**kwargs: Any) -> AsyncEngine:
-        dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
+        dsn = database.dsn_of(request.param)
         engine = make_engine(dsn, pool_size=1, **kwargs)
         made.append(engine)
         return engine
@@ -330,7 +330,7 @@ async def test_a_deleting_read_is_a_transaction_whatever_the_engines_default(
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_a_null_pool_will_do(driver: str, database: Database) -> None:
-    dsn = f"{database.dsn}&application_name=null".replace("postgresql:", f"postgresql+{driver}:")
+    dsn = f"{database.dsn_of(driver)}&application_name=null"
     backend = Backend(engine=make_engine(dsn, poolclass=NullPool), run_migrations=True)
     await backend.startup()
     await asyncio.gather(*[backend.set_result(i, result_of(i)) for i in MANY[:10]])

@@ -29,7 +29,7 @@ DRIVERS = ["asyncpg", "psycopg"]
 @pytest.fixture(params=DRIVERS)
 def dsn(request: pytest.FixtureRequest, database: Database) -> str:
     """An address whose sessions are called `owned`."""
-    dsn = database.dsn if request.param == "asyncpg" else database.psycopg_dsn
+    dsn = database.dsn_of(request.param)
     return f"{dsn}&application_name=owned"
 
 
@@ -169,7 +169,7 @@ async def test_a_callable_dsn_is_asked_for_every_new_connection(
     def ask() -> str:
         nonlocal asked
         asked += 1
-        dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:")
+        dsn = database.dsn_of(driver)
         return f"{dsn}&application_name=rotating{asked}"
 
     names: list[str] = []
@@ -266,7 +266,7 @@ async def all_calls(backend: Backend) -> dict[str, str]:
 async def test_without_its_tables_every_call_says_what_to_do(
     driver: str, database: Database, start_backend: BackendFactory
 ) -> None:
-    dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:")
+    dsn = database.dsn_of(driver)
     backend: Backend = await start_backend(dsn)
     await backend.set_result("task-7", result_of(1))
     await database.fetch("DROP TABLE taskiq_results, taskiq_results_progress")
@@ -293,7 +293,7 @@ async def test_without_permission_every_call_says_what_to_grant(
     driver: str, database: Database, role: str, start_backend: BackendFactory
 ) -> None:
     await start_backend(database.dsn)
-    dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:") + quote(f" -c role={role}")
+    dsn = database.dsn_of(driver) + quote(f" -c role={role}")
     backend: Backend = await start_backend(dsn, run_migrations=False)
     for name, said in (await all_calls(backend)).items():
         assert said.startswith(f"42501 task 'task-7': cannot {name} in table taskiq_results")
@@ -312,7 +312,7 @@ async def test_without_permission_every_call_says_what_to_grant(
 async def test_a_row_that_does_not_fit_is_an_error_of_its_call_alone(
     driver: str, database: Database, start_backend: BackendFactory
 ) -> None:
-    dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:")
+    dsn = database.dsn_of(driver)
     backend: Backend = await start_backend(dsn)
     await database.fetch("ALTER TABLE taskiq_results ADD CHECK (task_id <> 'unwanted')")
     with pytest.raises(StorageError, match="violates check constraint") as caught:
@@ -326,7 +326,7 @@ async def test_a_row_that_does_not_fit_is_an_error_of_its_call_alone(
 async def test_a_pool_without_a_free_connection_is_a_storage_error(
     driver: str, database: Database, start_backend: BackendFactory
 ) -> None:
-    dsn = database.dsn.replace("postgresql:", f"postgresql+{driver}:")
+    dsn = database.dsn_of(driver)
     await start_backend(dsn)
     # Without a look at the tables, whose connection would be kept for the next statement.
     backend: Backend = await start_backend(

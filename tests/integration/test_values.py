@@ -14,7 +14,6 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from sqlalchemy import select
-from sqlalchemy.ext.asyncio import create_async_engine
 from taskiq import AsyncTaskiqTask, TaskiqResult
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.depends.progress_tracker import TaskProgress
@@ -27,6 +26,7 @@ from taskiq.serializers import (
 )
 
 from taskiq_sa_pg import ResultDecodeError, ResultSerializationError, SQLAlchemyResultBackend
+from taskiq_sa_pg.engines import make_engine
 from tests.tasks import result_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -213,7 +213,7 @@ async def test_jsonb_can_be_filtered_in_sql(
     large = await store(backend, {"total": 6, "kind": "b"})
     await store(backend, {"total": math.inf, "text": "\x00"})  # wrapped, or null
     Result = backend.models.Result  # noqa: N806 - a class
-    engine = create_async_engine(database.dsn.replace("postgresql://", "postgresql+psycopg://"))
+    engine = make_engine(database.psycopg_dsn)
     async with engine.connect() as connection:
         over_5 = select(Result.task_id).where(Result.return_value["total"].as_integer() > 5)
         of_kind = select(Result.task_id).where(Result.return_value["kind"].as_string() == "a")

@@ -106,12 +106,21 @@ class Backends:
         dsn = self.database.psycopg_dsn if is_psycopg else self.database.dsn
         return f"{dsn}&application_name={self.name}"
 
+    def direct_dsn(self, driver: str | None = None) -> str:
+        """The same past any pooler, which would not let notifications through."""
+        dsn = self.database.direct_dsn
+        if (driver or self.driver) == "psycopg":
+            dsn = dsn.replace("postgresql:", "postgresql+psycopg:", 1)
+        return f"{dsn}&application_name={self.name}"
+
     async def start(
         self, *, driver: str | None = None, is_borrowed: bool = False, **kwargs: Any
     ) -> Any:
         """Starts a backend on the table of its kind of ids, which the tests of a file share."""
         kind = kwargs.get("field_for_task_id", "VarChar")
         kwargs = {"table_name": table_of(self.database, kind), "check_schema": "off", **kwargs}
+        if self.database.pooler and kwargs.get("notify", True):
+            kwargs.setdefault("listen_dsn", self.direct_dsn(driver))
         pool = {key: kwargs.pop(key) for key in ("pool_size",) if key in kwargs}
         if is_borrowed:
             engine = make_engine(self.dsn(driver), **pool)
@@ -169,7 +178,7 @@ async def insert(database: Database, task_id: str, value: Any) -> None:
 async def overheard(database: Database, *channels: str) -> AsyncIterator[list[tuple[str, str]]]:
     """Channel and payload of what is notified, as a connection of asyncpg's hears it."""
     heard: list[tuple[str, str]] = []
-    connection = await asyncpg.connect(database.dsn)
+    connection = await asyncpg.connect(database.direct_dsn)
     for channel in channels:
         await connection.add_listener(channel, lambda *args: heard.append(args[2:]))
     yield heard

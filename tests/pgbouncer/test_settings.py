@@ -1,0 +1,123 @@
+"""The settings that a driver needs behind a PgBouncer in transaction mode, and the wrong ones."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import asyncpg
+import pytest
+
+from taskiq_sa_pg import SQLAlchemyResultBackend, StorageError
+from tests.conftest import BackendFactory, Database
+from tests.pooler import Pooler, pgbouncer
+from tests.tasks import new_id, progress_of, result_of
+
+Backend = SQLAlchemyResultBackend[Any]
+
+REMEDIES = {
+    "asyncpg": 'connect_args={"statement_cache_size": 0}',
+    "psycopg": 'connect_args={"prepare_threshold": None}',
+}
+
+each_driver = pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+
+
+@pytest.fixture(scope="module")
+def old_pooler(server_dsn: str) -> Iterator[Pooler]:
+    """A PgBouncer with two servers for each user, which carries no prepared statements."""
+    with pgbouncer(server_dsn, pool_size=2, has_prepared_statements=False) as pooler:
+        yield pooler
+
+
+@pytest.fixture
+def old(database: Database, old_pooler: Pooler) -> Database:
+    return replace(database, pooler=old_pooler)
+
+
+async def call_everything(backend: Backend, times: int = 30) -> None:
+    """On several connections at once, and each statement often enough to be prepared."""
+    for _ in range(times):
+        task_ids = [new_id() for _ in range(5)]
+        await asyncio.gather(*[backend.set_result(i, result_of(i)) for i in task_ids])
+        await asyncio.gather(
+            *[backend.set_progress(i, progress_of(i)) for i in task_ids],
+            *[backend.is_result_ready(i) for i in task_ids],
+            *[backend.get_progress(i) for i in task_ids],
+        )
+        results = await asyncio.gather(*[backend.get_result(i) for i in task_ids])
+        assert [result.return_value for result in results] == task_ids
+
+
+@each_driver
+@pytest.mark.parametrize("keep_results", [True, False])
+async def test_without_prepared_statements_everything_works(
+    driver: str, keep_results: bool, old: Database, start_backend: BackendFactory
+) -> None:
+    dsn = old.dsn_of(driver)
+    backends = [await start_backend(dsn, keep_results=keep_results) for _ in range(3)]
+    await asyncio.gather(*map(call_everything, backends))
+
+
+async def test_nothing_stays_prepared(old: Database, start_backend: BackendFactory) -> None:
+    backend: Backend = await start_backend(old.dsn, keep_results=False)
+    await call_everything(backend)
+    await backend.shutdown()
+    dsn = f"{old.dsn}".replace("&statement_cache_size=0", "")
+    clients = [await asyncpg.connect(dsn, statement_cache_size=0) for _ in range(2)]
+    sessions = set()
+    for client in clients:
+        # Held, so that each has a server of its own.
+        await client.execute("BEGIN")
+        sessions.add(await client.fetchval("SELECT pg_backend_pid()"))
+        assert await client.fetch("SELECT name FROM pg_prepared_statements WHERE name <> ''") == []
+    assert len(sessions) == 2
+    for client in clients:
+        await client.close()
+
+
+@each_driver
+async def test_prepared_statements_that_get_lost_are_an_error_that_says_what_to_set(
+    driver: str, old: Database, start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "taskiq_sa_pg")
+    assert old.pooler is not None
+    await start_backend(old.dsn_of(driver))
+    dsn = old.pooler.dsn(old.schema, driver, is_fitting=False)
+
+    async def use() -> None:
+        backend: Backend = await start_backend(dsn, run_migrations=False)
+        await call_everything(backend)
+
+    answers = await asyncio.gather(*[use() for _ in range(3)], return_exceptions=True)
+    errors = [answer for answer in answers if isinstance(answer, StorageError)]
+    assert errors
+    assert [str(error) for error in errors if REMEDIES[driver] not in str(error)] == []
+    assert "trying again" not in caplog.text
+
+
+@each_driver
+async def test_a_setting_that_pgbouncer_refuses_is_named_at_startup(
+    driver: str, database: Database, start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = {
+        "asyncpg": {"server_settings": {"statement_timeout": "1000"}},
+        "psycopg": {"options": "-c statement_timeout=1000"},
+    }
+    with pytest.raises(StorageError) as caught:
+        await start_backend(database.dsn_of(driver), connect_args=arguments[driver])
+    for part in ("unsupported startup parameter", "leave it out", "ignore_startup_parameters"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "trying again" not in caplog.text
+
+
+@each_driver
+async def test_a_user_whom_pgbouncer_does_not_know_is_no_passing_fault(
+    driver: str, database: Database, start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert database.pooler is not None
+    with pytest.raises(StorageError, match="no such user"):
+        await start_backend(database.pooler.dsn("nobody_at_all", driver))
+    assert "trying again" not in caplog.text

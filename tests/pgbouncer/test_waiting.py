@@ -1,0 +1,102 @@
+"""Waiting behind a PgBouncer in transaction mode, where LISTEN is accepted and hears nothing."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from taskiq_sa_pg import SQLAlchemyResultBackend
+from tests.conftest import BackendFactory, Database, eventually
+from tests.integration.waiters import SOON, heard_by, listener_of, until_waiting
+from tests.tasks import new_id, progress_of, result_of
+
+Backend = SQLAlchemyResultBackend[Any]
+
+each_driver = pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "taskiq_sa_pg.listener" and record.levelname == "WARNING"
+    ]
+
+
+@each_driver
+async def test_listen_dsn_leads_past_it_to_the_server(
+    driver: str,
+    database: Database,
+    start_backend: BackendFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What wakes the waiter is a notification: nobody looks before it would be too late."""
+    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 600)
+    listen_dsn = database.direct_dsn.replace("postgresql", f"postgresql+{driver}", 1)
+    waiting: Backend = await start_backend(database.dsn_of(driver), listen_dsn=listen_dsn)
+    storing: Backend = await start_backend(database.dsn_of(driver))
+    task_id = new_id()
+    async with heard_by(waiting):
+        waiter = asyncio.create_task(waiting.wait_result(task_id, timeout=SOON))
+        await until_waiting(waiting, 2)
+        await storing.set_result(task_id, result_of("heard"))
+        assert (await waiter).return_value == "heard"
+    assert warnings_in(caplog) == []
+
+
+@each_driver
+async def test_without_it_the_probe_finds_out_and_waiting_looks(
+    driver: str,
+    database: Database,
+    start_backend: BackendFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Many times a second, not only at the regular looks; one warning says what to do about it."""
+    monkeypatch.setattr("taskiq_sa_pg.listener._SECONDS_BETWEEN_PROBES", 0.5)
+    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 600)
+    backend: Backend = await start_backend(database.dsn_of(driver))
+    kept = asyncio.create_task(backend.wait_result(new_id()))
+
+    async def is_warned() -> bool:
+        return bool(warnings_in(caplog))
+
+    await eventually(is_warned)
+    for _ in range(5):
+        task_id = new_id()
+        waiter = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
+        await until_waiting(backend, 2)
+        await backend.set_result(task_id, result_of("seen"))
+        assert (await waiter).return_value == "seen"
+    [warning] = warnings_in(caplog)
+    assert "the connection delivers no notifications" in warning
+    assert "listen_dsn=" in warning
+    assert not listener_of(backend).is_healthy
+    kept.cancel()
+    await asyncio.wait([kept])
+
+
+async def test_progress_is_followed_by_looks(
+    database: Database, start_backend: BackendFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 600)
+    backend: Backend = await start_backend(database.dsn)
+    task_id = new_id()
+    seen: dict[Any, Any] = {}
+
+    async def follow() -> None:
+        async for progress in backend.watch_progress(task_id, timeout=SOON):
+            seen[progress.meta] = progress.state
+
+    following = asyncio.create_task(follow())
+    for value in range(3):
+        await backend.set_progress(task_id, progress_of(value))
+
+        async def is_seen(value: int = value) -> bool:
+            return value in seen
+
+        await eventually(is_seen)
+    await backend.set_result(task_id, result_of(None))
+    await following
+    assert list(seen) == [0, 1, 2]

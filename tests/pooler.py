@@ -1,0 +1,191 @@
+"""A PgBouncer in transaction mode in front of the tests' server, for `make test-pgbouncer`."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+from sqlalchemy import make_url
+
+from taskiq_sa_pg.embedded import _run_as, _server_user, _temp_dir
+
+_VARIABLE: Final = "TASKIQ_SA_PG_PGBOUNCER"
+_REMEDY: Final = (
+    f"install it (Debian, Ubuntu: apt-get install pgbouncer), or set {_VARIABLE} to its executable"
+)
+
+# Parts of the names of tests that `make test-pgbouncer` leaves out, each with the reason.
+NOT_THROUGH_A_POOLER: Final[Mapping[str, str]] = {
+    "test_embedded.py": "is about a server of its own, without a pooler",
+    "test_connections_lost.py": "ends sessions of the server's, or sees what runs in each",
+    "test_listening_takes_no_place_in_the_pool": "listens without a listen_dsn",
+    "test_a_pool_without_places_can_listen": "listens without a listen_dsn",
+    "test_a_loop_that_ends_without_shutdown_ends_the_listening": "listens without a listen_dsn",
+    "test_a_startup_that_fails_leaves_nothing_open": "spoils the server's own address",
+    "test_an_owned_engine_is_disposed_at_shutdown": "counts the server's sessions",
+    "test_without_permission_every_call_says": "takes a role by a setting that PgBouncer refuses",
+    "is_one_statement": "counts the messages of a driver that prepares its statements",
+    "settings of the server's": "PgBouncer refuses those settings, which tests/pgbouncer shows",
+}
+
+# Ends PgBouncer when its standard input does: with us, however we end. No signal but this one is
+# the same to every version of it.
+_KEEPER: Final = """
+exec 3<&0
+"$@" </dev/null 3<&- &
+pooler=$!
+{ read -r _ <&3; kill -KILL "$pooler" 2>/dev/null; } &
+wait "$pooler"
+"""
+
+# Every test has a user of its own, whom the server gives the test's search_path; PgBouncer asks it
+# for them. By turns, so that clients really change their servers.
+_SETTINGS: Final = """
+[databases]
+* = host={server_host} port={server_port}
+[pgbouncer]
+listen_addr =
+listen_port = {port}
+unix_socket_dir = {root}
+auth_type = trust
+auth_file = {root}/users
+auth_user = postgres
+admin_users = postgres
+pool_mode = transaction
+default_pool_size = {pool_size}
+server_round_robin = 1
+server_idle_timeout = 3
+max_client_conn = 2000
+"""
+
+_PORT: Final = 6432
+_FIRST_THAT_PREPARES: Final = (1, 21)
+_START_TIMEOUT: Final = 30
+
+
+class Pooler:
+    """A running PgBouncer.
+
+    Attributes:
+        version: Its version: (1, 24).
+        has_prepared_statements: Whether it carries prepared statements from server to server.
+    """
+
+    def __init__(self, root: Path, version: tuple[int, int], has_prepared_statements: bool) -> None:
+        self._root = root
+        self.version = version
+        self.has_prepared_statements = has_prepared_statements
+
+    def dsn(self, user: str, driver: str = "asyncpg", *, is_fitting: bool = True) -> str:
+        """Where this user reaches the server.
+
+        Args:
+            user: Whose server sessions they are.
+            driver: For which driver.
+            is_fitting: Whether it has what the driver needs behind this PgBouncer.
+        """
+        parameters = f"host={self._root}&port={_PORT}"
+        if is_fitting and not self.has_prepared_statements:
+            off = {"asyncpg": "statement_cache_size=0", "psycopg": "prepare_threshold=none"}
+            parameters += f"&{off[driver]}"
+        scheme = "postgresql" if driver == "asyncpg" else "postgresql+psycopg"
+        return f"{scheme}://{user}@/postgres?{parameters}"
+
+    def clients(self, user: str) -> list[dict[str, Any]]:
+        """What `SHOW CLIENTS` tells of this user's connections to the pooler."""
+        # The console knows simple queries only.
+        with psycopg.connect(
+            f"host={self._root} port={_PORT} user=postgres dbname=pgbouncer",
+            autocommit=True,
+            cursor_factory=psycopg.ClientCursor[dict[str, Any]],
+            row_factory=dict_row,
+        ) as console:
+            rows = console.execute("SHOW CLIENTS").fetchall()
+        return [row for row in rows if row["user"] == user]
+
+
+@contextlib.contextmanager
+def pgbouncer(
+    server_dsn: str, *, pool_size: int = 5, has_prepared_statements: bool = True
+) -> Iterator[Pooler]:
+    """A PgBouncer in front of a server that trusts local users, on a Unix socket of its own.
+
+    Args:
+        server_dsn: The server, on a Unix socket.
+        pool_size: How many server sessions each user has.
+        has_prepared_statements: Whether it carries them, where it can.
+    """
+    executable = _find()
+    version = _version_of(executable)
+    has_prepared_statements = has_prepared_statements and version >= _FIRST_THAT_PREPARES
+    user = _server_user()
+    root = Path(tempfile.mkdtemp(prefix="pgbouncer-", dir=_temp_dir(user)))
+    server = make_url(server_dsn).query
+    settings = _SETTINGS.format(
+        server_host=server["host"],
+        server_port=server["port"],
+        port=_PORT,
+        root=root,
+        pool_size=pool_size,
+    )
+    if version >= _FIRST_THAT_PREPARES:
+        # By default it carries them since 1.24.
+        settings += f"max_prepared_statements = {200 if has_prepared_statements else 0}\n"
+    (root / "users").write_text('"postgres" ""\n')
+    (root / "settings").write_text(settings)
+    if user is not None:
+        for path in (root, *root.iterdir()):
+            os.chown(path, user.pw_uid, user.pw_gid)
+    with (root / "log").open("ab") as log:
+        process = subprocess.Popen(
+            ["sh", "-c", _KEEPER, "keeper", executable, root / "settings"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            **_run_as(user),
+        )
+    try:
+        _await_ready(root, process)
+        yield Pooler(root, version, has_prepared_statements)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _await_ready(root: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT
+    while not (root / f".s.PGSQL.{_PORT}").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            log = (root / "log").read_text(errors="replace")[-2000:]
+            raise pytest.UsageError(f"PgBouncer did not start:\n{log}")
+        time.sleep(0.01)
+
+
+def _find() -> str:
+    given = os.environ.get(_VARIABLE)
+    # Where Debian puts it, /usr/sbin, is not in every user's PATH.
+    found = given or shutil.which("pgbouncer", path=f"{os.environ.get('PATH')}:/usr/sbin")
+    if found is None:
+        raise pytest.UsageError(f"no PgBouncer found: {_REMEDY}")
+    if not os.access(found, os.X_OK):
+        raise pytest.UsageError(f"{found} is no executable: {_REMEDY}")
+    return str(Path(found).absolute())
+
+
+def _version_of(executable: str) -> tuple[int, int]:
+    said = subprocess.run([executable, "--version"], capture_output=True, text=True, check=True)
+    version = re.search(r"(\d+)\.(\d+)", said.stdout)
+    assert version is not None, said.stdout
+    return int(version[1]), int(version[2])
