@@ -12,7 +12,13 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from math import inf
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Dialect, Executable, QueuePool
+from sqlalchemy import (
+    AssertionPool,
+    Dialect,
+    Executable,
+    QueuePool,
+    StaticPool,
+)
 from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -32,12 +38,17 @@ _SECONDS_TO_GIVE_UP: Final = 1.0
 # In the pool's notes about a connection: when it last answered us, by the event loop's clock.
 _ANSWERED_AT: Final = "taskiq_sa_pg.answered_at"
 
-_STATEMENT_EVENTS: Final = (
+_ENGINE_EVENTS: Final = (
     "before_execute",
     "after_execute",
     "before_cursor_execute",
     "after_cursor_execute",
+    "begin",
 )
+_DIALECT_EVENTS: Final = ("do_execute", "do_execute_no_params", "handle_error")
+
+# They give the one connection that they have to everybody who asks, or refuse a second.
+_POOLS_OF_ONE: Final = (StaticPool, AssertionPool)
 
 
 @asynccontextmanager
@@ -390,11 +401,14 @@ def _is_unobserved_asyncpg(engine: AsyncEngine) -> bool:
         engine.dialect.driver == "asyncpg"
         and not sync_engine.logger.isEnabledFor(logging.INFO)  # echo=True, too
         and "schema_translate_map" not in sync_engine.get_execution_options()
-        and not any(getattr(sync_engine.dispatch, name) for name in _STATEMENT_EVENTS)
+        and not any(getattr(sync_engine.dispatch, name) for name in _ENGINE_EVENTS)
+        and not any(getattr(engine.dialect.dispatch, name) for name in _DIALECT_EVENTS)
     )
 
 
 def _size_of_pool(engine: AsyncEngine) -> int | None:
     """How many connections a pool keeps; None or 0 where it sets no bound."""
     pool = engine.pool
+    if isinstance(pool, _POOLS_OF_ONE):
+        return 1
     return pool.size() if isinstance(pool, QueuePool) else None

@@ -55,7 +55,7 @@ async def provision(store: Store, config: TableConfig, timeout: float | None = N
     """
     # Not through alembic.command: its `op` and `context` are global, and two backends that
     # start at the same time would run each other's migrations.
-    await _in_transaction(store, config, _upgrade_to_latest, timeout)
+    await _in_transaction(store, store.located(config), _upgrade_to_latest, timeout)
 
 
 async def _in_transaction(
@@ -81,6 +81,8 @@ async def _in_transaction(
 
 
 def _upgrade_to_latest(connection: sa.Connection, config: TableConfig) -> None:
+    # The configuration has been translated already, and Alembic's own looks never are.
+    connection = connection.execution_options(schema_translate_map=None)
     _lock(connection, config)
     migration_context = MigrationContext.configure(
         connection, opts={"fn": None, **_version_table(config)}

@@ -250,7 +250,7 @@ async def check(
         SchemaError: A table is absent or unfit; names the differences and what mends them.
         StorageError: PostgreSQL could not be reached.
     """
-    config = models.config
+    config = store.located(models.config)
     purpose = f"check the schema of table {config.qualified_name}"
 
     async def describe(connection: AsyncConnection) -> list[sa.Row[Any]]:
@@ -261,8 +261,8 @@ async def check(
     command = f"`{alembic_command(config, 'upgrade head')}`"
     if not rows:
         raise SchemaError(
-            f"tables {results.fullname} and {progress.fullname} do not exist; make them with "
-            f"{command} or run_migrations=True"
+            f"tables {config.qualified_name} and {config.qualified_name}_progress do not exist; "
+            f"make them with {command} or run_migrations=True"
         )
     may_fill = {column.name for column in extra_columns.values()}
     differences = [

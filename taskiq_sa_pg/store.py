@@ -4,11 +4,13 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable, NullPool
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.connections import Connections, time_limit
 from taskiq_sa_pg.engines import DsnSource, check_dsn, make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, StorageError
@@ -83,6 +85,16 @@ class Store:
     def is_open(self) -> bool:
         """Whether it is open, on this event loop."""
         return self._engine is not None and self._loop is asyncio.get_running_loop()
+
+    def located(self, config: TableConfig) -> TableConfig:
+        """Where the tables really are: the engine's `schema_translate_map` may lead elsewhere.
+
+        Statements that are run here are led there by SQLAlchemy; the catalogue's rows are not.
+        """
+        assert self._engine is not None
+        options = self._engine.sync_engine.get_execution_options()
+        schemas = options.get("schema_translate_map") or {}
+        return replace(config, schema=schemas.get(config.schema, config.schema))
 
     async def open(self) -> bool:
         """Gets the engine ready, unless it is; nothing connects yet.

@@ -10,9 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from taskiq_sa_pg import (
-    build_models,
-)
+from taskiq_sa_pg import SchemaError, StorageError, build_models
 from taskiq_sa_pg.engines import make_engine
 from tests.conftest import (
     BackendFactory,
@@ -20,7 +18,8 @@ from tests.conftest import (
     engine_of,
 )
 from tests.integration.stores import PROGRESS, Backend, each_owner
-from tests.tasks import result_of
+from tests.integration.waiters import SOON, heard_by, until_waiting
+from tests.tasks import new_id, result_of
 
 
 @pytest.fixture
@@ -39,7 +38,15 @@ async def application(dsn: str) -> AsyncIterator[Callable[..., AsyncEngine]]:
 
 @pytest.mark.parametrize("target", ["engine", "every engine"])
 @pytest.mark.parametrize(
-    "name", ["before_execute", "after_execute", "before_cursor_execute", "after_cursor_execute"]
+    "name",
+    [
+        "before_execute",
+        "after_execute",
+        "before_cursor_execute",
+        "after_cursor_execute",
+        "begin",
+        "do_execute",
+    ],
 )
 async def test_who_listens_to_statements_hears_of_each(
     name: str, target: str, application: Callable[..., AsyncEngine], start_backend: BackendFactory
@@ -117,6 +124,69 @@ async def test_a_schema_translate_map_leads_to_the_other_tables(
     assert await translated.get_progress("1") == PROGRESS
     assert (await translated.get_result("1")).return_value == 1
     assert await database.fetch(f"SELECT FROM {other_schema}.taskiq_results") == []
+
+
+@pytest.mark.parametrize("tables", ["made at startup", "there already"])
+async def test_a_backend_starts_where_a_schema_translate_map_leads(
+    tables: str,
+    application: Callable[..., AsyncEngine],
+    database: Database,
+    other_schema: str,
+    start_backend: BackendFactory,
+) -> None:
+    """Its tables are looked for and made there, whatever is in the search_path."""
+    engine = application(execution_options={"schema_translate_map": {None: other_schema}})
+    await database.fetch("CREATE TABLE taskiq_results (something_else int)")
+    with pytest.raises(SchemaError) as caught:
+        await start_backend(engine=engine, run_migrations=False)
+    assert f"{other_schema}.taskiq_results" in str(caught.value)
+    assert f"schema={other_schema}" in str(caught.value)
+    if tables == "there already":
+        await start_backend(schema=other_schema)
+    for _ in range(2):
+        backend: Backend = await start_backend(
+            engine=engine, run_migrations=tables == "made at startup"
+        )
+    await backend.set_result("1", result_of(1))
+    assert len(await database.fetch(f"SELECT FROM {other_schema}.taskiq_results")) == 1
+    assert await database.fetch("SELECT FROM taskiq_results") == []
+    found = await database.fetch("SELECT to_regclass('taskiq_results_version')::text AS name")
+    assert found[0]["name"] is None
+
+
+@pytest.mark.usefixtures("blind")
+async def test_a_waiter_hears_of_what_was_stored_through_a_schema_translate_map(
+    application: Callable[..., AsyncEngine],
+    database: Database,
+    other_schema: str,
+    start_backend: BackendFactory,
+) -> None:
+    """In whichever way the two of them name the schema."""
+    names = {"table_name": f"translated_{database.schema[-20:]}"}
+    listen_dsn = database.direct_dsn if database.pooler else None
+    named = await start_backend(schema=other_schema, listen_dsn=listen_dsn, **names)
+    engine = application().execution_options(schema_translate_map={None: other_schema})
+    translated = await start_backend(engine=engine, listen_dsn=listen_dsn, **names)
+    for waiting, storing in ((named, translated), (translated, named)):
+        task_id = new_id()
+        async with heard_by(waiting):
+            waiter = asyncio.create_task(waiting.wait_result(task_id, timeout=SOON))
+            await until_waiting(waiting, 2)
+            await storing.set_result(task_id, result_of("heard"))
+            assert (await waiter).return_value == "heard"
+
+
+async def test_who_handles_errors_hears_of_them(
+    application: Callable[..., AsyncEngine], database: Database, start_backend: BackendFactory
+) -> None:
+    engine = application()
+    heard: list[Any] = []
+    event.listen(engine.sync_engine, "handle_error", heard.append)
+    backend: Backend = await start_backend(engine=engine)
+    await database.fetch("DROP TABLE taskiq_results")
+    with pytest.raises(StorageError, match="make the tables"):
+        await backend.set_result("1", result_of(1))
+    assert len(heard) == 1
 
 
 @pytest.mark.parametrize("name", ["connect", "checkout"])
