@@ -34,6 +34,7 @@ NOT_THROUGH_A_POOLER: Final[Mapping[str, str]] = {
     "test_an_owned_engine_is_disposed_at_shutdown": "counts the server's sessions",
     "test_without_permission_every_call_says": "takes a role by a setting that PgBouncer refuses",
     "is_one_statement": "counts the messages of a driver that prepares its statements",
+    "test_a_pool_is_used_lightly": "counts the server's sessions",
     "settings of the server's": "PgBouncer refuses those settings, which tests/pgbouncer shows",
 }
 
