@@ -261,7 +261,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                         answer = None
 
 
-def blames_a_row(exc: Exception) -> bool:
+def blames_a_row(exc: BaseException) -> bool:
     """Whether one row may be at fault, and the others could be stored without it."""
     if isinstance(exc, StorageError):
         return (exc.sqlstate or "")[:2] in _BLAMING_A_ROW or is_unfit_value(exc.__cause__)

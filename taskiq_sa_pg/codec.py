@@ -93,23 +93,32 @@ class Codec:
         is_trusted_to_load = type(innermost) in _TRUSTED_TO_LOAD
         self._dump = serializer.dumpb if is_trusted_to_load else self._dump_and_load
 
-    def encode_result(self, task_id: Any, result: TaskiqResult[Any]) -> ResultRow:
+    def encode_result(
+        self, task_id: Any, result: TaskiqResult[Any], *, strict: bool = False
+    ) -> ResultRow:
         """The row of a result. What cannot be stored becomes an error result, and is logged.
 
         Args:
             task_id: As the column has it.
             result: The result.
+            strict: Raise instead.
+
+        Raises:
+            ResultSerializationError: With strict: the serializer cannot hold a value.
+            PayloadTooLargeError: With strict: a value is too large.
         """
         error, is_err, labels = result.error, result.is_err, result.labels
         try:
             return_value = self._encode_payload("the return value", result.return_value)
         except (ResultSerializationError, PayloadTooLargeError) as exc:
+            if strict:
+                raise
             logger.error("task %s: %s", task_id, exc)  # noqa: TRY400 - the reason says it all
             error, is_err = exc, True
             return_value = self._encode_unlimited("the return value", None)
         encoded_error = error_type = traceback = None
         if error is not None:
-            encoded_error = self._encode_exception(task_id, error)
+            encoded_error = self._encode_exception(task_id, error, strict)
             error_type = storable_text(qualified_name(type(error)))
             traceback = storable_text(format_traceback(error))
         # By position, which takes half the time: twelve keywords cost more than all the rest.
@@ -200,7 +209,7 @@ class Codec:
                 return self._dump(_to_jsonable(value))
             except Exception as exc:  # noqa: BLE001 - as above
                 raise ResultSerializationError(
-                    what, qualified_name(type(value)), f"{_reason(refusal)}; {_reason(exc)}"
+                    what, qualified_name(type(value)), f"{reason_of(refusal)}; {reason_of(exc)}"
                 ) from refusal
 
     def _dump_and_load(self, value: Any) -> bytes:
@@ -229,13 +238,17 @@ class Codec:
     def _decode_payload(self, stored: bytes | str) -> Any:
         return self.serializer.loadb(stored if isinstance(stored, bytes) else from_jsonb(stored))
 
-    def _encode_exception(self, task_id: Any, exception: BaseException) -> bytes | str:
+    def _encode_exception(
+        self, task_id: Any, exception: BaseException, strict: bool
+    ) -> bytes | str:
         try:
             return self._encode_payload("the error", exception_to_document(exception, self))
         except Exception as exc:
+            if strict:
+                raise
             logger.exception("task %s: its exception cannot be stored whole", task_id)
             stand_in = ResultSerializationError(
-                "the error", qualified_name(type(exception)), _reason(exc)
+                "the error", qualified_name(type(exception)), reason_of(exc)
             )
             return self._encode_unlimited("the error", exception_to_document(stand_in, self))
 
@@ -266,7 +279,7 @@ class Codec:
         return {name: self.unpack(value) for name, value in document.items()}
 
     def _decode_error(self, what: str, exc: Exception) -> ResultDecodeError:
-        return ResultDecodeError(what, self._table, _reason(exc))
+        return ResultDecodeError(what, self._table, reason_of(exc))
 
 
 def _check_writes_json(serializer: TaskiqSerializer) -> None:
@@ -293,7 +306,8 @@ def attempt_of(labels: Any) -> int:
         return 0
 
 
-def _reason(exc: Exception) -> str:
+def reason_of(exc: Exception) -> str:
+    """What an error is and says, whatever it is; some hundred characters of it."""
     try:
         text = str(exc)
     except Exception:  # noqa: BLE001 - anyone's __str__

@@ -197,10 +197,26 @@ def upsert_progress(models: Models) -> Upsert:
     return Upsert(one, _on_conflict(_insert_unnested(progress, fields), overwritten))
 
 
+def insert_results(models: Models) -> Upsert:
+    """Stores results where there are none, and returns the task ids of those."""
+    return _unless_there(models.results_table, ResultRow._fields)
+
+
+def insert_progress(models: Models) -> Upsert:
+    """Stores progress where there is none, and returns the task ids of that."""
+    return _unless_there(models.progress_table, ProgressRow._fields)
+
+
 def select_ready(models: Models) -> Select[Any]:
     """Those of the task ids that have a result."""
     results = models.results_table
     return select(results.c.task_id).where(_is_asked_for(results))
+
+
+def select_having_progress(models: Models) -> Select[Any]:
+    """Those of the task ids that have progress."""
+    progress = models.progress_table
+    return select(progress.c.task_id).where(_is_asked_for(progress))
 
 
 def select_results(models: Models) -> Select[Any]:
@@ -248,6 +264,18 @@ def _on_conflict(
         set_={name: statement.excluded[name] for name in overwritten},
         where=where,
     )
+
+
+def _unless_there(target: Table, names: Sequence[str]) -> Upsert:
+    def unless(statement: PostgresInsert) -> Insert:
+        return statement.on_conflict_do_nothing(index_elements=["task_id"]).returning(
+            target.c.task_id
+        )
+
+    one = unless(_insert_one(target, names))
+    if not _can_be_many(target):
+        return Upsert(one, None)
+    return Upsert(one, unless(_insert_unnested(target, names)))
 
 
 def _can_be_many(target: Table, extra: Mapping[str, Column[Any]] = _NOTHING) -> bool:
@@ -341,7 +369,12 @@ def _is_asked_for(source: Table) -> ColumnElement[bool]:
 
 
 def describe_tables(config: TableConfig) -> Select[Any]:
-    """The columns that the configured tables really have, in one catalogue query.
+    """describe_columns() of the configured tables."""
+    return describe_columns([config.table_name, config.progress_table_name], config.schema)
+
+
+def describe_columns(table_names: Sequence[str], schema: str | None) -> Select[Any]:
+    """The columns that tables really have, in one catalogue query; without a schema, the visible.
 
     Rows of table name, column name, type name, whether a value is required (NOT NULL without a
     default), and whether the column alone is unique, as ON CONFLICT needs it.
@@ -372,11 +405,11 @@ def describe_tables(config: TableConfig) -> Select[Any]:
         )
         .exists()
     )
-    named = classes.c.relname.in_([config.table_name, config.progress_table_name])
-    if config.schema is None:
+    named = classes.c.relname.in_(table_names)
+    if schema is None:
         placed: ColumnElement[bool] = func.pg_catalog.pg_table_is_visible(classes.c.oid)
     else:
-        placed = namespaces.c.nspname == config.schema
+        placed = namespaces.c.nspname == schema
     described: list[ColumnElement[Any]] = [
         cast(classes.c.relname, Text).label("table_name"),
         cast(columns.c.attname, Text).label("column_name"),

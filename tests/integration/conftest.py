@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator, Iterator
 from typing import get_args
 
 import pytest
+from taskiq_pg.asyncpg import AsyncpgResultBackend
 
 from taskiq_sa_pg.config import TaskIdField
 from taskiq_sa_pg.waiting import Waiting
 from tests.conftest import Database, NewDatabase
+from tests.integration.old_tables import old_backend
 from tests.integration.stores import Checkouts, Log, Stores, address
 from tests.integration.waiters import Backend, Backends, table_of
 
@@ -94,3 +96,10 @@ async def stores(dsn: str) -> AsyncIterator[Stores]:
     stores = Stores(dsn)
     yield stores
     await stores.close()
+
+
+@pytest.fixture
+async def old(database: Database) -> AsyncIterator[AsyncpgResultBackend]:
+    """A result backend of taskiq-postgres on the table `old`."""
+    async with old_backend(database.dsn) as backend:
+        yield backend
