@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from taskiq_sa_pg.catalogue import describe_columns
 from taskiq_sa_pg.exceptions import SchemaError
 from taskiq_sa_pg.import_statements import (
     PAYLOAD_TYPE,
@@ -12,7 +13,6 @@ from taskiq_sa_pg.import_statements import (
     OldStatements,
     build_old_statements,
 )
-from taskiq_sa_pg.statements import describe_columns
 from taskiq_sa_pg.store import Store
 
 

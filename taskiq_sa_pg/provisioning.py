@@ -5,14 +5,17 @@ Alembic would take the second table for made.
 """
 
 import asyncio
+import io
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import sqlalchemy as sa
-from alembic import context
+from alembic import command, context
+from alembic.config import Config
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
@@ -94,6 +97,90 @@ def _upgrade_to_latest(connection: sa.Connection, config: TableConfig) -> None:
         upgrade_step(Operations(migration_context), version, config)
     if pending:
         migration_context.stamp(ScriptDirectory(script_location()), f"{LATEST_VERSION:04}")
+
+
+def upgrade_to(config: TableConfig, dsn: str, revision: str = "head") -> None:
+    """Does what `alembic upgrade` does, on an event loop of its own.
+
+    Args:
+        config: The tables.
+        dsn: Where they are.
+        revision: "0001", "+1", "head".
+
+    Raises:
+        SchemaError: It cannot be done; says why and what to do.
+    """
+    _run_command(config, lambda alembic: command.upgrade(alembic, revision), dsn)
+
+
+def downgrade_to(config: TableConfig, dsn: str, revision: str) -> None:
+    """Does what `alembic downgrade` does, on an event loop of its own.
+
+    Args:
+        config: The tables.
+        dsn: Where they are.
+        revision: "0001", "-1", or "base", which drops the tables.
+
+    Raises:
+        SchemaError: It cannot be done; says why and what to do.
+    """
+    _run_command(config, lambda alembic: command.downgrade(alembic, revision), dsn)
+
+
+def offline_sql(config: TableConfig, start: str, end: str) -> str:
+    """The SQL that takes the tables from one revision to another, as `alembic --sql` writes it.
+
+    Args:
+        config: The tables.
+        start: "base", "0001"; the revision that the tables have.
+        end: "head", "base", "0001"; an earlier one than start downgrades.
+
+    Raises:
+        SchemaError: There is no such way.
+    """
+    versions = {"base": 0, "head": LATEST_VERSION}
+    try:
+        first, last = (versions[name] if name in versions else int(name) for name in (start, end))
+    except ValueError as exc:
+        raise SchemaError(
+            f"there is no revision {exc.args[0].rpartition(' ')[2]}; the revisions are base, "
+            f"0001 to {LATEST_VERSION:04} and head"
+        ) from None
+    move = command.upgrade if first <= last else command.downgrade
+    buffer = io.StringIO()
+    _run_command(config, lambda alembic: move(alembic, f"{start}:{end}", sql=True), buffer=buffer)
+    return buffer.getvalue()
+
+
+async def current_revision(store: Store, config: TableConfig) -> str | None:
+    """The revision that the version table records; None where it records none.
+
+    Raises:
+        StorageError: PostgreSQL could not be reached.
+    """
+
+    def read(connection: sa.Connection) -> str | None:
+        opts = {"fn": None, **_version_table(config)}
+        return MigrationContext.configure(connection, opts=opts).get_current_revision()
+
+    purpose = f"read the version of table {config.qualified_name}"
+    return await store.transact(lambda connection: connection.run_sync(read), purpose)
+
+
+def _run_command(
+    config: TableConfig,
+    work: Callable[[Config], None],
+    dsn: str | None = None,
+    buffer: TextIO | None = None,
+) -> None:
+    options = {"dsn": dsn, **asdict(config)}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    alembic = Config(output_buffer=buffer, cmd_opts=Namespace(x=given))
+    alembic.set_main_option("script_location", script_location().replace("%", "%%"))
+    try:
+        work(alembic)
+    except CommandError as exc:
+        raise SchemaError(str(exc)) from exc
 
 
 def _lock(connection: sa.Connection, config: TableConfig) -> None:

@@ -16,10 +16,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.elements import conv, quoted_name
 from sqlalchemy.types import TypeEngine
 
+from taskiq_sa_pg.catalogue import describe_tables
 from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.statements import ProgressRow, ResultRow, describe_tables
+from taskiq_sa_pg.statements import ProgressRow, ResultRow
 from taskiq_sa_pg.store import Store
 
 LATEST_VERSION: Final = 1

@@ -21,7 +21,6 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
-    and_,
     any_,
     bindparam,
     cast,
@@ -33,8 +32,6 @@ from sqlalchemy import (
     literal_column,
     null,
     select,
-    table,
-    type_coerce,
     types,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
@@ -42,7 +39,6 @@ from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.models import Models
 
 MAX_IDS_PER_READ: Final = 200
@@ -222,7 +218,7 @@ def select_having_progress(models: Models) -> Select[Any]:
 def select_results(models: Models) -> Select[Any]:
     """The results of the task ids, as StoredResult."""
     results = models.results_table
-    return select(*_readable(results, StoredResult._fields)).where(_is_asked_for(results))
+    return select(*readable(results, StoredResult._fields)).where(_is_asked_for(results))
 
 
 def take_results(models: Models) -> Select[Any]:
@@ -232,7 +228,7 @@ def take_results(models: Models) -> Select[Any]:
     taken = (
         delete(results)
         .where(results.c.task_id == found.c.task_id)
-        .returning(*_readable(results, StoredResult._fields))
+        .returning(*readable(results, StoredResult._fields))
         .cte("taken")
     )
     stale = _locked(progress, progress.c.task_id == taken.c.task_id).cte("stale")
@@ -243,7 +239,7 @@ def take_results(models: Models) -> Select[Any]:
 def select_progress(models: Models) -> Select[Any]:
     """The progress of the task ids, as StoredProgress."""
     progress = models.progress_table
-    return select(*_readable(progress, StoredProgress._fields)).where(_is_asked_for(progress))
+    return select(*readable(progress, StoredProgress._fields)).where(_is_asked_for(progress))
 
 
 def notify() -> Select[Any]:
@@ -351,7 +347,8 @@ def _as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[
     return cast(value, JSONB) if isinstance(stored.type, JSONB) else value
 
 
-def _readable(source: Table, names: Sequence[str]) -> list[ColumnElement[Any]]:
+def readable(source: Table, names: Sequence[str]) -> list[ColumnElement[Any]]:
+    """Columns as the codec reads them: JSON as text."""
     columns = [source.c[name] for name in names]
     return [cast(c, Text).label(c.name) if isinstance(c.type, JSONB) else c for c in columns]
 
@@ -366,67 +363,3 @@ def _locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:
 def _is_asked_for(source: Table) -> ColumnElement[bool]:
     task_id = source.c.task_id
     return task_id == any_(bindparam("task_ids", type_=ARRAY(task_id.type)))
-
-
-def describe_tables(config: TableConfig) -> Select[Any]:
-    """describe_columns() of the configured tables."""
-    return describe_columns([config.table_name, config.progress_table_name], config.schema)
-
-
-def describe_columns(table_names: Sequence[str], schema: str | None) -> Select[Any]:
-    """The columns that tables really have, in one catalogue query; without a schema, the visible.
-
-    Rows of table name, column name, type name, whether a value is required (NOT NULL without a
-    default), and whether the column alone is unique, as ON CONFLICT needs it.
-    """
-    classes = _catalogue("pg_class", "oid", "relname", "relnamespace", "relkind")
-    namespaces = _catalogue("pg_namespace", "oid", "nspname")
-    columns = _catalogue(
-        "pg_attribute",
-        *("attrelid", "attname", "atttypid", "attnum", "attnotnull", "atthasdef"),
-        *("attidentity", "attisdropped"),
-    )
-    index = _catalogue(
-        "pg_index",
-        *("indrelid", "indisunique", "indimmediate", "indisvalid"),
-        *("indnkeyatts", "indpred", "indkey"),
-    )
-    is_unique = (
-        select(1)
-        .where(
-            index.c.indrelid == classes.c.oid,
-            # ON CONFLICT can use no deferrable constraint, and no index that is not complete.
-            index.c.indisunique,
-            index.c.indimmediate,
-            index.c.indisvalid,
-            index.c.indnkeyatts == 1,
-            index.c.indpred.is_(None),
-            type_coerce(index.c.indkey, ARRAY(Integer))[0] == columns.c.attnum,
-        )
-        .exists()
-    )
-    named = classes.c.relname.in_(table_names)
-    if schema is None:
-        placed: ColumnElement[bool] = func.pg_catalog.pg_table_is_visible(classes.c.oid)
-    else:
-        placed = namespaces.c.nspname == schema
-    described: list[ColumnElement[Any]] = [
-        cast(classes.c.relname, Text).label("table_name"),
-        cast(columns.c.attname, Text).label("column_name"),
-        func.format_type(columns.c.atttypid, None, type_=Text).label("type_name"),
-        and_(columns.c.attnotnull, ~columns.c.atthasdef, columns.c.attidentity == "").label(
-            "is_required"
-        ),
-        is_unique.label("is_unique"),
-    ]
-    return (
-        select(*described)
-        .join_from(classes, namespaces, namespaces.c.oid == classes.c.relnamespace)
-        .join(columns, and_(columns.c.attrelid == classes.c.oid, columns.c.attnum > 0))
-        .where(named, placed, classes.c.relkind.in_(["r", "p", "f"]), ~columns.c.attisdropped)
-        .order_by(classes.c.relname, columns.c.attnum)
-    )
-
-
-def _catalogue(name: str, *column_names: str) -> Any:
-    return table(name, *[column(c) for c in column_names], schema="pg_catalog")

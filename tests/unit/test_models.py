@@ -23,7 +23,6 @@ from taskiq_sa_pg.statements import (
     Statements,
     Upsert,
     build_statements,
-    describe_tables,
     notify,
 )
 

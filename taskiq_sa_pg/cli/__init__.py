@@ -1,0 +1,17 @@
+"""The command `taskiq-sa-pg` (extra `cli`)."""
+
+import sys
+
+_REMEDY = "taskiq-sa-pg needs the extra `cli`: pip install 'taskiq-sa-pg[cli]'"
+
+
+def main() -> None:
+    """Runs the command line; the entry point."""
+    try:
+        # Here, because both packages are optional.
+        from taskiq_sa_pg.cli.app import app  # noqa: PLC0415
+    except ModuleNotFoundError as exc:
+        if exc.name not in {"typer", "rich"}:
+            raise
+        sys.exit(_REMEDY)
+    app()

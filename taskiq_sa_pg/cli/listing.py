@@ -1,0 +1,192 @@
+"""The commands that show what is stored."""
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final
+
+import typer
+
+from taskiq_sa_pg.cli.output import JsonOption, say, say_json, say_table
+from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError, ResultIsMissingError
+from taskiq_sa_pg.queries import (
+    Counts,
+    Details,
+    Listed,
+    count_progress,
+    select_counts,
+    select_details,
+    select_list,
+    select_sizes,
+)
+from taskiq_sa_pg.statements import StoredProgress, select_progress
+
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+async def show(
+    target: Target,
+    task_id: Annotated[str, typer.Argument(help="The task.")],
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Leave values undecoded: nothing is unpickled.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Shows a result with its traceback and its progress. Reading a pickle runs what it says."""
+    column_id = target.config.to_column_task_id(task_id)
+    async with target.store() as store:
+        purpose = f"read the result of task {task_id!r}"
+        found = await store.fetch(select_details(target.models), {"task_id": column_id}, purpose)
+        reports = await store.fetch(
+            select_progress(target.models), {"task_ids": [column_id]}, purpose
+        )
+    if not found and not reports:
+        raise ResultIsMissingError(task_id, target.config.qualified_name)
+    shown: dict[str, Any] = {"task_id": task_id}
+    if found:
+        shown |= _shown_result(target, task_id, Details.of(found[0]), is_raw=raw)
+    if reports:
+        shown["progress"] = _shown_progress(target, task_id, reports[0], is_raw=raw)
+    if json:
+        say_json(shown)
+    else:
+        _say_fields(shown)
+
+
+def _shown_result(
+    target: Target, task_id: str, details: Details, *, is_raw: bool
+) -> dict[str, Any]:
+    stored = details.stored
+    shown: dict[str, Any] = {
+        "outcome": _outcome(stored.is_err),
+        "task_name": details.task_name,
+        "finished_at": details.finished_at,
+        "execution_time": stored.execution_time,
+        "attempt": details.attempt,
+    }
+    if is_raw:
+        shown |= {"return_value": stored.return_value, "error": stored.error}
+    else:
+        try:
+            result = target.codec.decode_result(task_id, stored, with_logs=True)
+        except ResultDecodeError as exc:
+            shown["undecodable"] = str(exc)
+        else:
+            shown |= {"return_value": result.return_value, "error": result.error}
+            shown["labels"] = result.labels
+    return shown | {"error_type": stored.error_type, "traceback": details.traceback}
+
+
+def _shown_progress(target: Target, task_id: str, row: Any, *, is_raw: bool) -> dict[str, Any]:
+    stored = StoredProgress._make(row)
+    if is_raw:
+        return {"state": stored.state, "meta": stored.meta}
+    try:
+        progress = target.codec.decode_progress(task_id, stored)
+    except ResultDecodeError as exc:
+        return {"state": stored.state, "undecodable": str(exc)}
+    return {"state": progress.state, "meta": progress.meta}
+
+
+def _say_fields(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        if value is None or value == {}:
+            continue
+        if name == "traceback":
+            say(f"\n{value.rstrip()}")
+        else:
+            say(f"{name + ':':<16}{value if isinstance(value, str) else _to_text(name, value)}")
+
+
+def _to_text(name: str, value: Any) -> str:
+    match value:
+        case datetime():
+            return value.isoformat(sep=" ", timespec="seconds")
+        case float() if name == "execution_time":
+            return f"{value:.3f} s"
+        case _:
+            return repr(value)
+
+
+async def list_(
+    target: Target,
+    errors: Annotated[bool, typer.Option("--errors", help="Failures only.")] = False,
+    since: Annotated[
+        str | None,
+        typer.Option(help="Finished in the last 30s, 15m, 2h, 7d or 1w, or since an ISO date."),
+    ] = None,
+    task_name: Annotated[str | None, typer.Option(help="Results of this task only.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
+    json: JsonOption = False,
+) -> None:
+    """Lists results, the latest first."""
+    statement = select_list(
+        target.models,
+        is_err=True if errors else None,
+        since=parse_since(since) if since else None,
+        task_name=task_name,
+        limit=limit,
+    )
+    async with target.store() as store:
+        rows = await store.fetch(statement, {}, "list results")
+    listed = [Listed._make(row) for row in rows]
+    if json:
+        say_json([row._asdict() | {"outcome": _outcome(row.is_err)} for row in listed])
+        return
+    say_table(
+        ["finished at", "outcome", "seconds", "task", "task id"],
+        [
+            [
+                row.finished_at.isoformat(sep=" ", timespec="seconds"),
+                row.error_type or _outcome(row.is_err),
+                f"{row.execution_time:.3f}",
+                row.task_name or "",
+                str(row.task_id),
+            ]
+            for row in listed
+        ],
+    )
+
+
+async def stats(target: Target, json: JsonOption = False) -> None:
+    """Counts results by outcome, and says how large and how old the tables are."""
+    async with target.store() as store:
+        [counts] = map(Counts._make, await store.fetch(select_counts(target.models), {}, "count"))
+        [[progress]] = await store.fetch(count_progress(target.models), {}, "count progress")
+        sizes = await store.fetch(select_sizes(target.config), {}, "measure the tables")
+    shown = {
+        "results": counts.results,
+        "successes": counts.results - counts.failures,
+        "failures": counts.failures,
+        "progress": progress,
+        "oldest": counts.oldest,
+        "newest": counts.newest,
+        "bytes": dict(map(tuple, sizes)),
+    }
+    if json:
+        say_json(shown)
+        return
+    _say_fields({name: value for name, value in shown.items() if name != "bytes"})
+    for name, size in sizes:
+        say(f"{'size:':<16}{size / 1024:,.0f} kB  {name}")
+
+
+def parse_since(text: str) -> datetime:
+    """The moment that "2h", "7d", "2026-11-23" or "2026-11-23T08:30+01:00" means.
+
+    Raises:
+        ConfigurationError: The text is nothing of that kind.
+    """
+    try:
+        if match := re.fullmatch(r"(\d+)([smhdw])", text):
+            return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+        return datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError):
+        raise ConfigurationError(
+            f"--since {text}: say 30s, 15m, 2h, 7d, 1w or a date such as 2026-11-23T08:30"
+        ) from None
+
+
+def _outcome(is_err: bool) -> str:
+    return "failure" if is_err else "success"

@@ -1,0 +1,51 @@
+"""What commands print: text that no terminal obeys, and JSON for scripts."""
+
+import json
+import sys
+import unicodedata
+from typing import Annotated, Any
+
+import typer
+from pydantic_core import to_jsonable_python
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def say(text: str) -> None:
+    """Prints a text as it is, but for control characters."""
+    console().print(Text(printable(text)), soft_wrap=True)
+
+
+def say_json(value: Any) -> None:
+    """Prints a value as one line of JSON; what JSON cannot hold as its repr."""
+    jsonable = to_jsonable_python(value, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
+    typer.echo(json.dumps(jsonable))
+
+
+def say_table(headers: list[str], rows: list[list[str]]) -> None:
+    """Prints a table; in a pipe no cell is cut."""
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(*[Text(printable(cell)) for cell in row])
+    console().print(table)
+
+
+def console() -> Console:
+    """Where commands print; without a terminal, or with NO_COLOR, without colours."""
+    width = None if sys.stdout.isatty() else 10_000
+    return Console(markup=False, highlight=False, emoji=False, width=width)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, written as escapes."""
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in {"Cc", "Cf", "Cs"}
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )

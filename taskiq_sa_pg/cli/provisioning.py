@@ -1,0 +1,82 @@
+"""The commands that make, change and check the tables."""
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from taskiq_sa_pg.cli.output import JsonOption, say, say_json
+from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.exceptions import SchemaError
+from taskiq_sa_pg.provisioning import current_revision, downgrade_to, offline_sql, upgrade_to
+from taskiq_sa_pg.schema import LATEST_VERSION
+from taskiq_sa_pg.schema import check as check_schema
+
+
+def upgrade(
+    target: Target,
+    revision: Annotated[str, typer.Argument(help="0001, head ...")] = "head",
+) -> None:
+    """Makes the tables, or brings them up to date. Any number may run at once."""
+    before = asyncio.run(_current(target))
+    upgrade_to(target.config, target.require_dsn(), revision)
+    _say_change(target, before)
+
+
+def downgrade(
+    target: Target,
+    revision: Annotated[str, typer.Argument(help="0001 ..., or base, which drops the tables.")],
+) -> None:
+    """Takes the tables back to an earlier revision; what it does not have is lost."""
+    before = asyncio.run(_current(target))
+    downgrade_to(target.config, target.require_dsn(), revision)
+    _say_change(target, before)
+
+
+def current(target: Target, json: JsonOption = False) -> None:
+    """Says which revision the tables have, and which is the latest."""
+    revision, latest = asyncio.run(_current(target)), f"{LATEST_VERSION:04}"
+    if json:
+        say_json({"current": revision, "latest": latest})
+    else:
+        say(f"{revision or 'none'} (latest: {latest})")
+
+
+async def check(target: Target, json: JsonOption = False) -> None:
+    """Compares the tables with what the backend needs; the exit status is 1 if they are unfit."""
+    unfit = ""
+    async with target.store() as store:
+        try:
+            await check_schema(store, target.models)
+        except SchemaError as exc:
+            unfit = str(exc)
+    if json:
+        say_json({"is_fit": not unfit, "reason": unfit or None})
+        raise typer.Exit(1 if unfit else 0)
+    if unfit:
+        raise SchemaError(unfit)
+    say(f"table {target.config.qualified_name} is as it should be")
+
+
+def sql(
+    target: Target,
+    start: Annotated[str, typer.Argument(help="The revision that the tables have.")] = "base",
+    end: Annotated[str, typer.Argument(help="Where to; an earlier one downgrades.")] = "head",
+) -> None:
+    """Prints the SQL that leads from one revision to another; connects to nothing."""
+    typer.echo(offline_sql(target.config, start, end), nl=False)
+
+
+async def _current(target: Target) -> str | None:
+    async with target.store() as store:
+        return await current_revision(store, target.config)
+
+
+def _say_change(target: Target, before: str | None) -> None:
+    after = asyncio.run(_current(target))
+    change = (
+        f"is at {after or 'none'}"
+        if before == after
+        else f"{before or 'none'} -> {after or 'none'}"
+    )
+    say(f"table {target.config.qualified_name}: {change}")

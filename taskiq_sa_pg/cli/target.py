@@ -1,0 +1,205 @@
+"""What every command shares: the options that say which tables, and how errors are told."""
+
+import asyncio
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from sqlalchemy import NullPool
+from taskiq import serializers
+from taskiq.abc.serializer import TaskiqSerializer
+from taskiq.exceptions import TaskiqResultTimeoutError
+
+from taskiq_sa_pg.backend import SQLAlchemyResultBackend
+from taskiq_sa_pg.codec import Codec
+from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
+from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
+from taskiq_sa_pg.models import Models, build_models
+from taskiq_sa_pg.store import Store
+
+_SERIALIZERS: Final[dict[str, Callable[[], TaskiqSerializer]]] = {
+    "pickle": serializers.PickleSerializer,
+    "json": serializers.JSONSerializer,
+    "orjson": serializers.ORJSONSerializer,
+    "msgpack": serializers.MSGPackSerializer,
+    "cbor": serializers.CBORSerializer,
+}
+
+# As a shell tells of a command that was interrupted, and of one whose reader went away.
+_INTERRUPTED: Final = 130
+_BROKEN_PIPE: Final = 141
+
+
+@dataclass(frozen=True)
+class Target:
+    """The database and the tables that a command is about."""
+
+    dsn: str | None
+    config: TableConfig
+    serializer_name: str | None
+
+    @property
+    def models(self) -> Models:
+        """The tables' models."""
+        config = self.config
+        return build_models(
+            config.table_name,
+            field_for_task_id=config.field_for_task_id,
+            field_for_payload=config.field_for_payload,
+            schema=config.schema,
+        )
+
+    @property
+    def codec(self) -> Codec:
+        """What reads the tables' values."""
+        return Codec(self.config, find_serializer(self.serializer_name))
+
+    def require_dsn(self) -> str:
+        """The DSN.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
+        if not self.dsn:
+            raise ConfigurationError(
+                "which database? Set TASKIQ_SA_PG_DSN, or pass --dsn postgresql://..."
+            )
+        return self.dsn
+
+    @asynccontextmanager
+    async def store(self) -> AsyncIterator[Store]:
+        """The session layer; it says at once what is wrong."""
+        store = Store(self.require_dsn(), engine_kwargs={"poolclass": NullPool}, retry_timeout=0)
+        await store.open()
+        try:
+            yield store
+        finally:
+            await store.close()
+
+    @asynccontextmanager
+    async def backend(self) -> AsyncIterator[SQLAlchemyResultBackend[Any]]:
+        """A started backend."""
+        backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
+            self.require_dsn(),
+            models=self.models,
+            serializer=find_serializer(self.serializer_name),
+            startup_timeout=0,
+        )
+        await backend.startup()
+        try:
+            yield backend
+        finally:
+            await backend.shutdown()
+
+
+def find_serializer(name: str | None) -> TaskiqSerializer | None:
+    """The serializer of that name, or what `module:attribute` is or returns; None for None.
+
+    Raises:
+        ConfigurationError: There is no such serializer.
+    """
+    if not name:
+        return None
+    try:
+        if name in _SERIALIZERS:
+            return _SERIALIZERS[name]()
+        module, _, attribute = name.partition(":")
+        sys.path.insert(0, str(Path.cwd()))  # as taskiq's own command line does
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise ConfigurationError(
+            f"--serializer {name}: {exc}; the serializers are {', '.join(_SERIALIZERS)}, and "
+            "module:attribute for one of your own"
+        ) from exc
+    serializer = found if isinstance(found, TaskiqSerializer) else found()
+    if not isinstance(serializer, TaskiqSerializer):
+        raise ConfigurationError(f"--serializer {name} is no TaskiqSerializer: {serializer!r}")
+    return serializer
+
+
+def _target(
+    dsn: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TASKIQ_SA_PG_DSN",
+            show_envvar=True,
+            help="The database: postgresql://user:password@host/database.",
+        ),
+    ] = None,
+    table_name: Annotated[
+        str, typer.Option(envvar="TASKIQ_SA_PG_TABLE_NAME", help="The results table.")
+    ] = DEFAULT_TABLE_NAME,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TASKIQ_SA_PG_SCHEMA", help="Its PostgreSQL schema, else the search_path's."
+        ),
+    ] = None,
+    field_for_task_id: Annotated[
+        TaskIdField,
+        typer.Option(envvar="TASKIQ_SA_PG_FIELD_FOR_TASK_ID", help="Type of the task-id columns."),
+    ] = "VarChar",
+    field_for_payload: Annotated[
+        PayloadField,
+        typer.Option(envvar="TASKIQ_SA_PG_FIELD_FOR_PAYLOAD", help="Type of the values' columns."),
+    ] = "Bytea",
+    serializer: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TASKIQ_SA_PG_SERIALIZER",
+            help="pickle, json, orjson, msgpack, cbor, or module:attribute. The default is the "
+            "backend's: pickle, and json with Jsonb.",
+        ),
+    ] = None,
+) -> Target:
+    config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
+    return Target(dsn, config, serializer)
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A command for typer: `function` with the options of Target instead of its first parameter.
+
+    The function may be a coroutine function. What it raises is told in one line.
+    """
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    shared = list(inspect.signature(_target).parameters.values())
+    names = [parameter.name for parameter in shared]
+
+    @functools.wraps(function)
+    def run(**arguments: Any) -> None:
+        with _telling_errors():
+            target = _target(**{name: arguments.pop(name) for name in names})
+            done = function(target, **arguments)
+            if inspect.iscoroutine(done):
+                asyncio.run(done)
+
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *shared)
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@contextmanager
+def _telling_errors() -> Iterator[None]:
+    try:
+        yield
+        sys.stdout.flush()
+    except (TaskiqSaPgError, TaskiqResultTimeoutError) as exc:
+        typer.echo(f"taskiq-sa-pg: {' '.join(str(exc).split())}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(_INTERRUPTED) from None
+    except BrokenPipeError:
+        # Python flushes it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(_BROKEN_PIPE) from None
