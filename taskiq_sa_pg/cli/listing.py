@@ -124,7 +124,7 @@ async def list_(
     statement = select_list(
         target.models,
         is_err=True if errors else None,
-        since=parse_since(since) if since else None,
+        since=None if since is None else parse_since(since),
         task_name=task_name,
         limit=limit,
     )

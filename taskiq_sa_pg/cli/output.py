@@ -16,7 +16,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 
 def say(text: str) -> None:
     """Prints a text as it is, but for control characters."""
-    console().print(Text(printable(text)), soft_wrap=True)
+    typer.echo(printable(text))
 
 
 def say_json(value: Any) -> None:
@@ -32,7 +32,11 @@ def say_table(headers: list[str], rows: list[list[str]]) -> None:
         table.add_column(header, overflow="fold")
     for row in rows:
         table.add_row(*[Text(printable(cell)) for cell in row])
-    console().print(table)
+    drawing = console()
+    with drawing.capture() as capture:
+        drawing.print(table)
+    # Not by rich, which ends the process itself when a pipe is closed.
+    typer.echo(capture.get(), nl=False)
 
 
 def console() -> Console:

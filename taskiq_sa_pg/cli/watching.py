@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from math import isnan
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -13,6 +14,7 @@ from taskiq.exceptions import TaskiqResultTimeoutError
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.cli.output import JsonOption, console, printable, say, say_json
 from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.exceptions import TaskiqSaPgError
 
 
 async def watch(
@@ -46,12 +48,15 @@ async def _watch(
     try:
         async for progress in backend.watch_progress(task_id, timeout):
             view.tell_progress(task_id, progress)
+        result = await backend.get_result(task_id)
     except TaskiqResultTimeoutError:
-        view.tell_timeout(task_id)
-        return False
-    result = await backend.get_result(task_id)
-    view.tell_result(task_id, result)
-    return not result.is_err
+        view.tell_trouble(task_id, "timeout", "not finished in time")
+    except TaskiqSaPgError as exc:
+        view.tell_trouble(task_id, "trouble", str(exc))
+    else:
+        view.tell_result(task_id, result)
+        return not result.is_err
+    return False
 
 
 class _View(Protocol):
@@ -59,7 +64,7 @@ class _View(Protocol):
     def __exit__(self, *exc_info: Any) -> Any: ...
     def tell_progress(self, task_id: str, progress: TaskProgress[Any]) -> None: ...
     def tell_result(self, task_id: str, result: TaskiqResult[Any]) -> None: ...
-    def tell_timeout(self, task_id: str) -> None: ...
+    def tell_trouble(self, task_id: str, event: str, reason: str) -> None: ...
 
 
 class _Lines:
@@ -77,8 +82,8 @@ class _Lines:
     def tell_result(self, task_id: str, result: TaskiqResult[Any]) -> None:
         self._say(task_id, outcome_of(result))
 
-    def tell_timeout(self, task_id: str) -> None:
-        self._say(task_id, "not finished in time")
+    def tell_trouble(self, task_id: str, event: str, reason: str) -> None:
+        self._say(task_id, reason)
 
     def _say(self, task_id: str, text: str) -> None:
         say(f"{task_id}: {text}")
@@ -95,8 +100,8 @@ class _JsonLines(_Lines):
         outcome = "failure" if result.is_err else "success"
         self._tell(task_id, outcome, return_value=result.return_value, error=result.error)
 
-    def tell_timeout(self, task_id: str) -> None:
-        self._tell(task_id, "timeout")
+    def tell_trouble(self, task_id: str, event: str, reason: str) -> None:
+        self._tell(task_id, event, reason=reason)
 
     def _tell(self, task_id: str, event: str, **values: Any) -> None:
         say_json({"task_id": task_id, "event": event, **values})
@@ -167,4 +172,4 @@ def fraction_of(meta: Any) -> float | None:
             fraction = current / total
         case _:
             return None
-    return min(max(fraction, 0.0), 1.0)
+    return None if isnan(fraction) else min(max(fraction, 0.0), 1.0)

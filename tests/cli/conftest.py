@@ -1,0 +1,93 @@
+"""The command line against the test's own schema, in this process and in one of its own."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from taskiq import TaskiqResult
+from typer.testing import CliRunner, Result
+
+from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.cli.app import app
+from tests.conftest import Database
+
+PROGRAM = Path(sys.executable).with_name("taskiq-sa-pg")
+
+
+@dataclass(frozen=True)
+class Cli:
+    """Runs `taskiq-sa-pg`, which finds the test's schema in its environment."""
+
+    dsn: str
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return {"TASKIQ_SA_PG_DSN": self.dsn}
+
+    def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> Result:
+        return CliRunner().invoke(app, list(arguments), env={**self.environment, **(env or {})})
+
+    def ok(self, *arguments: str, env: Mapping[str, str] | None = None) -> str:
+        """What a command prints that succeeds and complains of nothing."""
+        result = self.run(*arguments, env=env)
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        return result.stdout
+
+    def json(self, *arguments: str, env: Mapping[str, str] | None = None) -> Any:
+        return json.loads(self.ok(*arguments, "--json", env=env))
+
+    def fails(self, *arguments: str, env: Mapping[str, str] | None = None) -> str:
+        """The one line that a command leaves that cannot be carried out."""
+        result = self.run(*arguments, env=env)
+        assert result.exit_code == 1, result.output
+        [line] = result.stderr.splitlines()
+        return line
+
+    def start(self, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        """The installed program, in a process of its own."""
+        return subprocess.Popen(
+            [PROGRAM, *arguments],
+            env={**os.environ, **self.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def store(self, work: Callable[[SQLAlchemyResultBackend[Any]], Awaitable[None]]) -> None:
+        """Makes the tables, and does something with a backend on them."""
+
+        async def do() -> None:
+            backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
+                self.dsn, run_migrations=True
+            )
+            await backend.startup()
+            try:
+                await work(backend)
+            finally:
+                await backend.shutdown()
+
+        asyncio.run(do())
+
+
+@pytest.fixture
+def cli(database: Database) -> Cli:
+    return Cli(database.dsn)
+
+
+def success(value: Any, **fields: Any) -> TaskiqResult[Any]:
+    return TaskiqResult(is_err=False, return_value=value, execution_time=0.5, **fields)
+
+
+def failure(error: Exception) -> TaskiqResult[Any]:
+    try:
+        raise error
+    except Exception as exc:  # noqa: BLE001 - with its traceback
+        return TaskiqResult(is_err=True, return_value=None, execution_time=1.25, error=exc)

@@ -1,0 +1,103 @@
+"""How the command ends when it cannot do what was asked."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import PROGRAM, Cli, success
+
+COMMANDS = ["upgrade", "current", "check", "list", "stats", "show x", "watch x", "downgrade base"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_a_database_the_remedy_is_told(cli: Cli, command: str) -> None:
+    line = cli.fails(*command.split(), env={"TASKIQ_SA_PG_DSN": ""})
+    assert line == (
+        "taskiq-sa-pg: which database? Set TASKIQ_SA_PG_DSN, or pass --dsn postgresql://..."
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_password_is_shown(cli: Cli, command: str) -> None:
+    dsn = "postgresql://user:se-cret@127.0.0.1:1/database"
+    result = cli.run(*command.split(), "--dsn", dsn)
+    assert result.exit_code == 1
+    assert "no connection to PostgreSQL" in result.stderr
+    assert "se-cret" not in result.output
+
+
+@pytest.mark.parametrize("command", ["list", "stats", "show x"])
+def test_tables_that_are_missing_are_named_with_the_remedy(cli: Cli, command: str) -> None:
+    assert "make the tables with `alembic upgrade head`" in cli.fails(*command.split())
+
+
+def test_a_name_that_cannot_work_is_refused(cli: Cli) -> None:
+    assert "PostgreSQL cuts names at 63" in cli.fails("upgrade", "--table-name", "x" * 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nonsense", "the serializers are pickle, json"),
+        ("no.such.module:serializer", "No module named"),
+        ("json:nothing", "has no attribute"),
+        ("os:getcwd", "is no TaskiqSerializer"),
+    ],
+)
+def test_an_unknown_serializer_is_named(
+    cli: Cli, name: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cli.store(lambda backend: backend.set_result("x", success(1)))
+    assert reason in cli.fails("show", "x", "--serializer", name)
+
+
+def test_a_wrong_command_line_has_another_status(cli: Cli) -> None:
+    assert cli.run("show").exit_code == 2
+    assert cli.run("list", "--limit", "0").exit_code == 2
+    assert cli.run("upgrade", "--field-for-task-id", "Serial").exit_code == 2
+
+
+def test_an_interruption_is_quiet(cli: Cli) -> None:
+    cli.store(lambda backend: backend.set_result("x", success(1)))
+    process = cli.start("watch", "x", "unfinished")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "x: success in 0.500 s: 1\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
+
+
+def test_a_closed_pipe_is_quiet(cli: Cli) -> None:
+    # More than a pipe holds, of which nothing is read.
+    cli.store(lambda backend: backend.set_result("x", success("x" * 1_000_000)))
+    process = cli.start("show", "x")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=30) == 141
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra_the_remedy_is_told(missing: str, tmp_path: Path) -> None:
+    (tmp_path / f"{missing}.py").write_text(
+        f"raise ModuleNotFoundError('no {missing}', name='{missing}')"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport taskiq_sa_pg.cli as c; c.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == "taskiq-sa-pg needs the extra `cli`: pip install 'taskiq-sa-pg[cli]'\n"
+
+
+def test_the_program_is_installed() -> None:
+    run = subprocess.run([PROGRAM, "--help"], capture_output=True, text=True, check=True)
+    commands = "upgrade downgrade current check sql show list stats watch import-results"
+    for command in commands.split():
+        assert f"  {command} " in run.stdout

@@ -1,0 +1,195 @@
+"""show, list and stats."""
+
+import json
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from taskiq.depends.progress_tracker import TaskProgress
+from taskiq.serializers import JSONSerializer
+
+from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.cli.listing import parse_since
+from tests.cli.conftest import Cli, failure, success
+
+
+async def store_some(backend: SQLAlchemyResultBackend[Any]) -> None:
+    await backend.set_result("good", success({"a": (1, 2)}, labels={"queue": "fast"}))
+    await backend.set_result("bad", failure(ValueError("no luck")))
+    await backend.set_progress("good", TaskProgress(state="STARTED", meta={"percent": 50}))
+    await backend.set_progress("running", TaskProgress(state="STARTED", meta=None))
+
+
+def test_a_result_is_shown(cli: Cli) -> None:
+    cli.store(store_some)
+    shown = cli.ok("show", "good")
+    assert "return_value:   {'a': (1, 2)}\n" in shown
+    assert "labels:         {'queue': 'fast'}\n" in shown
+    assert "execution_time: 0.500 s\n" in shown
+    assert "'percent': 50" in shown
+    assert "error" not in shown
+
+
+def test_a_failure_is_shown_with_its_traceback(cli: Cli) -> None:
+    cli.store(store_some)
+    shown = cli.ok("show", "bad")
+    assert "error:          ValueError('no luck')\n" in shown
+    assert "Traceback (most recent call last):" in shown
+    assert shown.endswith("ValueError: no luck\n")
+
+
+def test_progress_without_a_result_is_shown(cli: Cli) -> None:
+    cli.store(store_some)
+    assert cli.json("show", "running") == {
+        "task_id": "running",
+        "progress": {"state": "STARTED", "meta": None},
+    }
+
+
+def test_a_result_is_shown_to_scripts(cli: Cli) -> None:
+    cli.store(store_some)
+    shown = cli.json("show", "good")
+    assert shown["return_value"] == {"a": [1, 2]}
+    assert shown["outcome"] == "success"
+    assert datetime.fromisoformat(shown["finished_at"]).tzinfo is not None
+    assert cli.json("show", "bad")["error_type"] == "ValueError"
+
+
+def test_an_unknown_task_is_an_error(cli: Cli) -> None:
+    cli.store(store_some)
+    assert "no result of task 'nobody'" in cli.fails("show", "nobody")
+
+
+class Marker:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_raw_unpickles_nothing(cli: Cli, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    cli.store(lambda backend: backend.set_result("x", success(Marker(trace))))
+    assert "return_value:   b'" in cli.ok("show", "x", "--raw")
+    assert not trace.exists()
+    cli.ok("show", "x")
+    assert trace.exists()
+
+
+def test_what_cannot_be_decoded_is_said_beside_the_rest(cli: Cli) -> None:
+    cli.store(store_some)
+    shown = cli.ok("show", "bad", "--serializer", "json")
+    assert "undecodable:" in shown
+    assert "ValueError: no luck" in shown
+
+
+def test_a_serializer_of_ones_own(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_serializer.py").write_text(
+        "from taskiq.serializers import JSONSerializer\n"
+        "made = JSONSerializer()\n"
+        "def make(): return made\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    async def store(_: SQLAlchemyResultBackend[Any]) -> None:
+        backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
+            cli.dsn, serializer=JSONSerializer()
+        )
+        await backend.startup()
+        await backend.set_result("x", success([1]))
+        await backend.shutdown()
+
+    cli.store(store)
+    for name in ("own_serializer:made", "own_serializer:make", "json"):
+        assert cli.json("show", "x", "--serializer", name)["return_value"] == [1]
+
+
+def test_no_value_gives_orders_to_the_terminal(cli: Cli) -> None:
+    odd = "\x1b[2J[bold]id"
+
+    async def store(backend: SQLAlchemyResultBackend[Any]) -> None:
+        await backend.set_result(odd, failure(ValueError("\x1b]0;title\x07[red]\u202e")))
+        await backend.set_progress(odd, TaskProgress(state="\x1b[1m", meta=None))
+
+    cli.store(store)
+    for command in (["show", odd], ["list"], ["watch", odd]):
+        printed = cli.run(*command).stdout
+        assert not {"\x1b", "\x07", "\u202e"} & set(printed)
+        assert "\\x1b[2J[bold]id" in printed
+
+
+def test_the_latest_are_listed_first(cli: Cli) -> None:
+    cli.store(store_some)
+    assert [row["task_id"] for row in cli.json("list")] == ["bad", "good"]
+    assert [row["task_id"] for row in cli.json("list", "--limit", "1")] == ["bad"]
+    header, *lines = cli.ok("list").splitlines()
+    assert header.split() == ["finished", "at", "outcome", "seconds", "task", "task", "id"]
+    assert [line.split()[2:] for line in lines] == [
+        ["ValueError", "1.250", "bad"],
+        ["success", "0.500", "good"],
+    ]
+
+
+async def test_lists_are_filtered(cli: Cli, database: Any) -> None:
+    backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(cli.dsn, run_migrations=True)
+    await backend.startup()
+    await store_some(backend)
+    await backend.shutdown()
+    await database.fetch(
+        "UPDATE taskiq_results SET task_name = 'pack', finished_at = now() - interval '3 hours' "
+        "WHERE task_id = 'good'"
+    )
+
+    def listed(*options: str) -> list[str]:
+        process = cli.start("list", "--json", *options)
+        rows = json.loads(process.communicate(timeout=60)[0])
+        return [row["task_id"] for row in rows]
+
+    assert listed("--errors") == ["bad"]
+    assert listed("--since", "2h") == ["bad"]
+    assert listed("--since", "1d") == ["bad", "good"]
+    assert listed("--task-name", "pack") == ["good"]
+    assert listed("--task-name", "pack", "--errors") == []
+
+
+def test_a_time_is_an_age_or_a_date() -> None:
+    now = datetime.now(UTC)
+    for text, age in [("90s", 90), ("15m", 900), ("2h", 7200), ("7d", 604_800), ("1w", 604_800)]:
+        assert abs(now - timedelta(seconds=age) - parse_since(text)) < timedelta(seconds=30)
+    assert parse_since("2026-11-23T08:30+01:00") == datetime(2026, 11, 23, 7, 30, tzinfo=UTC)
+    assert parse_since("2026-11-23").tzinfo is not None
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "3x", "99999999999w", "-1h"])
+def test_other_times_are_refused(cli: Cli, text: str) -> None:
+    assert "say 30s" in cli.fails("list", f"--since={text}")
+
+
+def test_tables_are_counted_and_measured(cli: Cli) -> None:
+    cli.store(store_some)
+    shown = cli.json("stats")
+    assert [shown[name] for name in ("results", "successes", "failures", "progress")] == [
+        2,
+        1,
+        1,
+        2,
+    ]
+    assert shown["oldest"] < shown["newest"]
+    assert min(shown["bytes"].values()) > 0
+    assert set(shown["bytes"]) == {"taskiq_results", "taskiq_results_progress"}
+    assert "failures:       1\n" in cli.ok("stats")
+
+
+def test_empty_tables_are_counted_too(cli: Cli) -> None:
+    cli.ok("upgrade")
+    shown = cli.json("stats")
+    assert (shown["results"], shown["oldest"], shown["newest"]) == (0, None, None)
+    assert cli.json("list") == []

@@ -1,0 +1,98 @@
+"""upgrade, downgrade, current, check and sql."""
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from tests.cli.conftest import Cli
+
+ODD_NAMES = {
+    "TASKIQ_SA_PG_TABLE_NAME": 'Tâche\'s "100%"',
+    "TASKIQ_SA_PG_FIELD_FOR_TASK_ID": "Uuid",
+    "TASKIQ_SA_PG_FIELD_FOR_PAYLOAD": "Jsonb",
+}
+
+
+def test_tables_are_made_and_dropped(cli: Cli) -> None:
+    assert cli.json("current") == {"current": None, "latest": "0001"}
+    assert cli.ok("upgrade") == "table taskiq_results: none -> 0001\n"
+    assert cli.json("current") == {"current": "0001", "latest": "0001"}
+    assert cli.json("check") == {"is_fit": True, "reason": None}
+    assert cli.ok("upgrade") == "table taskiq_results: is at 0001\n"
+    assert cli.ok("downgrade", "base") == "table taskiq_results: 0001 -> none\n"
+    assert "taskiq_results_progress do not exist" in cli.fails("check")
+
+
+def test_names_and_types_come_from_the_environment(cli: Cli) -> None:
+    cli.ok("upgrade", env=ODD_NAMES)
+    assert cli.json("check", env=ODD_NAMES)["is_fit"]
+    assert "is uuid and should be character varying" in cli.fails(
+        "check", "--field-for-task-id", "VarChar", env=ODD_NAMES
+    )
+    assert "do not exist" in cli.fails("check")
+
+
+def test_an_option_goes_before_the_environment(cli: Cli) -> None:
+    cli.ok("upgrade", "--table-name", "mine", env=ODD_NAMES)
+    assert cli.json("current", "--table-name", "mine", env=ODD_NAMES)["current"] == "0001"
+    assert cli.json("current", env=ODD_NAMES)["current"] is None
+
+
+def test_the_schema_is_named(cli: Cli) -> None:
+    schema = cli.dsn.rpartition("search_path%3D")[2]
+    cli.ok("upgrade", "--schema", schema)
+    assert cli.json("check", "--schema", schema)["is_fit"]
+    assert "create the schema first" in cli.fails("upgrade", "--schema", "nowhere")
+
+
+def test_check_tells_scripts_what_is_unfit(cli: Cli) -> None:
+    result = cli.run("check", "--json")
+    assert result.exit_code == 1
+    assert '"is_fit": false' in result.stdout
+    assert "do not exist" in result.stdout
+    assert result.stderr == ""
+
+
+def test_many_upgrade_at_once(cli: Cli) -> None:
+    processes = [cli.start("upgrade") for _ in range(4)]
+    assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 4
+    assert [process.returncode for process in processes] == [0] * 4
+    assert cli.json("check")["is_fit"]
+
+
+@pytest.mark.parametrize("names", [{}, ODD_NAMES], ids=["usual", "odd"])
+def test_the_sql_makes_and_drops_what_upgrade_makes_and_drops(
+    cli: Cli, names: dict[str, str]
+) -> None:
+    run_sql(cli.dsn, cli.ok("sql", env=names))
+    assert cli.json("check", env=names)["is_fit"]
+    assert cli.json("current", env=names)["current"] == "0001"
+    run_sql(cli.dsn, cli.ok("sql", "head", "base", env=names))
+    assert "do not exist" in cli.fails("check", env=names)
+
+
+def test_the_sql_needs_no_database(cli: Cli) -> None:
+    assert 'CREATE TABLE "taskiq_results"' in cli.ok("sql", env={"TASKIQ_SA_PG_DSN": ""})
+
+
+def run_sql(dsn: str, script: str) -> None:
+    async def run() -> None:
+        connection = await asyncpg.connect(dsn)
+        try:
+            await connection.execute(script)
+        finally:
+            await connection.close()
+
+    asyncio.run(run())
+
+
+def test_an_unknown_revision_is_named(cli: Cli) -> None:
+    assert "'nope'" in cli.fails("upgrade", "nope")
+    assert "base, 0001" in cli.fails("sql", "nope")
+
+
+def test_tables_of_others_are_left_alone(cli: Cli) -> None:
+    run_sql(cli.dsn, "CREATE TABLE taskiq_results (kept text)")
+    assert "exists already and was left untouched" in cli.fails("upgrade")
+    assert cli.json("current")["current"] is None

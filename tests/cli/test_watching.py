@@ -1,0 +1,101 @@
+"""watch: what it prints while tasks run, and how it ends."""
+
+import contextlib
+import json
+import os
+import pty
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.cli.watching import fraction_of
+from tests.cli.conftest import Cli, failure, success
+
+StartBackend = Callable[..., Awaitable[SQLAlchemyResultBackend[Any]]]
+
+
+async def test_changes_are_told_as_they_come(cli: Cli, start_backend: StartBackend) -> None:
+    backend = await start_backend()
+    meta = {"current": 1, "total": 4}
+    await backend.set_progress("a", TaskProgress(state="STARTED", meta=meta))
+    process = cli.start("watch", "a", "b", "a", "--json")
+
+    def next_event() -> Any:
+        assert process.stdout is not None
+        return json.loads(process.stdout.readline())
+
+    started = {"task_id": "a", "event": "progress", "state": "STARTED", "meta": meta}
+    assert next_event() == started
+    await backend.set_result("a", success((1, 2)))
+    ended = {"task_id": "a", "event": "success", "return_value": [1, 2], "error": None}
+    assert next_event() == ended
+    await backend.set_result("b", failure(ValueError("no luck")))
+    last = next_event()
+    assert (last["task_id"], last["event"]) == ("b", "failure")
+    assert "no luck" in str(last["error"])
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 1
+
+
+def test_the_status_tells_of_success(cli: Cli) -> None:
+    cli.store(lambda backend: backend.set_result("x", success(1)))
+    assert cli.ok("watch", "x") == "x: success in 0.500 s: 1\n"
+
+
+def test_a_timeout_is_told(cli: Cli) -> None:
+    cli.store(lambda backend: backend.set_result("x", success(1)))
+    result = cli.run("watch", "x", "y", "--timeout", "0.2")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == ["x: success in 0.500 s: 1", "y: not finished in time"]
+
+
+def test_what_cannot_be_read_back_is_told(cli: Cli) -> None:
+    cli.store(lambda backend: backend.set_result("x", success(1)))
+    result = cli.run("watch", "x", "--serializer", "json")
+    assert result.exit_code == 1
+    assert "x: cannot decode the result of task 'x'" in result.stdout
+    result = cli.run("watch", "x", "--json", "--serializer", "json")
+    assert json.loads(result.stdout)["event"] == "trouble"
+
+
+async def test_a_terminal_shows_bars(cli: Cli, start_backend: StartBackend) -> None:
+    backend = await start_backend()
+    await backend.set_progress("half", TaskProgress(state="STARTED", meta={"percent": 50}))
+    controller, terminal = pty.openpty()
+    process = cli.start("watch", "half", "bad", stdout=terminal)
+    os.close(terminal)
+    screen = ""
+    while "50%" not in screen:
+        screen += os.read(controller, 10_000).decode(errors="replace")
+    await backend.set_result("half", success(1))
+    await backend.set_result("bad", failure(ValueError("no luck")))
+    with contextlib.suppress(OSError):  # the end of a terminal, on Linux
+        while chunk := os.read(controller, 10_000):
+            screen += chunk.decode(errors="replace")
+    os.close(controller)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 1
+    assert "100%" in screen
+    assert "no luck" in screen
+
+
+@pytest.mark.parametrize(
+    ("meta", "fraction"),
+    [
+        ({"percent": 50}, 0.5),
+        ({"percent": 250}, 1.0),
+        ({"percent": -1}, 0.0),
+        ({"current": 1, "total": 4, "unit": "rows"}, 0.25),
+        ({"current": 1, "total": 0}, None),
+        ({"current": "1", "total": 4}, None),
+        ({"percent": "50"}, None),
+        ({"percent": float("nan")}, None),
+        (None, None),
+        ([1, 2], None),
+    ],
+)
+def test_metadata_fills_a_bar(meta: Any, fraction: float | None) -> None:
+    assert fraction_of(meta) == fraction
