@@ -55,6 +55,14 @@ def check_version() -> None:
     check(actual == expected, f"its version is {actual}, and pyproject.toml says {expected}")
 
 
+def check_command() -> None:
+    # Without the extra it has to say what is missing.
+    program = Path(sysconfig.get_path("scripts")) / "taskiq-sa-pg"
+    run = subprocess.run([program], capture_output=True, text=True, check=False)
+    check(run.returncode == 1, f"{program.name} ended with {run.returncode}: {run.stderr}")
+    check("taskiq-sa-pg[cli]" in run.stderr, f"{program.name} names no remedy: {run.stderr}")
+
+
 def migrate(dsn: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "alembic.ini").write_text(ALEMBIC_INI, "utf-8")
@@ -82,6 +90,7 @@ def main() -> None:
     check_files()
     check_names()
     check_version()
+    check_command()
     with postgres() as server:
         migrate(server.dsn)
         asyncio.run(check_result(server.dsn))

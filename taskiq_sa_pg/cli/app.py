@@ -2,7 +2,7 @@
 
 import typer
 
-from taskiq_sa_pg.cli import listing, provisioning, watching
+from taskiq_sa_pg.cli import importing, listing, provisioning, watching
 from taskiq_sa_pg.cli.target import command
 
 _HELP = """Provisions and shows the tables in which taskiq_sa_pg keeps task results.
@@ -21,10 +21,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for function in (
-    *(provisioning.upgrade, provisioning.downgrade, provisioning.current),
-    *(provisioning.check, provisioning.sql),
-    *(listing.show, listing.list_, listing.stats),
-    watching.watch,
-):
-    app.command(function.__name__.strip("_"))(command(function))
+app.command("upgrade")(command(provisioning.upgrade))
+app.command("downgrade")(command(provisioning.downgrade))
+app.command("current")(command(provisioning.current))
+app.command("check")(command(provisioning.check))
+app.command("sql")(command(provisioning.sql))
+app.command("show")(command(listing.show))
+app.command("list")(command(listing.list_results))
+app.command("stats")(command(listing.stats))
+app.command("watch")(command(watching.watch))
+app.command("import-results")(
+    command(importing.import_old_results, serializer_flag="--to-serializer")
+)

@@ -109,7 +109,7 @@ def _to_text(name: str, value: Any) -> str:
             return repr(value)
 
 
-async def list_(
+async def list_results(
     target: Target,
     errors: Annotated[bool, typer.Option("--errors", help="Failures only.")] = False,
     since: Annotated[

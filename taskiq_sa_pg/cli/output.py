@@ -20,9 +20,15 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Prints a value as one line of JSON; what JSON cannot hold as its repr."""
-    jsonable = to_jsonable_python(value, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
-    typer.echo(json.dumps(jsonable))
+    """Prints a value as one line of JSON."""
+    typer.echo(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON; what JSON cannot hold as its repr."""
+    return json.dumps(
+        to_jsonable_python(value, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
+    )
 
 
 def say_table(headers: list[str], rows: list[list[str]]) -> None:

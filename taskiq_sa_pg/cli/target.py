@@ -125,6 +125,15 @@ def find_serializer(name: str | None) -> TaskiqSerializer | None:
     return serializer
 
 
+def _serializer_option(flag: str) -> Any:
+    return typer.Option(
+        flag,
+        envvar="TASKIQ_SA_PG_SERIALIZER",
+        help="Of our tables: pickle, json, orjson, msgpack, cbor, or module:attribute. The default "
+        "is the backend's: pickle, and json with Jsonb.",
+    )
+
+
 def _target(
     dsn: Annotated[
         str | None,
@@ -151,27 +160,27 @@ def _target(
         PayloadField,
         typer.Option(envvar="TASKIQ_SA_PG_FIELD_FOR_PAYLOAD", help="Type of the values' columns."),
     ] = "Bytea",
-    serializer: Annotated[
-        str | None,
-        typer.Option(
-            envvar="TASKIQ_SA_PG_SERIALIZER",
-            help="pickle, json, orjson, msgpack, cbor, or module:attribute. The default is the "
-            "backend's: pickle, and json with Jsonb.",
-        ),
-    ] = None,
+    serializer: Annotated[str | None, _serializer_option("--serializer")] = None,
 ) -> Target:
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
     return Target(dsn, config, serializer)
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
+def command(
+    function: Callable[..., Any], *, serializer_flag: str = "--serializer"
+) -> Callable[..., Any]:
     """A command for typer: `function` with the options of Target instead of its first parameter.
 
-    The function may be a coroutine function. What it raises is told in one line.
+    Args:
+        function: Perhaps a coroutine function. What it raises is told in one line.
+        serializer_flag: For a command that has another meaning for the usual one.
     """
     own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-    shared = list(inspect.signature(_target).parameters.values())
-    names = [parameter.name for parameter in shared]
+    options = dict(inspect.signature(_target).parameters)
+    options["serializer"] = options["serializer"].replace(
+        annotation=Annotated[str | None, _serializer_option(serializer_flag)]
+    )
+    names, shared = list(options), list(options.values())
 
     @functools.wraps(function)
     def run(**arguments: Any) -> None:
