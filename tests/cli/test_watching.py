@@ -46,10 +46,13 @@ def test_the_status_tells_of_success(cli: Cli) -> None:
 
 
 def test_a_timeout_is_told(cli: Cli) -> None:
-    cli.store(lambda backend: backend.set_result("x", success(1)))
-    result = cli.run("watch", "x", "y", "--timeout", "0.2")
-    assert result.exit_code == 1
-    assert result.stdout.splitlines() == ["x: success in 0.500 s: 1", "y: not finished in time"]
+    cli.ok("upgrade")
+    result = cli.run("watch", "x", "--timeout", "0.2")
+    assert (result.exit_code, result.stdout) == (1, "x: not finished in time\n")
+    result = cli.run("watch", "x", "--timeout", "0", "--json")
+    assert json.loads(result.stdout) == {
+        **{"task_id": "x", "event": "timeout", "reason": "not finished in time"}
+    }
 
 
 def test_what_cannot_be_read_back_is_told(cli: Cli) -> None:
