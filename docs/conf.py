@@ -39,7 +39,6 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(asyncio|collections|pathlib|sqlalchemy|taskiq|typing)(\..+)?"),
     (r"py:exc", r"TaskiqResultTimeoutError"),
     (r"py:class", r".*\b_(T|ReturnType)"),
-    (r"myst", r".*\b(existing-application|pgbouncer|switching|cli)\.md"),  # they are being written
 ]
 
 # autodoc looks at every attribute of the mixins, which are for mapped classes.
