@@ -51,7 +51,9 @@ def test_a_timeout_is_told(cli: Cli) -> None:
     assert (result.exit_code, result.stdout) == (1, "x: not finished in time\n")
     result = cli.run("watch", "x", "--timeout", "0", "--json")
     assert json.loads(result.stdout) == {
-        **{"task_id": "x", "event": "timeout", "reason": "not finished in time"}
+        "task_id": "x",
+        "event": "timeout",
+        "reason": "not finished in time",
     }
 
 

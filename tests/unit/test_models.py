@@ -19,6 +19,7 @@ from taskiq_sa_pg import (
     TableConfig,
     build_models,
 )
+from taskiq_sa_pg.catalogue import describe_tables
 from taskiq_sa_pg.statements import (
     Statements,
     Upsert,
