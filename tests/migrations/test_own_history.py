@@ -99,9 +99,10 @@ async def assert_history_goes_up_and_down(
     await assert_is_up()
     down = await application.alembic("downgrade", "head:base", "--sql")
     await execute_script(database, down)
-    assert await tables(database) == ["alembic_version"]
     assert await catalogue(place, name) == []
-    await execute_script(database, "DROP TABLE alembic_version")
+    # Alembic 1.14 drops it in offline mode, and later ones leave it.
+    await execute_script(database, "DROP TABLE IF EXISTS alembic_version")
+    assert await tables(database) == []
     await execute_script(database, await application.alembic("upgrade", "head", "--sql"))
     await assert_is_up()
 
