@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import taskiq_sa_pg
-from taskiq_sa_pg import SQLAlchemyResultBackend, build_models
+from taskiq_sa_pg import SQLAlchemyResultBackend, build_models, exceptions
 from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.exceptions import TaskiqSaPgError
 
@@ -45,16 +45,17 @@ def test_the_longest_table_name_is_as_long_as_it_says() -> None:
         TableConfig("x" * (longest + 1))
 
 
-def test_every_error_is_in_the_table() -> None:
+def test_every_error_is_in_the_table_and_described() -> None:
     errors = [
         name
-        for name in taskiq_sa_pg.__all__
-        if inspect.isclass(exported := getattr(taskiq_sa_pg, name))
-        and issubclass(exported, TaskiqSaPgError)
-        and exported is not TaskiqSaPgError
+        for name, error in inspect.getmembers(exceptions, inspect.isclass)
+        if issubclass(error, TaskiqSaPgError) and error is not TaskiqSaPgError
     ]
     page = (REFERENCE / "errors.md").read_text()
-    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(errors)
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == errors
+    described = re.findall(r"^\.\. autoexception:: (\w+)$", page, re.MULTILINE)
+    assert sorted(described) == sorted([*errors, "TaskiqSaPgError"])
+    assert set(errors) <= set(taskiq_sa_pg.__all__)
 
 
 def test_every_column_has_its_row_in_this_order() -> None:
@@ -66,7 +67,7 @@ def test_every_column_has_its_row_in_this_order() -> None:
 
 def test_every_environment_variable_is_named_and_read() -> None:
     code = "".join(path.read_text() for path in ROOT.glob("[a-z]*/**/*.py"))
-    package = "".join(path.read_text() for path in ROOT.glob("taskiq_sa_pg/*.py"))
+    package = "".join(path.read_text() for path in ROOT.glob("taskiq_sa_pg/**/*.py"))
     options = {f"TASKIQ_SA_PG_{field.name.upper()}" for field in fields(TableConfig)}
     page = (REFERENCE / "environment.md").read_text()
     named = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
