@@ -104,9 +104,10 @@ imports: .venv/.lint  ## check the import contracts
 	.venv/bin/lint-imports --no-logo
 
 # Without a network: nothing is looked up in the inventories of other projects.
+# All of it each time: pages that have not changed keep an old menu, and tell no warnings.
 .PHONY: docs
 docs: .venv/.docs  ## build the documentation site: build/docs/index.html
-	.venv/bin/sphinx-build -W --keep-going -n -q -d build/doctrees docs build/docs
+	.venv/bin/sphinx-build -W --keep-going -n -q -E -a -d build/doctrees docs build/docs
 
 # The wheel is built from the sdist, so both are checked.
 .PHONY: wheel

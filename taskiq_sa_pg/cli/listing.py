@@ -116,7 +116,10 @@ async def list_results(
         str | None,
         typer.Option(help="Finished in the last 30s, 15m, 2h, 7d or 1w, or since an ISO date."),
     ] = None,
-    task_name: Annotated[str | None, typer.Option(help="Results of this task only.")] = None,
+    task_name: Annotated[
+        str | None,
+        typer.Option(help="Results of this task only, where the column task_name is filled."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
     json: JsonOption = False,
 ) -> None:
