@@ -164,6 +164,15 @@ async def database(new_database: NewDatabase) -> AsyncIterator[Database]:
     await database.drop()
 
 
+@pytest.fixture
+async def other_database(new_database: NewDatabase) -> AsyncIterator[Database]:
+    """A second empty schema."""
+    database = new_database()
+    await database.create()
+    yield database
+    await database.drop()
+
+
 def engine_of(backend: SQLAlchemyResultBackend[Any]) -> AsyncEngine:
     """The engine that a started backend works on, owned or borrowed."""
     engine = backend._store._engine

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from taskiq_sa_pg.cli.output import JsonOption, console, say, say_json, to_json
 from taskiq_sa_pg.cli.target import Target, find_serializer
 from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.importing import ImportReport, Unreadable, count_rows, import_results
 
 
@@ -50,7 +51,7 @@ async def import_old_results(
     runs what it says.
     """
     with ExitStack() as stack:
-        errors = stack.enter_context(errors_to.open("w", encoding="utf-8")) if errors_to else None
+        errors = stack.enter_context(_open(errors_to)) if errors_to else None
 
         def tell(unreadable: Unreadable) -> None:
             if errors is not None:
@@ -80,6 +81,13 @@ async def import_old_results(
         say(_summary(report, is_dry_run=dry_run))
     if report.unreadable:
         raise typer.Exit(1)
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as exc:
+        raise ConfigurationError(f"--errors-to: cannot write {path}: {exc.strerror}") from exc
 
 
 @asynccontextmanager

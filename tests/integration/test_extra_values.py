@@ -96,7 +96,9 @@ def new_models() -> Models:
         reversed: Mapped[str | None] = mapped_column(Reversed)
         tags: Mapped[list[str] | None] = mapped_column(postgresql.ARRAY(sa.Text))
         upper: Mapped[str | None] = mapped_column(Upper)
-        size: Mapped[int | None] = mapped_column(sa.Computed("length(return_value)", persisted=True))
+        size: Mapped[int | None] = mapped_column(
+            sa.Computed("length(return_value)", persisted=True)
+        )
         number: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(always=True))
 
     class Progress(ProgressMixin, Base):

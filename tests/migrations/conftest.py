@@ -121,15 +121,6 @@ async def tables(database: Database) -> list[str]:
 
 
 @pytest.fixture
-async def other_database(server_dsn: str) -> AsyncIterator[Database]:
-    """A second empty schema."""
-    database = Database(server_dsn, f"test_{uuid.uuid4().hex}")
-    await database.fetch(f"CREATE SCHEMA {database.schema}")
-    yield database
-    await database.fetch(f"DROP SCHEMA {database.schema} CASCADE")
-
-
-@pytest.fixture
 async def role(database: Database) -> AsyncIterator[str]:
     """A role that may see the test's schema, and nothing else."""
     name = f"role_{uuid.uuid4().hex}"

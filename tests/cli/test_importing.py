@@ -1,0 +1,184 @@
+"""import-results: what comes over, what it tells of it, and that it may be ended at any moment."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from taskiq.serializers import JSONSerializer
+
+from taskiq_sa_pg import SQLAlchemyResultBackend
+from tests.cli.conftest import Cli
+from tests.conftest import Database, eventually
+from tests.integration.old_tables import Old, assert_same, fill, fill_plainly, old_backend
+
+StartBackend = Callable[..., Awaitable[SQLAlchemyResultBackend[Any]]]
+
+IMPORT = ("import-results", "--from-table", "old")
+
+
+def in_old(dsn: str, work: Callable[[Old], Awaitable[Any]], **options: Any) -> Any:
+    """Makes a table of taskiq-postgres, and does something with its own backend on it."""
+
+    async def do() -> Any:
+        async with old_backend(dsn, **options) as old:
+            return await work(old)
+
+    return asyncio.run(do())
+
+
+def report(rows: int, **counts: int) -> dict[str, int]:
+    return {"rows": rows, "results": 0, "progress": 0, "already_there": 0, "unreadable": 0} | counts
+
+
+@pytest.mark.parametrize("serializer", ["pickle", "json"])
+async def test_everything_comes_over_once(
+    serializer: str, cli: Cli, database: Database, start_backend: StartBackend
+) -> None:
+    ours = await start_backend()
+    options = {"serializer": JSONSerializer()} if serializer == "json" else {}
+    async with old_backend(database.dsn, **options) as old:
+        with_result, with_progress = await fill(old)
+        arguments = (*IMPORT, "--serializer", serializer)
+        results, progress = len(with_result), len(with_progress)
+        rows = len({*with_result, *with_progress})
+        assert await asyncio.to_thread(cli.ok, *arguments, "--batch-size", "7") == (
+            f"{rows:,} rows read: {results:,} results and {progress:,} progress imported, "
+            "0 were there already, 0 could not be read\n"
+        )
+        await assert_same(old, ours, with_result, with_progress)
+        again = await asyncio.to_thread(cli.json, *arguments)
+    assert again == report(rows, already_there=results + progress)
+
+
+def test_a_dry_run_counts_and_stores_nothing(cli: Cli, database: Database) -> None:
+    cli.ok("upgrade")
+    in_old(database.dsn, lambda old: fill_plainly(old, 20))
+    assert cli.json(*IMPORT, "--dry-run") == report(20, results=20)
+    assert "20 results and 0 progress would be imported" in cli.ok(*IMPORT, "--dry-run")
+    assert cli.json(*IMPORT) == report(20, results=20)
+
+
+def test_what_cannot_be_read_is_told_and_stays_for_another_run(
+    cli: Cli, database: Database, tmp_path: Path
+) -> None:
+    cli.ok("upgrade")
+    in_old(database.dsn, lambda old: fill_plainly(old, 3))
+    result = cli.run(*IMPORT, "--serializer", "json", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == report(3, unreadable=3)
+    told = [json.loads(line) for line in result.stderr.splitlines()]
+    assert [each["task_id"] for each in told] == ["task-00000", "task-00001", "task-00002"]
+    assert all(each["reason"].startswith("result: ") for each in told)
+
+    left_out = tmp_path / "left out.jsonl"
+    result = cli.run(*IMPORT, "--serializer", "json", "--errors-to", str(left_out))
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert result.stdout.endswith("3 could not be read\n")
+    assert [json.loads(line) for line in left_out.read_text("utf-8").splitlines()] == told
+
+    assert cli.json(*IMPORT, "--errors-to", str(left_out)) == report(3, results=3)
+    assert left_out.read_text() == ""
+
+
+async def test_from_another_database_and_schema(
+    cli: Cli, database: Database, other_database: Database, start_backend: StartBackend
+) -> None:
+    ours = await start_backend(table_name="Our results")
+    async with old_backend(other_database.dsn) as old:
+        await fill_plainly(old, 4)
+    into = {"TASKIQ_SA_PG_TABLE_NAME": "Our results"}
+    places = [
+        ("--from-schema", other_database.schema),
+        ("--from-dsn", other_database.dsn),
+        ("--from-dsn", database.dsn, "--from-schema", other_database.schema),
+    ]
+    for place in places:
+        found = await asyncio.to_thread(cli.json, *IMPORT, *place, env=into)
+        assert found == report(4, results=4), place
+        assert (await ours.get_result("task-00003")).return_value == 3
+        await database.fetch('TRUNCATE "Our results"')
+
+
+async def test_into_another_serializer(
+    cli: Cli, database: Database, start_backend: StartBackend
+) -> None:
+    ours = await start_backend(field_for_payload="Jsonb")
+    async with old_backend(database.dsn) as old:
+        await fill_plainly(old, 2)
+    env = {"TASKIQ_SA_PG_FIELD_FOR_PAYLOAD": "Jsonb", "TASKIQ_SA_PG_SERIALIZER": "orjson"}
+    found = await asyncio.to_thread(cli.json, *IMPORT, "--serializer", "pickle", env=env)
+    assert found == report(2, results=2)
+    assert (await ours.get_result("task-00001")).return_value == 1
+
+
+def test_errors_name_the_thing_and_the_remedy(cli: Cli, database: Database, tmp_path: Path) -> None:
+    no_tables = cli.fails(*IMPORT)
+    assert "upgrade" in no_tables
+    cli.ok("upgrade")
+    assert "table old does not exist: give the old table's name" in cli.fails(*IMPORT)
+    ours = cli.fails("import-results", "--from-table", "taskiq_results")
+    assert "is not one of taskiq-postgres" in ours
+    in_old(database.dsn, lambda old: fill_plainly(old, 1))
+    assert "--serializer yaml: " in cli.fails(*IMPORT, "--serializer", "yaml")
+    unwritable = cli.fails(*IMPORT, "--errors-to", str(tmp_path / "no folder" / "file"))
+    assert "--errors-to" in unwritable
+    assert "No such file or directory" in unwritable
+    elsewhere = cli.fails(*IMPORT, "--from-dsn", "postgresql://me:secret@127.0.0.1:1/old")
+    assert "Connect call failed" in elsewhere
+    assert "secret" not in elsewhere
+    assert cli.run(*IMPORT, "--batch-size", "0").exit_code == 2
+    assert cli.json(*IMPORT) == report(1, results=1)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+async def test_ended_in_the_middle_it_is_run_again(
+    end: signal.Signals, cli: Cli, database: Database, start_backend: StartBackend
+) -> None:
+    ours = await start_backend()
+    async with old_backend(database.dsn) as old:
+        task_ids = await fill_plainly(old, 2_000)
+
+        async def count() -> int:
+            [row] = await database.fetch("SELECT count(*) AS n FROM taskiq_results")
+            return int(row["n"])
+
+        async def has_begun() -> bool:
+            return await count() > 0
+
+        process = cli.start(*IMPORT, "--batch-size", "5")
+        await eventually(has_begun)
+        process.send_signal(end)
+        _, stderr = await asyncio.to_thread(process.communicate)
+        assert (process.returncode, stderr) == (130 if end == signal.SIGINT else -end, "")
+        assert 0 < (stored := await count()) < len(task_ids)
+
+        again = await asyncio.to_thread(cli.json, *IMPORT)
+        assert again == report(2_000, results=2_000 - stored, already_there=stored)
+        await assert_same(old, ours, task_ids, [])
+
+
+def test_on_a_terminal_a_bar_tells_how_far_it_is(cli: Cli, database: Database) -> None:
+    cli.ok("upgrade")
+    in_old(database.dsn, lambda old: fill_plainly(old, 30))
+    reader, writer = os.openpty()
+    with cli.start(*IMPORT, "--batch-size", "10", stdout=writer) as process:
+        os.close(writer)
+        shown = b""
+        while chunk := _read(reader):
+            shown += chunk
+    os.close(reader)
+    assert process.returncode == 0
+    assert b"30/30" in shown
+    assert b"30 rows read: 30 results" in shown
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65_536)
+    except OSError:  # how a terminal ends on Linux
+        return b""
