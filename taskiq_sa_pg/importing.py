@@ -41,8 +41,9 @@ from taskiq_sa_pg.store import Store
 
 _Row = TypeVar("_Row", ResultRow, ProgressRow)
 
-_RESULT: Final = TaskiqResult[Any]
-_PROGRESS: Final = TaskProgress[Any]
+# Without [Any]: older pydantic would refuse the objects that other packages have pickled.
+_RESULT: Final[type[TaskiqResult[Any]]] = TaskiqResult
+_PROGRESS: Final[type[TaskProgress[Any]]] = TaskProgress
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,11 +116,13 @@ class _Bar:
         self._bar = self._progress.add_task("", total=total)
 
     def __enter__(self) -> "_Bar":
-        self._progress.start()
+        if not self._progress.disable:
+            self._progress.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._progress.stop()
+        if not self._progress.disable:  # older rich would print an empty line
+            self._progress.stop()
 
     def show(self, report: ImportReport) -> None:
         self._progress.update(self._bar, completed=report.rows)
