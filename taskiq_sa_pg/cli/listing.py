@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from taskiq_sa_pg.cli.output import JsonOption, say, say_json, say_table
+from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_table
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError, ResultIsMissingError
 from taskiq_sa_pg.queries import (
@@ -106,7 +106,7 @@ def _to_text(name: str, value: Any) -> str:
         case float() if name == "execution_time":
             return f"{value:.3f} s"
         case _:
-            return repr(value)
+            return repr_of(value)
 
 
 async def list_results(

@@ -25,10 +25,27 @@ def say_json(value: Any) -> None:
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON; what JSON cannot hold as its repr."""
-    return json.dumps(
-        to_jsonable_python(value, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
-    )
+    """One line of JSON; what JSON cannot hold as its repr, and NaN and infinities as strings."""
+    return json.dumps(_jsonable(value))
+
+
+def _jsonable(value: Any, depth: int = 3) -> Any:
+    try:
+        jsonable = to_jsonable_python(value, fallback=repr_of, bytes_mode="base64")
+        return json.loads(json.dumps(jsonable), parse_constant=str)
+    except Exception:  # noqa: BLE001 - values are the users': cycles, sets as keys, odd models
+        # The fields around it stay what they are.
+        if depth > 0 and type(value) is dict and all(isinstance(key, str) for key in value):
+            return {key: _jsonable(item, depth - 1) for key, item in value.items()}
+        return repr_of(value)
+
+
+def repr_of(value: Any) -> str:
+    """The value's repr, or why it has none."""
+    try:
+        return repr(value)
+    except Exception as exc:  # noqa: BLE001 - of a class of the users', or too large a number
+        return f"<{type(value).__qualname__} that cannot be shown: {type(exc).__name__}: {exc}>"
 
 
 def say_table(headers: list[str], rows: list[list[str]]) -> None:

@@ -208,7 +208,10 @@ def _telling_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
-    except BrokenPipeError:
+    except OSError as exc:
         # Python flushes it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(_BROKEN_PIPE) from None
+        if isinstance(exc, BrokenPipeError):
+            raise typer.Exit(_BROKEN_PIPE) from None
+        typer.echo(f"taskiq-sa-pg: {exc.strerror or exc}", err=True)
+        raise typer.Exit(1) from None

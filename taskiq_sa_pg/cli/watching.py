@@ -12,7 +12,7 @@ from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.cli.output import JsonOption, console, printable, say, say_json
+from taskiq_sa_pg.cli.output import JsonOption, console, printable, repr_of, say, say_json
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import TaskiqSaPgError
 
@@ -31,12 +31,17 @@ async def watch(
     """
     view: _View = _JsonLines() if json else _Bars() if sys.stdout.isatty() else _Lines()
     tasks = list(dict.fromkeys(task_ids))
-    async with target.backend() as backend:
-        with view:
-            async with asyncio.TaskGroup() as group:
-                watching = [
-                    group.create_task(_watch(backend, task_id, timeout, view)) for task_id in tasks
-                ]
+    try:
+        async with target.backend() as backend:
+            with view:
+                async with asyncio.TaskGroup() as group:
+                    watching = [
+                        group.create_task(_watch(backend, task_id, timeout, view))
+                        for task_id in tasks
+                    ]
+    except ExceptionGroup as exc:
+        # One is told, such as a closed pipe, as with the other commands.
+        raise exc.exceptions[0] from None
     if not all(each.result() for each in watching):
         raise typer.Exit(1)
 
@@ -77,7 +82,7 @@ class _Lines:
         pass
 
     def tell_progress(self, task_id: str, progress: TaskProgress[Any]) -> None:
-        self._say(task_id, f"{state_of(progress)} {progress.meta!r}")
+        self._say(task_id, f"{state_of(progress)} {repr_of(progress.meta)}")
 
     def tell_result(self, task_id: str, result: TaskiqResult[Any]) -> None:
         self._say(task_id, outcome_of(result))
@@ -132,7 +137,7 @@ class _Bars(_Lines):
         state = (
             state_of(progress)
             if fraction is not None
-            else f"{state_of(progress)} {progress.meta!r}"
+            else f"{state_of(progress)} {repr_of(progress.meta)}"
         )
         self._update(task_id, fraction, state)
 
@@ -157,8 +162,8 @@ def state_of(progress: TaskProgress[Any]) -> str:
 def outcome_of(result: TaskiqResult[Any]) -> str:
     """One line on how a task has ended."""
     if not result.is_err:
-        return f"success in {result.execution_time:.3f} s: {result.return_value!r}"
-    return f"failure after {result.execution_time:.3f} s: {result.error!r}"
+        return f"success in {result.execution_time:.3f} s: {repr_of(result.return_value)}"
+    return f"failure after {result.execution_time:.3f} s: {repr_of(result.error)}"
 
 
 def fraction_of(meta: Any) -> float | None:

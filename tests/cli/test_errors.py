@@ -83,6 +83,28 @@ def test_a_closed_pipe_is_quiet(cli: Cli) -> None:
     assert process.wait(timeout=30) == 141
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_closed_pipe_ends_a_watch(cli: Cli, options: list[str]) -> None:
+    cli.store(lambda backend: backend.set_result("x", success("x" * 1_000_000)))
+    process = cli.start("watch", "x", "unfinished", *options)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=30) == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+@pytest.mark.parametrize("command", ["show x", "list", "stats --json", "watch x"])
+def test_a_full_disk_is_told_in_one_line(cli: Cli, command: str) -> None:
+    cli.store(lambda backend: backend.set_result("x", success(1)))
+    with Path("/dev/full").open("w") as full:
+        process = cli.start(*command.split(), stdout=full.fileno())
+        assert process.communicate(timeout=30)[1] == "taskiq-sa-pg: No space left on device\n"
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_the_extra_the_remedy_is_told(missing: str, tmp_path: Path) -> None:
     (tmp_path / f"{missing}.py").write_text(

@@ -126,6 +126,46 @@ def test_no_value_gives_orders_to_the_terminal(cli: Cli) -> None:
         assert "\\x1b[2J[bold]id" in printed
 
 
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+
+
+class WithoutRepr:
+    def __repr__(self) -> str:
+        raise LookupError("no repr")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ([1.5, float("nan"), {"x": float("-inf")}], [1.5, "NaN", {"x": "-Infinity"}]),
+        (CYCLE, "[[...]]"),
+        ({frozenset([1]): 2}, "{frozenset({1}): 2}"),
+        ({"good": [1], "bad": CYCLE}, {"good": [1], "bad": "[[...]]"}),
+        ("\udc80", "\udc80"),
+    ],
+    ids=["nan", "cycle", "key", "part", "surrogate"],
+)
+def test_what_json_cannot_hold_is_shown_to_scripts_all_the_same(
+    cli: Cli, value: Any, shown: Any
+) -> None:
+    cli.store(lambda backend: backend.set_result("x", success(value)))
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    for command in ("show", "watch"):
+        line = cli.ok(command, "x", "--json")
+        assert json.loads(line, parse_constant=no_constant)["return_value"] == shown
+
+
+@pytest.mark.parametrize("value", [WithoutRepr(), 10**5000], ids=["repr", "int"])
+@pytest.mark.parametrize("command", ["show x", "show x --json", "watch x", "watch x --json"])
+def test_a_value_that_cannot_be_shown_is_said(cli: Cli, command: str, value: Any) -> None:
+    cli.store(lambda backend: backend.set_result("x", success(value)))
+    assert f"<{type(value).__qualname__} that cannot be shown: " in cli.ok(*command.split())
+
+
 def test_the_latest_are_listed_first(cli: Cli) -> None:
     cli.store(store_some)
     assert [row["task_id"] for row in cli.json("list")] == ["bad", "good"]
