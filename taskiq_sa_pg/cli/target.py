@@ -114,12 +114,13 @@ def find_serializer(name: str | None) -> TaskiqSerializer | None:
         module, _, attribute = name.partition(":")
         sys.path.insert(0, str(Path.cwd()))  # as taskiq's own command line does
         found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as exc:
+        serializer = found if isinstance(found, TaskiqSerializer) else found()
+    except Exception as exc:
+        # Whatever the module of the user's raises.
         raise ConfigurationError(
             f"--serializer {name}: {exc}; the serializers are {', '.join(_SERIALIZERS)}, and "
             "module:attribute for one of your own"
         ) from exc
-    serializer = found if isinstance(found, TaskiqSerializer) else found()
     if not isinstance(serializer, TaskiqSerializer):
         raise ConfigurationError(f"--serializer {name} is no TaskiqSerializer: {serializer!r}")
     return serializer
