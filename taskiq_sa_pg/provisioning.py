@@ -19,6 +19,7 @@ from alembic.config import Config
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.script.revision import RevisionError
 from alembic.util import CommandError
 from sqlalchemy.sql.elements import quoted_name
 
@@ -31,6 +32,8 @@ from taskiq_sa_pg.store import Store
 
 _ENVIRONMENT_PREFIX: Final = "TASKIQ_SA_PG_"
 _OPTIONS: Final = tuple(option.name for option in fields(TableConfig))
+
+_REVISIONS: Final = f"the revisions are base, 0001 to {LATEST_VERSION:04} and head"
 
 
 def script_location() -> str:
@@ -143,8 +146,7 @@ def offline_sql(config: TableConfig, start: str, end: str) -> str:
         first, last = (versions[name] if name in versions else int(name) for name in (start, end))
     except ValueError as exc:
         raise SchemaError(
-            f"there is no revision {exc.args[0].rpartition(' ')[2]}; the revisions are base, "
-            f"0001 to {LATEST_VERSION:04} and head"
+            f"there is no revision {exc.args[0].rpartition(' ')[2]}; {_REVISIONS}"
         ) from None
     move = command.upgrade if first <= last else command.downgrade
     buffer = io.StringIO()
@@ -180,7 +182,10 @@ def _run_command(
     try:
         work(alembic)
     except CommandError as exc:
-        raise SchemaError(str(exc)) from exc
+        is_about_revisions = isinstance(exc.__cause__, RevisionError)
+        raise SchemaError(f"{exc}; {_REVISIONS}" if is_about_revisions else str(exc)) from exc
+    except AssertionError as exc:  # Alembic's, of an empty name and the like
+        raise SchemaError(f"there is no such revision; {_REVISIONS}") from exc
 
 
 def _lock(connection: sa.Connection, config: TableConfig) -> None:

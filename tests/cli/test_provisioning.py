@@ -96,3 +96,10 @@ def test_tables_of_others_are_left_alone(cli: Cli) -> None:
     run_sql(cli.dsn, "CREATE TABLE taskiq_results (kept text)")
     assert "exists already and was left untouched" in cli.fails("upgrade")
     assert cli.json("current")["current"] is None
+
+
+@pytest.mark.parametrize("revision", ["nonsense", "", "head-1", "+2", "9999"])
+def test_an_unknown_revision_is_told_with_those_that_there_are(cli: Cli, revision: str) -> None:
+    line = cli.fails("upgrade", revision)
+    assert line.endswith("; the revisions are base, 0001 to 0001 and head")
+    assert cli.json("current")["current"] is None
