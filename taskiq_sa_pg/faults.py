@@ -13,8 +13,8 @@ _READ_ONLY: Final = "25006"
 
 # What a person can do about an SQLSTATE.
 _REMEDIES: Final[Mapping[str, str]] = {
-    "42P01": "make the tables with `alembic upgrade head`",
-    "42703": "bring the tables up to date with `alembic upgrade head`",
+    "42P01": "make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`",
+    "42703": "bring the tables up to date with `alembic upgrade head` or `taskiq-sa-pg upgrade`",
     "42501": "grant the role SELECT, INSERT, UPDATE and DELETE on the table, "
     "and USAGE on its schema",
     "3D000": "create the database, or correct the dsn",

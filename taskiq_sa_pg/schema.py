@@ -5,7 +5,7 @@ move on. A step that has been released is never edited; a change is a new step.
 """
 
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, Final
@@ -223,12 +223,23 @@ def _quoted_schema(config: TableConfig) -> quoted_name | None:
 
 def alembic_command(config: TableConfig, command: str) -> str:
     """The command line of an Alembic command for these tables."""
-    options = [
-        f"-x {shlex.quote(f'{option.name}={getattr(config, option.name)}')} "
-        for option in fields(config)
-        if getattr(config, option.name) != option.default
-    ]
+    options = [f"-x {shlex.quote(f'{name}={value}')} " for name, value in _chosen(config)]
     return f"alembic {''.join(options)}{command}"
+
+
+def _upgrade_commands(config: TableConfig) -> str:
+    # The second is at hand where the package is installed, and there is no alembic.ini.
+    options = [
+        " " + shlex.quote(f"--{name.replace('_', '-')}={value}") for name, value in _chosen(config)
+    ]
+    return f"`{alembic_command(config, 'upgrade head')}`, `taskiq-sa-pg upgrade{''.join(options)}`"
+
+
+def _chosen(config: TableConfig) -> Iterator[tuple[str, str]]:
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if value != option.default:
+            yield option.name, value
 
 
 async def check(
@@ -259,11 +270,11 @@ async def check(
 
     rows = await store.transact(describe, purpose, retry_timeout=timeout)
     results, progress = models.results_table, models.progress_table
-    command = f"`{alembic_command(config, 'upgrade head')}`"
+    commands = _upgrade_commands(config)
     if not rows:
         raise SchemaError(
             f"tables {config.qualified_name} and {config.qualified_name}_progress do not exist; "
-            f"make them with {command} or run_migrations=True"
+            f"make them with {commands} or run_migrations=True"
         )
     may_fill = {column.name for column in extra_columns.values()}
     differences = [
@@ -273,7 +284,7 @@ async def check(
     if differences:
         raise SchemaError(
             f"the results backend cannot use its tables: {'; '.join(differences)}. Make them, "
-            f"or bring them up to date, with {command} (or run_migrations=True). If a table "
+            f"or bring them up to date, with {commands} or run_migrations=True. If a table "
             "belongs to something else, choose another table_name; if only a type differs, pass "
             "the field_for_... that it was made with"
         )

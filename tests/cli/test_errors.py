@@ -31,7 +31,8 @@ def test_no_password_is_shown(cli: Cli, command: str) -> None:
 
 @pytest.mark.parametrize("command", ["list", "stats", "show x"])
 def test_tables_that_are_missing_are_named_with_the_remedy(cli: Cli, command: str) -> None:
-    assert "make the tables with `alembic upgrade head`" in cli.fails(*command.split())
+    line = cli.fails(*command.split())
+    assert line.endswith("make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`")
 
 
 def test_a_name_that_cannot_work_is_refused(cli: Cli) -> None:
@@ -45,6 +46,9 @@ def test_a_name_that_cannot_work_is_refused(cli: Cli) -> None:
         ("no.such.module:serializer", "No module named"),
         ("json:nothing", "has no attribute"),
         ("os:getcwd", "is no TaskiqSerializer"),
+        ("os:path", "is not callable"),
+        ("json:loads", "missing 1 required positional argument"),
+        (".relative:name", "relative import"),
     ],
 )
 def test_an_unknown_serializer_is_named(

@@ -35,12 +35,13 @@ async def refusal(start_backend: BackendFactory, **options: Any) -> str:
 async def test_absent_tables_are_named_with_what_makes_them(start_backend: BackendFactory) -> None:
     assert await refusal(start_backend) == (
         "tables taskiq_results and taskiq_results_progress do not exist; make them with "
-        "`alembic upgrade head` or run_migrations=True"
+        "`alembic upgrade head`, `taskiq-sa-pg upgrade` or run_migrations=True"
     )
 
 
+@pytest.mark.parametrize("position", [1, 3], ids=["alembic", "taskiq-sa-pg"])
 async def test_the_command_that_is_printed_makes_the_tables(
-    database: Database, other_database: Database, start_backend: BackendFactory
+    database: Database, other_database: Database, start_backend: BackendFactory, position: int
 ) -> None:
     options = {
         "table_name": 'it\'s "odd" $(100%)',
@@ -49,7 +50,7 @@ async def test_the_command_that_is_printed_makes_the_tables(
         "field_for_payload": "Jsonb",
     }
     message = await refusal(start_backend, **options)
-    command = shlex.split(message.split("`")[1])
+    command = shlex.split(message.split("`")[position])
     outcome = await run(*command, TASKIQ_SA_PG_DSN=database.dsn)
     assert outcome.status == 0, outcome.stderr
     backend = await start_backend(**options, run_migrations=False)
