@@ -21,7 +21,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Mapped, declared_attr, mapped_column, registry
+from sqlalchemy.orm import Mapped, MappedColumn, declared_attr, mapped_column, registry
 from sqlalchemy.sql.elements import conv, quoted_name
 from sqlalchemy.types import String, TypeEngine
 
@@ -192,7 +192,8 @@ class Models:
 
     Raises:
         ConfigurationError: The two classes were not made from one TableConfig, or their tables
-            are not the ones that it names.
+            are not the ones that it describes: another name, a column that is not there, or a
+            task id or serialized value of another type.
     """
 
     Result: type[ResultMixin]
@@ -214,6 +215,8 @@ class Models:
                     f"table {table.fullname} must be named {name} in schema {config.schema}: "
                     "leave __tablename__ to the mixin, and give __table_config__ the schema"
                 )
+        _require_columns_of(ResultMixin, self.results_table, config)
+        _require_columns_of(ProgressMixin, self.progress_table, config)
 
     @property
     def config(self) -> TableConfig:
@@ -234,6 +237,33 @@ class Models:
     def progress_table(self) -> Table:
         """The Core table of Progress."""
         return _table_of(self.Progress)
+
+
+def _require_columns_of(mixin: type[Any], table: Table, config: TableConfig) -> None:
+    # Of these columns values go to the driver as they are, past the types of SQLAlchemy.
+    payload = _payload_type(config.field_for_payload)
+    types = {"task_id": _task_id_type(config.field_for_task_id)}
+    types |= dict.fromkeys(("return_value", "error", "meta"), payload)
+    for name in _columns_of(mixin):
+        if name not in table.c:
+            raise ConfigurationError(
+                f"table {table.fullname} has no column {name}: leave the columns of "
+                f"{mixin.__name__} as they are, and give those of your own other attributes"
+            )
+        wanted, found = types.get(name), table.c[name].type
+        if wanted is not None and type(found) is not type(wanted):
+            raise ConfigurationError(
+                f"column {table.fullname}.{name} is {found!r} and must be {wanted!r}: leave it to "
+                f"{mixin.__name__}; __table_config__ chooses the types"
+            )
+
+
+def _columns_of(mixin: type[Any]) -> list[str]:
+    return [
+        name
+        for name, value in vars(mixin).items()
+        if isinstance(value, (declared_attr, MappedColumn)) and not name.startswith("__")
+    ]
 
 
 def _table_of(model: type[Any]) -> Table:

@@ -275,6 +275,45 @@ def test_a_table_that_the_configuration_does_not_name_is_refused() -> None:
         Models(OwnResult, OwnProgress)
 
 
+@pytest.mark.parametrize(
+    ("attribute", "column", "reason"),
+    [
+        ("labels", mapped_column("own_labels", sa.JSON), "has no column labels: leave the columns"),
+        ("log", None, "has no column log"),
+        ("return_value", mapped_column(sa.Text), r"return_value is Text\(\) and must be Large"),
+        ("error", mapped_column(sa.PickleType), "error is PickleType.* and must be LargeBinary"),
+        ("task_id", mapped_column(sa.Uuid), r"task_id is Uuid\(\) and must be String"),
+    ],
+    ids=["renamed", "left out", "type", "decorated", "task id"],
+)
+def test_a_column_of_the_mixin_that_is_changed_is_refused(
+    attribute: str, column: Any, reason: str
+) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class OwnProgress(ProgressMixin, Base):
+        pass
+
+    own_result = type("OwnResult", (ResultMixin, Base), {attribute: column})
+    with pytest.raises(ConfigurationError, match=reason):
+        Models(own_result, OwnProgress)
+
+
+def test_a_column_of_the_mixin_may_have_an_index_or_a_length() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class OwnResult(ResultMixin, Base):
+        task_id: Mapped[Any] = mapped_column(sa.String(36))
+        task_name: Mapped[str | None] = mapped_column(sa.Text, index=True)
+
+    class OwnProgress(ProgressMixin, Base):
+        pass
+
+    assert Models(OwnResult, OwnProgress).results_table.c.task_id.type.length == 36  # type: ignore[attr-defined]  # a TypeEngine for mypy
+
+
 def test_a_schema_that_only_the_base_knows_is_refused() -> None:
     class Base(DeclarativeBase):
         metadata = sa.MetaData(schema="app")
