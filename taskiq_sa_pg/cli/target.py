@@ -18,7 +18,7 @@ from taskiq import serializers
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.exceptions import TaskiqResultTimeoutError
 
-from taskiq_sa_pg.backend import SQLAlchemyResultBackend
+from taskiq_sa_pg.backend import SchemaCheck, SQLAlchemyResultBackend
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
 from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
@@ -85,12 +85,15 @@ class Target:
             await store.close()
 
     @asynccontextmanager
-    async def backend(self) -> AsyncIterator[SQLAlchemyResultBackend[Any]]:
+    async def backend(
+        self, check_schema: SchemaCheck = "error"
+    ) -> AsyncIterator[SQLAlchemyResultBackend[Any]]:
         """A started backend."""
         backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
             self.require_dsn(),
             models=self.models,
             serializer=find_serializer(self.serializer_name),
+            check_schema=check_schema,
             startup_timeout=0,
         )
         await backend.startup()

@@ -15,6 +15,7 @@ from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.cli.output import JsonOption, console, printable, repr_of, say, say_json
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import TaskiqSaPgError
+from taskiq_sa_pg.statements import select_progress, select_results
 
 
 async def watch(
@@ -31,8 +32,13 @@ async def watch(
     """
     view: _View = _JsonLines() if json else _Bars() if sys.stdout.isatty() else _Lines()
     tasks = list(dict.fromkeys(task_ids))
+    # Not the backend's check of the tables: nothing is written, which a column of the application's
+    # own that is NOT NULL would be in the way of.
+    async with target.store() as store:
+        for select in (select_results, select_progress):
+            await store.fetch(select(target.models), {"task_ids": []}, "watch tasks")
     try:
-        async with target.backend() as backend:
+        async with target.backend(check_schema="off") as backend:
             with view:
                 async with asyncio.TaskGroup() as group:
                     watching = [

@@ -29,7 +29,7 @@ def test_no_password_is_shown(cli: Cli, command: str) -> None:
     assert "se-cret" not in result.output
 
 
-@pytest.mark.parametrize("command", ["list", "stats", "show x"])
+@pytest.mark.parametrize("command", ["list", "stats", "show x", "watch x"])
 def test_tables_that_are_missing_are_named_with_the_remedy(cli: Cli, command: str) -> None:
     line = cli.fails(*command.split())
     assert line.endswith("make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`")

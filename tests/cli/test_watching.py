@@ -13,6 +13,7 @@ from taskiq.depends.progress_tracker import TaskProgress
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.cli.watching import fraction_of
 from tests.cli.conftest import Cli, failure, success
+from tests.conftest import Database
 
 StartBackend = Callable[..., Awaitable[SQLAlchemyResultBackend[Any]]]
 
@@ -43,6 +44,16 @@ async def test_changes_are_told_as_they_come(cli: Cli, start_backend: StartBacke
 def test_the_status_tells_of_success(cli: Cli) -> None:
     cli.store(lambda backend: backend.set_result("x", success(1)))
     assert cli.ok("watch", "x") == "x: success in 0.500 s: 1\n"
+
+
+async def test_columns_of_the_applications_own_are_not_in_the_way(
+    cli: Cli, start_backend: StartBackend, database: Database
+) -> None:
+    backend = await start_backend()
+    await backend.set_result("x", success(1))
+    await database.fetch("ALTER TABLE taskiq_results ADD tenant int NOT NULL DEFAULT 1")
+    await database.fetch("ALTER TABLE taskiq_results ALTER tenant DROP DEFAULT")
+    assert cli.start("watch", "x").communicate(timeout=30) == ("x: success in 0.500 s: 1\n", "")
 
 
 def test_a_timeout_is_told(cli: Cli) -> None:
