@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
 from benchmarks.contenders import make_result
 from taskiq_sa_pg import Models, SQLAlchemyResultBackend
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.statements import ResultRow, upsert_results
+from taskiq_sa_pg.statements import FIRST_FIELDS, ResultRow, ResultUpserts
 
 PREPARED: Final = "one prepared upsert a call"
 BATCHES: Final = "batches of 500 through unnest"
@@ -44,13 +44,13 @@ class Floor:
 
 def as_columns(row: ResultRow) -> list[list[Any]]:
     """A batch of this row, without its task ids: twelve full arrays."""
-    return [[value] * ROWS_PER_BATCH for value in row[1:]]
+    return [[value] * ROWS_PER_BATCH for value in row[1 : len(FIRST_FIELDS)]]
 
 
 @asynccontextmanager
 async def open_floor(dsn: str) -> AsyncIterator[Floor]:
     models = await _make_tables(dsn)
-    statements = upsert_results(models)
+    statements = ResultUpserts(models).without_metadata
     assert statements.many is not None
     async with AsyncExitStack() as stack:
         yield Floor(

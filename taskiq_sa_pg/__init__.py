@@ -14,6 +14,7 @@ from taskiq_sa_pg.exceptions import (
     StorageError,
     TaskiqSaPgError,
 )
+from taskiq_sa_pg.middleware import TaskMetadataMiddleware
 from taskiq_sa_pg.models import Models, ProgressMixin, ResultMixin, build_models
 from taskiq_sa_pg.signing import SignedSerializer
 
@@ -33,6 +34,7 @@ __all__ = [
     "SignedSerializer",
     "StorageError",
     "TableConfig",
+    "TaskMetadataMiddleware",
     "TaskiqSaPgError",
     "build_models",
 ]

@@ -88,7 +88,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         field_for_payload: Type of return_value, error and meta. "Jsonb" can be read and
             filtered in SQL, and needs a serializer that writes JSON.
         check_schema: What startup() does about tables that are absent or unfit: "error" raises
-            SchemaError, "warn" logs it, "off" does not look.
+            SchemaError, "warn" logs it, "off" does not look, and takes them to be those of this
+            release.
         run_migrations: True makes or upgrades the tables at startup(), under a lock; the role
             then needs the right to create them.
         notify: Whether to tell waiting processes of what was stored, and to listen for it. False
@@ -447,7 +448,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         if self._check_schema == "off":
             return
         try:
-            await check(
+            has_metadata = await check(
                 self._store,
                 self.models,
                 self._startup_timeout,
@@ -457,6 +458,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             if self._check_schema == "error":
                 raise
             logger.warning("%s", exc)
+        else:
+            self._started.operations.expect_metadata_columns(has_metadata)
 
     @property
     def _started(self) -> "_Parts":

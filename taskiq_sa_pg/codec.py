@@ -43,6 +43,7 @@ from taskiq_sa_pg.jsonb import (
     wrap,
     wrap_bytes,
 )
+from taskiq_sa_pg.metadata import metadata_of
 from taskiq_sa_pg.signing import SignedSerializer
 from taskiq_sa_pg.statements import ProgressRow, ResultRow, StoredProgress, StoredResult
 
@@ -121,6 +122,7 @@ class Codec:
             encoded_error = self._encode_exception(task_id, error, strict)
             error_type = storable_text(qualified_name(type(error)))
             traceback = storable_text(format_traceback(error))
+        metadata = metadata_of(result)
         # By position, which takes half the time: twelve keywords cost more than all the rest.
         return ResultRow(
             task_id,
@@ -132,9 +134,10 @@ class Codec:
             float(result.execution_time),
             self._encode_labels(labels) if labels else "{}",
             None if result.log is None else storable_text(result.log),
-            None,  # task_name
+            metadata.task_name,
             attempt_of(labels),
             None,  # expires_at
+            *metadata[1:],
         )
 
     def decode_result(

@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from taskiq import TaskiqResult
 
 from taskiq_sa_pg.exceptions import ConfigurationError
-from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.statements import RESULT_COLUMNS, Call, ResultRow, Upsert, upsert_results
+from taskiq_sa_pg.models import METADATA, Models
+from taskiq_sa_pg.statements import RESULT_COLUMNS, Call, ResultRow, ResultUpserts
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def extra_columns(models: Models) -> dict[str, sa.Column[Any]]:
         if isinstance(column, sa.Column)
         and column.table is models.results_table
         and column.name not in RESULT_COLUMNS
+        and column.info != METADATA
         and column.computed is None
         and not (column.identity is not None and column.identity.always)
     }
@@ -99,10 +100,11 @@ class ExtendedUpserts:
     default, for all of its rows or for none.
     """
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, *, has_metadata: bool = True) -> None:
         self._models = models
+        self._has_metadata = has_metadata
         self._columns = extra_columns(models)
-        self._upserts: dict[frozenset[str], Upsert] = {}
+        self._upserts: dict[frozenset[str], ResultUpserts] = {}
 
     def of(self, rows: Iterable[ExtendedRow]) -> list[Call]:
         """The statements for rows with distinct task ids, and their parameters."""
@@ -122,10 +124,12 @@ class ExtendedUpserts:
             [(statement, arrays)] = calls
             yield statement, {**arrays, **{n: [row.extra[n] for row in rows] for n in names}}
 
-    def _upsert(self, names: frozenset[str]) -> Upsert:
+    def _upsert(self, names: frozenset[str]) -> ResultUpserts:
         if names not in self._upserts:
             filled = {name: column for name, column in self._columns.items() if name in names}
-            self._upserts[names] = upsert_results(self._models, filled)
+            self._upserts[names] = ResultUpserts(
+                self._models, filled, has_metadata=self._has_metadata
+            )
         return self._upserts[names]
 
 

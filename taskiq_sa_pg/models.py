@@ -1,8 +1,10 @@
 """The declarative models: column mixins, and build_models(), which makes classes of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Final
 
 from sqlalchemy import (
     Boolean,
@@ -32,6 +34,10 @@ from taskiq_sa_pg.config import (
     TaskIdField,
 )
 from taskiq_sa_pg.exceptions import ConfigurationError
+
+# Marks the columns that TaskMetadataMiddleware fills: a model may have others of these names, which
+# are older than ours.
+METADATA: Final[Mapping[str, Any]] = MappingProxyType({"taskiq_sa_pg": "metadata"})
 
 # Negative, so that the columns which a subclass adds follow ours.
 _FIRST = -100
@@ -130,6 +136,19 @@ class ResultMixin:
     )
     expires_at: Mapped[datetime | None] = mapped_column(
         DateTime(timezone=True), sort_order=_FIRST + 12
+    )
+    args: Mapped[list[Any] | None] = mapped_column(
+        JSONB(none_as_null=True), sort_order=_FIRST + 13, info=dict(METADATA)
+    )
+    kwargs: Mapped[dict[str, Any] | None] = mapped_column(
+        JSONB(none_as_null=True), sort_order=_FIRST + 14, info=dict(METADATA)
+    )
+    worker: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 15, info=dict(METADATA))
+    queued_at: Mapped[datetime | None] = mapped_column(
+        DateTime(timezone=True), sort_order=_FIRST + 16, info=dict(METADATA)
+    )
+    started_at: Mapped[datetime | None] = mapped_column(
+        DateTime(timezone=True), sort_order=_FIRST + 17, info=dict(METADATA)
     )
 
     def __repr__(self) -> str:

@@ -58,6 +58,8 @@ class Operations:
     ) -> None:
         self._store = store
         self._codec = codec
+        self._models = models
+        self._has_metadata = True
         self._statements = build_statements(models)
         self._table = models.config.qualified_name
         self._purpose = f"store its result in table {self._table}"
@@ -88,6 +90,13 @@ class Operations:
             self._take_results, is_shared=False
         )
         self._progress_read: Batcher[Any, str, str, StoredProgress] = _reader(self._read_progress)
+
+    def expect_metadata_columns(self, has_metadata: bool) -> None:
+        """Says whether the results table has those of step 2; at first it is taken to have."""
+        if has_metadata != self._has_metadata:
+            self._has_metadata = has_metadata
+            self._statements = build_statements(self._models, has_metadata=has_metadata)
+            self._extended_upserts = ExtendedUpserts(self._models, has_metadata=has_metadata)
 
     async def close(self) -> None:
         """Refuses further calls, and returns when those before have been answered."""
@@ -292,6 +301,8 @@ async def _naming(task_id: str, answer: Awaitable[_T]) -> _T:
 
 def _size_of(row: ResultRow) -> int:
     size = len(row.return_value) + len(row.labels)
+    if row.args is not None or row.kwargs is not None:
+        size += len(row.args or "") + len(row.kwargs or "")
     if row.error is None and row.log is None:
         return size
     return size + sum(map(len, filter(None, (row.error, row.traceback, row.log))))

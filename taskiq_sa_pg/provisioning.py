@@ -31,6 +31,7 @@ from taskiq_sa_pg.schema import LATEST_VERSION, alembic_command, upgrade_step
 from taskiq_sa_pg.store import Store
 
 _ENVIRONMENT_PREFIX: Final = "TASKIQ_SA_PG_"
+_LOCK_TIMEOUT: Final = "3s"
 _OPTIONS: Final = tuple(option.name for option in fields(TableConfig))
 
 _REVISIONS: Final = f"the revisions are base, 0001 to {LATEST_VERSION:04} and head"
@@ -96,6 +97,7 @@ def _upgrade_to_latest(connection: sa.Connection, config: TableConfig) -> None:
     heads = migration_context.get_current_heads()
     current = max(map(int, heads), default=0)
     pending = range(current + 1, LATEST_VERSION + 1)
+    _limit_locks(connection)
     for version in pending:
         upgrade_step(Operations(migration_context), version, config)
     if pending:
@@ -194,6 +196,12 @@ def _lock(connection: sa.Connection, config: TableConfig) -> None:
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
 
 
+def _limit_locks(connection: sa.Connection) -> None:
+    # ALTER TABLE waits until nobody reads or writes the table, and whoever comes meanwhile waits
+    # behind it: better to give way and to try again. After _lock(), which may wait longer.
+    connection.execute(sa.select(sa.func.set_config("lock_timeout", _LOCK_TIMEOUT, True)))
+
+
 def _version_table(config: TableConfig) -> dict[str, Any]:
     return {
         "version_table": quoted_name(config.version_table_name, quote=True),
@@ -279,6 +287,7 @@ async def _run_online(config: TableConfig) -> None:
 
 def _run_on(connection: sa.Connection, config: TableConfig) -> None:
     _lock(connection, config)
+    _limit_locks(connection)
     # Alembic calls the schema that is first in the search_path None.
     is_default = config.schema == connection.dialect.default_schema_name
     schema = None if is_default else config.schema
@@ -307,6 +316,8 @@ def _remedies(config: TableConfig) -> dict[str, str]:
         "untouched. If it belongs to something else, choose another table_name; if it was made "
         "from these models in another way, record that with "
         f"`{alembic_command(config, 'stamp head')}`",
+        "55P03": "other transactions hold locks on the table: let them end (pg_stat_activity lists "
+        "them), and try again",
         "3D000": "create the database first (`createdb NAME`), or correct the dsn",
         "3F000": f"create the schema first (CREATE SCHEMA); the tables go into {schema}",
         "42501": "run this as the owner of the tables or, to make them, as a role that may: "

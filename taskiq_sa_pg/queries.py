@@ -9,7 +9,7 @@ from sqlalchemy import BigInteger, ColumnElement, Select, bindparam, func, selec
 from taskiq_sa_pg.catalogue import find_relations
 from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.statements import StoredResult, readable
+from taskiq_sa_pg.statements import METADATA_COLUMNS, StoredResult, readable
 
 
 class Details(NamedTuple):
@@ -21,6 +21,12 @@ class Details(NamedTuple):
     attempt: int
     finished_at: datetime
     expires_at: datetime | None
+    # Of a table that has METADATA_COLUMNS; JSON as text.
+    args: str | None = None
+    kwargs: str | None = None
+    worker: str | None = None
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
 
     @classmethod
     def of(cls, row: Sequence[Any]) -> "Details":
@@ -50,10 +56,12 @@ class Counts(NamedTuple):
     newest: datetime | None
 
 
-def select_details(models: Models) -> Select[Any]:
-    """The result of the task `task_id`, as Details."""
+def select_details(models: Models, *, has_metadata: bool = True) -> Select[Any]:
+    """The result of the task `task_id`, as Details; with METADATA_COLUMNS or without."""
     results = models.results_table
-    names = (*StoredResult._fields, *Details._fields[1:])
+    names = [*StoredResult._fields, *Details._fields[1:]]
+    if not has_metadata:
+        names = [name for name in names if name not in METADATA_COLUMNS]
     task_id = results.c.task_id
     return select(*readable(results, names)).where(
         task_id == bindparam("task_id", type_=task_id.type)

@@ -4,6 +4,7 @@ The steps are history: they name every column themselves and never look at the m
 move on. A step that has been released is never edited; a change is a new step.
 """
 
+import logging
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -20,10 +21,18 @@ from taskiq_sa_pg.catalogue import describe_tables
 from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.statements import ProgressRow, ResultRow
+from taskiq_sa_pg.statements import (
+    FIRST_FIELDS,
+    METADATA_COLUMNS,
+    ProgressRow,
+    ResultRow,
+    has_metadata_columns,
+)
 from taskiq_sa_pg.store import Store
 
-LATEST_VERSION: Final = 1
+logger = logging.getLogger(__name__)
+
+LATEST_VERSION: Final = 2
 
 # What Alembic asks: a name, its kind ("schema", "table", "column", ...), the names above it.
 IncludeName = Callable[[str | None, Any, Any], bool]
@@ -46,7 +55,7 @@ def upgrade(
 
     Args:
         op: Alembic's `op`.
-        version: The step; 1 makes the tables.
+        version: The step; 1 makes the tables, 2 adds the columns of TaskMetadataMiddleware.
         table_name: The results table.
         field_for_task_id: Type of the task-id columns.
         field_for_payload: Type of return_value, error and meta.
@@ -196,8 +205,29 @@ def _drop_tables(op: Any, config: TableConfig) -> None:
     op.drop_table(_quoted(config.table_name), schema=schema)
 
 
+def _add_metadata(op: Any, config: TableConfig) -> None:
+    timestamp = sa.DateTime(timezone=True)
+    # One ALTER TABLE each: of NULLs alone, so no row is touched.
+    for column in (
+        sa.Column("args", postgresql.JSONB(), nullable=True),
+        sa.Column("kwargs", postgresql.JSONB(), nullable=True),
+        sa.Column("worker", sa.Text(), nullable=True),
+        sa.Column("queued_at", timestamp, nullable=True),
+        sa.Column("started_at", timestamp, nullable=True),
+    ):
+        op.add_column(_quoted(config.table_name), column, schema=_quoted_schema(config))
+
+
+def _drop_metadata(op: Any, config: TableConfig) -> None:
+    for name in ("started_at", "queued_at", "worker", "kwargs", "args"):
+        op.drop_column(_quoted(config.table_name), name, schema=_quoted_schema(config))
+
+
 _Step = Callable[[Any, TableConfig], None]
-_STEPS: Final[Mapping[int, tuple[_Step, _Step]]] = {1: (_create_tables, _drop_tables)}
+_STEPS: Final[Mapping[int, tuple[_Step, _Step]]] = {
+    1: (_create_tables, _drop_tables),
+    2: (_add_metadata, _drop_metadata),
+}
 
 
 def _step(version: int) -> tuple[_Step, _Step]:
@@ -248,8 +278,10 @@ async def check(
     timeout: float | None = None,
     *,
     extra_columns: Mapping[str, sa.Column[Any]] = MappingProxyType({}),
-) -> None:
+) -> bool:
     """Compares the tables with the models, by one query of the catalogue.
+
+    That the results table lacks METADATA_COLUMNS, as before step 2, is no difference.
 
     Args:
         store: Where the tables are.
@@ -257,6 +289,9 @@ async def check(
         timeout: For how many seconds a PostgreSQL that does not answer is tried; None for as long
             as the store tries.
         extra_columns: Those of the application's own in the results table that it may fill.
+
+    Returns:
+        Whether the results table has METADATA_COLUMNS.
 
     Raises:
         SchemaError: A table is absent or unfit; names the differences and what mends them.
@@ -277,8 +312,16 @@ async def check(
             f"make them with {commands} or run_migrations=True"
         )
     may_fill = {column.name for column in extra_columns.values()}
+    names = {row.column_name for row in rows if row.table_name == results.name}
+    has_columns = has_metadata_columns(models)
+    is_step_1 = has_columns and not names.issuperset(METADATA_COLUMNS)
+    fields = ResultRow._fields if has_columns and not is_step_1 else FIRST_FIELDS
     differences = [
-        *_differences(results, ResultRow._fields, "finished_at", rows, may_fill),
+        *_differences(
+            *(results, fields, "finished_at", rows),
+            may_fill=may_fill,
+            may_lack=METADATA_COLUMNS if is_step_1 else (),
+        ),
         *_differences(progress, ProgressRow._fields, "updated_at", rows),
     ]
     if differences:
@@ -288,6 +331,13 @@ async def check(
             "belongs to something else, choose another table_name; if only a type differs, pass "
             "the field_for_... that it was made with"
         )
+    if is_step_1:
+        logger.warning(
+            "table %s is as an earlier release made it: it lacks columns of %s, and what "
+            "TaskMetadataMiddleware has for them is left out; %s or run_migrations=True adds them",
+            *(config.qualified_name, ", ".join(METADATA_COLUMNS), command),
+        )
+    return not is_step_1
 
 
 def _differences(
@@ -295,7 +345,9 @@ def _differences(
     written: Sequence[str],
     stamp: str,
     rows: Sequence[sa.Row[Any]],
+    *,
     may_fill: Collection[str] = (),
+    may_lack: Collection[str] = (),
 ) -> list[str]:
     table = expected.name
     found = {row.column_name: row for row in rows if row.table_name == table}
@@ -303,6 +355,8 @@ def _differences(
         return [f"table {expected.fullname} does not exist"]
     differences = []
     for column in expected.c:
+        if column.name in may_lack:
+            continue
         name, is_ours = column.name, column.name in {*written, stamp}
         if name not in found:
             whose = "" if is_ours else " (one of your model's own, for a migration of your own)"

@@ -39,7 +39,7 @@ from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.models import METADATA, Models
 
 MAX_IDS_PER_READ: Final = 200
 
@@ -73,10 +73,21 @@ class ResultRow(NamedTuple):
     task_name: str | None
     attempt: int
     expires_at: datetime | None
+    # TaskMetadataMiddleware's. A table that step 2 of the schema has not reached has none of them.
+    args: str | None = None
+    kwargs: str | None = None
+    worker: str | None = None
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
 
 
-# All columns of the tables that are ours.
-RESULT_COLUMNS: Final = frozenset({*ResultRow._fields, "finished_at"})
+METADATA_COLUMNS: Final = ("args", "kwargs", "worker", "queued_at", "started_at")
+
+# What every results table has, whatever its step.
+FIRST_FIELDS: Final = ResultRow._fields[: -len(METADATA_COLUMNS)]
+
+# All columns of the tables that are ours, but for METADATA_COLUMNS.
+RESULT_COLUMNS: Final = frozenset({*FIRST_FIELDS, "finished_at"})
 
 
 class ProgressRow(NamedTuple):
@@ -122,22 +133,58 @@ class Upsert(NamedTuple):
 
     one: Insert
     many: Insert | None
+    fields: tuple[str, ...]  # the first of the rows', which are stored
 
     def of(self, rows: Sequence[Any]) -> Sequence[Call]:
         """What stores one or more rows with distinct task ids; one statement, if there is many."""
         if len(rows) == 1:
-            return [(self.one, rows[0]._asdict())]
+            return [(self.one, self._parameters(rows[0]))]
         # Upserts that overlap and lock their rows in different orders deadlock.
         rows = sorted(rows, key=itemgetter(0))
         if self.many is None:
-            return [(self.one, row._asdict()) for row in rows]
+            return [(self.one, self._parameters(row)) for row in rows]
         columns = zip(*rows, strict=True)
         arrays = {
             # unnest fills an array that is too short up with NULLs, and those are the defaults.
             name: () if values.count(_DEFAULTS.get(name, _NULL)[0]) == len(values) else values
-            for name, values in zip(rows[0]._fields, columns, strict=True)
+            for name, values in zip(self.fields, columns, strict=False)
         }
         return [(self.many, arrays)]
+
+    def _parameters(self, row: Any) -> dict[str, Any]:
+        return dict(zip(self.fields, row, strict=False))
+
+
+class ResultUpserts:
+    """Stores results; columns that none of them fills cost nothing.
+
+    Args:
+        models: The tables.
+        extra: Columns of the application's own that are filled, by parameter.
+        has_metadata: Whether the table has METADATA_COLUMNS.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        extra: Mapping[str, Column[Any]] = _NOTHING,
+        *,
+        has_metadata: bool = True,
+    ) -> None:
+        has_metadata = has_metadata and has_metadata_columns(models)
+        # NULL in the columns that are not named, over what an earlier attempt left there.
+        cleared = METADATA_COLUMNS if has_metadata else ()
+        self.without_metadata: Final = upsert_results(models, FIRST_FIELDS, extra, cleared)
+        self.with_metadata: Final = (
+            upsert_results(models, ResultRow._fields, extra)
+            if has_metadata
+            else self.without_metadata
+        )
+
+    def of(self, rows: Sequence[ResultRow]) -> Sequence[Call]:
+        """What stores rows, as Upsert.of()."""
+        is_filled = any(row.started_at is not None for row in rows)
+        return (self.with_metadata if is_filled else self.without_metadata).of(rows)
 
 
 class Statements(NamedTuple):
@@ -146,7 +193,7 @@ class Statements(NamedTuple):
     Reads take `task_ids`: a list of column values.
     """
 
-    upsert_results: Upsert
+    upsert_results: ResultUpserts
     upsert_progress: Upsert
     select_ready: Select[Any]
     select_results: Select[Any]
@@ -154,10 +201,10 @@ class Statements(NamedTuple):
     select_progress: Select[Any]
 
 
-def build_statements(models: Models) -> Statements:
-    """The statements for these models."""
+def build_statements(models: Models, *, has_metadata: bool = True) -> Statements:
+    """The statements for these models, on a table with METADATA_COLUMNS or without."""
     return Statements(
-        upsert_results=upsert_results(models),
+        upsert_results=ResultUpserts(models, has_metadata=has_metadata),
         upsert_progress=upsert_progress(models),
         select_ready=select_ready(models),
         select_results=select_results(models),
@@ -166,21 +213,38 @@ def build_statements(models: Models) -> Statements:
     )
 
 
-def upsert_results(models: Models, extra: Mapping[str, Column[Any]] = _NOTHING) -> Upsert:
-    """Stores results, over those of equal or earlier attempts, and extra columns by parameter."""
+def has_metadata_columns(models: Models) -> bool:
+    """Whether METADATA_COLUMNS of the model are ours and none is the application's own."""
+    columns = models.results_table.c
+    return all(name in columns and columns[name].info == METADATA for name in METADATA_COLUMNS)
+
+
+def upsert_results(
+    models: Models,
+    fields: tuple[str, ...] = FIRST_FIELDS,
+    extra: Mapping[str, Column[Any]] = _NOTHING,
+    cleared: Sequence[str] = (),
+) -> Upsert:
+    """Stores results over those of equal or earlier attempts.
+
+    Args:
+        models: The tables.
+        fields: Those of ResultRow that are stored, from the first on.
+        extra: Other columns that are stored, by parameter.
+        cleared: Columns that get their defaults instead of what they had.
+    """
     results = models.results_table
-    overwritten = (*ResultRow._fields[1:], "finished_at", *[c.key for c in extra.values()])
+    overwritten = (*fields[1:], *cleared, "finished_at", *[c.key for c in extra.values()])
 
     def over_earlier(statement: PostgresInsert) -> Insert:
         return _on_conflict(
             statement, overwritten, where=statement.excluded.attempt >= results.c.attempt
         ).execution_options(**{CONVERTED: tuple(extra)} if extra else {})
 
-    fields = ResultRow._fields
     one = over_earlier(_insert_one(results, fields, extra))
     if not _can_be_many(results, extra):
-        return Upsert(one, None)
-    return Upsert(one, over_earlier(_insert_unnested(results, fields, extra)))
+        return Upsert(one, None, fields)
+    return Upsert(one, over_earlier(_insert_unnested(results, fields, extra)), fields)
 
 
 def upsert_progress(models: Models) -> Upsert:
@@ -189,13 +253,13 @@ def upsert_progress(models: Models) -> Upsert:
     overwritten = (*fields[1:], "updated_at")
     one = _on_conflict(_insert_one(progress, fields), overwritten)
     if not _can_be_many(progress):
-        return Upsert(one, None)
-    return Upsert(one, _on_conflict(_insert_unnested(progress, fields), overwritten))
+        return Upsert(one, None, fields)
+    return Upsert(one, _on_conflict(_insert_unnested(progress, fields), overwritten), fields)
 
 
 def insert_results(models: Models) -> Upsert:
     """Stores results where there are none, and returns the task ids of those."""
-    return _unless_there(models.results_table, ResultRow._fields)
+    return _unless_there(models.results_table, FIRST_FIELDS)
 
 
 def insert_progress(models: Models) -> Upsert:
@@ -262,7 +326,7 @@ def _on_conflict(
     )
 
 
-def _unless_there(target: Table, names: Sequence[str]) -> Upsert:
+def _unless_there(target: Table, names: tuple[str, ...]) -> Upsert:
     def unless(statement: PostgresInsert) -> Insert:
         return statement.on_conflict_do_nothing(index_elements=["task_id"]).returning(
             target.c.task_id
@@ -270,8 +334,8 @@ def _unless_there(target: Table, names: Sequence[str]) -> Upsert:
 
     one = unless(_insert_one(target, names))
     if not _can_be_many(target):
-        return Upsert(one, None)
-    return Upsert(one, unless(_insert_unnested(target, names)))
+        return Upsert(one, None, names)
+    return Upsert(one, unless(_insert_unnested(target, names)), names)
 
 
 def _can_be_many(target: Table, extra: Mapping[str, Column[Any]] = _NOTHING) -> bool:

@@ -1,5 +1,6 @@
 """The commands that show what is stored."""
 
+import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from taskiq_sa_pg.catalogue import describe_tables
 from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_table
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError, ResultIsMissingError
@@ -20,7 +22,7 @@ from taskiq_sa_pg.queries import (
     select_list,
     select_sizes,
 )
-from taskiq_sa_pg.statements import StoredProgress, select_progress
+from taskiq_sa_pg.statements import METADATA_COLUMNS, StoredProgress, select_progress
 
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -37,7 +39,11 @@ async def show(
     column_id = target.config.to_column_task_id(task_id)
     async with target.store() as store:
         purpose = f"read the result of task {task_id!r}"
-        found = await store.fetch(select_details(target.models), {"task_id": column_id}, purpose)
+        # An earlier release's table, too, is shown.
+        columns = await store.fetch(describe_tables(store.located(target.config)), {}, purpose)
+        has_metadata = {row.column_name for row in columns}.issuperset(METADATA_COLUMNS)
+        statement = select_details(target.models, has_metadata=has_metadata)
+        found = await store.fetch(statement, {"task_id": column_id}, purpose)
         reports = await store.fetch(
             select_progress(target.models), {"task_ids": [column_id]}, purpose
         )
@@ -61,6 +67,11 @@ def _shown_result(
     shown: dict[str, Any] = {
         "outcome": _outcome(stored.is_err),
         "task_name": details.task_name,
+        "args": None if details.args is None else json.loads(details.args),
+        "kwargs": None if details.kwargs is None else json.loads(details.kwargs),
+        "worker": details.worker,
+        "queued_at": details.queued_at,
+        "started_at": details.started_at,
         "finished_at": details.finished_at,
         "execution_time": stored.execution_time,
         "attempt": details.attempt,

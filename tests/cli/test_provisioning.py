@@ -15,12 +15,12 @@ ODD_NAMES = {
 
 
 def test_tables_are_made_and_dropped(cli: Cli) -> None:
-    assert cli.json("current") == {"current": None, "latest": "0001"}
-    assert cli.ok("upgrade") == "table taskiq_results: none -> 0001\n"
-    assert cli.json("current") == {"current": "0001", "latest": "0001"}
+    assert cli.json("current") == {"current": None, "latest": "0002"}
+    assert cli.ok("upgrade") == "table taskiq_results: none -> 0002\n"
+    assert cli.json("current") == {"current": "0002", "latest": "0002"}
     assert cli.json("check") == {"is_fit": True, "reason": None}
-    assert cli.ok("upgrade") == "table taskiq_results: is at 0001\n"
-    assert cli.ok("downgrade", "base") == "table taskiq_results: 0001 -> none\n"
+    assert cli.ok("upgrade") == "table taskiq_results: is at 0002\n"
+    assert cli.ok("downgrade", "base") == "table taskiq_results: 0002 -> none\n"
     assert "taskiq_results_progress do not exist" in cli.fails("check")
 
 
@@ -35,7 +35,7 @@ def test_names_and_types_come_from_the_environment(cli: Cli) -> None:
 
 def test_an_option_goes_before_the_environment(cli: Cli) -> None:
     cli.ok("upgrade", "--table-name", "mine", env=ODD_NAMES)
-    assert cli.json("current", "--table-name", "mine", env=ODD_NAMES)["current"] == "0001"
+    assert cli.json("current", "--table-name", "mine", env=ODD_NAMES)["current"] == "0002"
     assert cli.json("current", env=ODD_NAMES)["current"] is None
 
 
@@ -67,7 +67,7 @@ def test_the_sql_makes_and_drops_what_upgrade_makes_and_drops(
 ) -> None:
     run_sql(cli.dsn, cli.ok("sql", env=names))
     assert cli.json("check", env=names)["is_fit"]
-    assert cli.json("current", env=names)["current"] == "0001"
+    assert cli.json("current", env=names)["current"] == "0002"
     run_sql(cli.dsn, cli.ok("sql", "head", "base", env=names))
     assert "do not exist" in cli.fails("check", env=names)
 

@@ -77,6 +77,7 @@ _COLUMNS = """
     FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0
     LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
     WHERE c.relnamespace = $1::text::regnamespace AND c.relkind = 'r' AND c.relname = ANY($2)
+          AND NOT a.attisdropped
     ORDER BY c.relname, a.attnum
 """
 _INDEXES = """

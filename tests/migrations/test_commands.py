@@ -45,18 +45,21 @@ async def test_upgrade_current_check_and_downgrade_work_on_the_database_of_the_v
     current, check = await asyncio.gather(
         alembic("current", **environment), alembic("check", **environment)
     )
-    assert "0001 (head)" in succeeded(current).stdout
+    assert "0002 (head)" in succeeded(current).stdout
     assert "No new upgrade operations detected." in succeeded(check).stdout
     await database.fetch(f"ALTER TABLE {NAME} ALTER error_type TYPE varchar(9)")
     assert "error_type" in (await alembic("check", **environment)).message
+    succeeded(await alembic("downgrade", "-1", **environment))
+    assert await tables(database) == all_of(NAME)
     succeeded(await alembic("downgrade", "-1", **environment))
     assert await tables(database) == [f"{NAME}_version"]
 
 
 async def test_heads_and_history_need_no_database() -> None:
     heads, history = await asyncio.gather(alembic("heads"), alembic("history"))
-    assert succeeded(heads).stdout == "0001 (head)\n"
-    assert "<base> -> 0001 (head)" in succeeded(history).stdout
+    assert succeeded(heads).stdout == "0002 (head)\n"
+    assert "<base> -> 0001, " in succeeded(history).stdout
+    assert "0001 -> 0002 (head)" in succeeded(history).stdout
 
 
 async def test_odd_names_work_in_every_command_and_in_the_backend(

@@ -3,6 +3,7 @@
 import asyncio
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.schema import LATEST_VERSION
 from tests.conftest import BackendFactory, Database
 from tests.migrations.conftest import alembic, tables
 
@@ -17,8 +18,8 @@ async def test_twenty_processes_upgrade_at_once(database: Database) -> None:
     outcomes = await asyncio.gather(*commands)
     assert [outcome.stderr for outcome in outcomes if outcome.status != 0] == []
     steps_taken = sum(outcome.stderr.count("Running upgrade") for outcome in outcomes)
-    assert steps_taken == 1
-    assert await versions(database) == ["0001"]
+    assert steps_taken == LATEST_VERSION
+    assert await versions(database) == ["0002"]
 
 
 async def test_twenty_backends_for_two_tables_migrate_at_once_in_one_event_loop(
@@ -34,7 +35,7 @@ async def test_twenty_backends_for_two_tables_migrate_at_once_in_one_event_loop(
         f"table {number}{suffix}" for number in (0, 1) for suffix in ("", "_progress", "_version")
     ]
     assert await tables(database) == made
-    assert await versions(database, "table 0") == await versions(database, "table 1") == ["0001"]
+    assert await versions(database, "table 0") == await versions(database, "table 1") == ["0002"]
     assert [await backend.is_result_ready("1") for backend in backends] == [False] * 20
 
 
@@ -43,7 +44,7 @@ async def test_processes_that_name_the_default_schema_and_ones_that_do_not_wait_
 ) -> None:
     schemas = [None, database.schema] * 5
     await asyncio.gather(*(start_backend(schema=schema) for schema in schemas))
-    assert await versions(database) == ["0001"]
+    assert await versions(database) == ["0002"]
 
 
 async def test_backend_and_command_record_the_same_version(
@@ -55,4 +56,4 @@ async def test_backend_and_command_record_the_same_version(
     assert "Running upgrade" not in upgrade.stderr
     again: SQLAlchemyResultBackend[int] = await start_backend(run_migrations=True)
     assert not await again.is_result_ready("1")
-    assert await versions(database) == ["0001"]
+    assert await versions(database) == ["0002"]

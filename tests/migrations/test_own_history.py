@@ -202,8 +202,8 @@ async def test_a_revision_that_calls_the_step_makes_what_the_models_describe(
     expected = await expected_catalogue(other_database, **options)
     application.set_models(f"build_models(metadata=Base.metadata, {arguments_of(options)})")
     await application.write_revision(
-        f"schema.upgrade(op, version=1, {arguments_of(options)})",
-        f"schema.downgrade(op, version=1, {arguments_of(options)})",
+        f"for v in (1, 2): schema.upgrade(op, v, {arguments_of(options)})",
+        f"for v in (2, 1): schema.downgrade(op, v, {arguments_of(options)})",
     )
     name = options.get("table_name", NAME)
     await assert_history_goes_up_and_down(application, expected, name)
@@ -217,8 +217,8 @@ async def test_a_revision_that_calls_the_step_for_a_schema(
     application = await new_application(options=only_schemas(place))
     application.set_models(f"build_models(schema={place!r}, metadata=Base.metadata)")
     await application.write_revision(
-        f"schema.upgrade(op, version=1, schema={place!r})",
-        f"schema.downgrade(op, version=1, schema={place!r})",
+        f"for v in (1, 2): schema.upgrade(op, v, schema={place!r})",
+        f"for v in (2, 1): schema.downgrade(op, v, schema={place!r})",
     )
     await assert_history_goes_up_and_down(application, expected, NAME, other_database)
 
@@ -357,7 +357,7 @@ async def test_our_history_beside_theirs_in_one_ini_file(
     current, check, script = await asyncio.gather(
         ours("current"), ours("check"), ours("upgrade", "head", "--sql")
     )
-    assert "0001 (head)" in current
+    assert "0002 (head)" in current
     assert theirs_at not in current
     assert "No new upgrade operations" in check
     assert f"{theirs_at} (head)" in await application.alembic("current")
@@ -369,7 +369,7 @@ async def test_our_history_beside_theirs_in_one_ini_file(
     await ours("downgrade", "base")
     assert set(await tables(database)) == {"alembic_version", "orders", f"{NAME}_version"}
     assert f"{theirs_at} (head)" in await application.alembic("current")
-    assert "0001" not in await ours("current")
+    assert "000" not in await ours("current")
 
     await execute_script(other_database, script)
     await execute_script(other_database, await application.alembic("upgrade", "head", "--sql"))

@@ -101,7 +101,8 @@ async def test_a_schema_is_where_the_tables_go(
     await upgrade_to_latest(database.dsn, **options)
     assert await tables(database) == []
     assert await tables(other_database) == sorted([NAMES[1], f"{NAMES[1]}_progress"])
-    await downgrade(database.dsn, 1, **options)
+    for version in range(schema.LATEST_VERSION, 0, -1):
+        await downgrade(database.dsn, version, **options)
     assert await tables(other_database) == []
 
 
@@ -133,9 +134,12 @@ async def test_an_applications_own_revision_builds_the_same(
 ) -> None:
     """Whatever naming_convention its metadata has."""
     metadata = sa.MetaData(naming_convention={convention[:2]: convention})
-    await on_connection(
-        database.dsn, lambda c: schema.upgrade(operations(c, target_metadata=metadata), version=1)
-    )
+
+    def upgrade(connection: sa.Connection) -> None:
+        for version in range(1, schema.LATEST_VERSION + 1):
+            schema.upgrade(operations(connection, target_metadata=metadata), version)
+
+    await on_connection(database.dsn, upgrade)
     await create_all(other_database.dsn)
     assert await catalogue(database) == await catalogue(other_database)
 

@@ -21,8 +21,8 @@ from taskiq_sa_pg import (
 )
 from taskiq_sa_pg.catalogue import describe_tables
 from taskiq_sa_pg.statements import (
+    METADATA_COLUMNS,
     Statements,
-    Upsert,
     build_statements,
     notify,
 )
@@ -43,6 +43,7 @@ RESULT_COLUMNS = [
     "attempt",
     "finished_at",
     "expires_at",
+    *METADATA_COLUMNS,
 ]
 PROGRESS_COLUMNS = ["task_id", "state", "meta", "updated_at"]
 
@@ -69,10 +70,11 @@ def statements(models: Models) -> list[str]:
 
 def each(statements: Statements) -> list[Any]:
     """Both shapes of those that have two."""
+    results = statements.upsert_results
+    upserts = [results.without_metadata, results.with_metadata, statements.upsert_progress]
     return [
-        statement
-        for one_or_two in statements
-        for statement in (one_or_two if isinstance(one_or_two, Upsert) else (one_or_two,))
+        *[statement for upsert in upserts for statement in (upsert.one, upsert.many)],
+        *statements[2:],
     ]
 
 

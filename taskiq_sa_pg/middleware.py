@@ -1,0 +1,213 @@
+"""TaskMetadataMiddleware: what taskiq knows of a task goes into the row of its result."""
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from pydantic_core import to_jsonable_python
+from taskiq import TaskiqMessage, TaskiqMiddleware, TaskiqResult
+from taskiq.abc.broker import AsyncBroker
+from taskiq.utils import maybe_awaitable
+
+from taskiq_sa_pg.backend import SQLAlchemyResultBackend
+from taskiq_sa_pg.exception_codec import qualified_name
+from taskiq_sa_pg.exceptions import ConfigurationError
+from taskiq_sa_pg.jsonb import is_plain, storable_text, wrap
+from taskiq_sa_pg.metadata import NO_METADATA, Metadata, attach, metadata_of
+
+logger = logging.getLogger(__name__)
+
+# On its way from the sender to the worker; no result has it.
+QUEUED_AT_LABEL: Final = "taskiq_sa_pg_queued_at"
+
+DEFAULT_MAX_ARGS_BYTES: Final = 65_536
+
+_Redacted = tuple[list[Any] | None, dict[str, Any] | None]
+RedactFunction = Callable[[str, list[Any], dict[str, Any]], _Redacted | Awaitable[_Redacted]]
+
+
+class TaskMetadataMiddleware(TaskiqMiddleware):
+    """Fills columns of the results table: task_name, args, kwargs, worker, queued_at, started_at.
+
+    They go into the row that set_result() writes anyway. Add it to the broker of a
+    SQLAlchemyResultBackend, where tasks are sent and where they are executed; with another result
+    backend it does nothing. Whatever fails is logged and left out, and the result is stored.
+
+    Args:
+        record_args: Whether to record the task's arguments, as JSON.
+        redact: With record_args: called with task name, args and kwargs before the task starts;
+            returns the args and kwargs to record, of which either may be None, which records
+            none. It gets copies in their JSON-able form, which it may change. It may be
+            async, and should be quick. If it raises, no arguments are recorded.
+        record_worker: Whether to record who executed the task.
+        worker: Who that is; None is `host:pid`.
+        max_args_bytes: The most bytes of args and kwargs as JSON; larger ones are not recorded.
+
+    Raises:
+        ConfigurationError: An argument that cannot work, or two that contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        record_args: bool = False,
+        redact: RedactFunction | None = None,
+        record_worker: bool = True,
+        worker: str | None = None,
+        max_args_bytes: int = DEFAULT_MAX_ARGS_BYTES,
+    ) -> None:
+        super().__init__()
+        if redact is not None and not record_args:
+            raise ConfigurationError("redact is for record_args=True; else leave it out")
+        if redact is not None and not callable(redact):
+            raise ConfigurationError(f"redact must be a callable, not {redact!r}")
+        if worker is not None and not record_worker:
+            raise ConfigurationError("worker is for record_worker=True; else leave it out")
+        if max_args_bytes < 1:
+            raise ConfigurationError(f"max_args_bytes must be 1 or more, not {max_args_bytes}")
+        self._record_args: Final = record_args
+        self._redact: Final = redact
+        self._record_worker: Final = record_worker
+        self._worker: Final = None if worker is None else storable_text(worker)
+        self._host: Final = socket.gethostname()
+        self._max_args_bytes: Final = max_args_bytes
+        self._has_warned = False
+
+    def set_broker(self, broker: AsyncBroker) -> None:
+        """Called by the broker that it is added to.
+
+        Raises:
+            ConfigurationError: It has been added to another one.
+        """
+        if self.broker not in {None, broker}:
+            raise ConfigurationError(
+                "this TaskMetadataMiddleware belongs to another broker: make one for each"
+            )
+        super().set_broker(broker)
+
+    def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
+        """Notes when the task is queued, by the sender's clock."""
+        if self._is_at_home():
+            message.labels[QUEUED_AT_LABEL] = datetime.now(UTC).isoformat()
+        return message
+
+    async def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
+        """Notes what is known before the task starts, which may change its arguments."""
+        if self._is_at_home():
+            try:
+                attach(message, await self._describe(message))
+            except Exception:
+                logger.exception("task %s: its metadata are not recorded", message.task_id)
+        return message
+
+    def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
+        """Hands over to set_result() what was noted."""
+        if not self._is_at_home():
+            return
+        try:
+            metadata = metadata_of(message)
+            if metadata is NO_METADATA:  # another middleware has made a new message
+                metadata = Metadata(storable_text(message.task_name))
+            attach(result, metadata)
+            result.labels.pop(QUEUED_AT_LABEL, None)
+        except Exception:
+            logger.exception("task %s: its metadata are not recorded", message.task_id)
+
+    async def _describe(self, message: TaskiqMessage) -> Metadata:
+        started_at = datetime.now(UTC)
+        args, kwargs = await self._arguments_of(message) if self._record_args else (None, None)
+        return Metadata(
+            task_name=storable_text(message.task_name),
+            args=args,
+            kwargs=kwargs,
+            worker=self._worker_name() if self._record_worker else None,
+            queued_at=_queued_at(message),
+            started_at=started_at,
+        )
+
+    def _worker_name(self) -> str:
+        return self._worker or f"{self._host}:{os.getpid()}"
+
+    async def _arguments_of(self, message: TaskiqMessage) -> tuple[str | None, str | None]:
+        """Arguments as JSON text; None for those that are not recorded."""
+        name = f"{message.task_name} {message.task_id}"
+        try:
+            args, kwargs = _to_jsonable([message.args, message.kwargs])
+        except Exception as exc:  # noqa: BLE001 - types of the application's
+            logger.error("task %s: its arguments are no JSON: %r", name, exc)  # noqa: TRY400 - the reason says it all
+            return None, None
+        try:
+            if self._redact is not None:
+                redacted = await maybe_awaitable(self._redact(message.task_name, args, kwargs))
+                args, kwargs = _to_jsonable(_checked(redacted))
+            texts = _args_to_json(args), _kwargs_to_json(kwargs)
+        except Exception as exc:  # noqa: BLE001 - the application's function
+            # Neither its text nor a traceback: they may hold what was to be redacted.
+            reason = qualified_name(type(exc))
+            logger.error("task %s: its arguments are not recorded: %s", name, reason)  # noqa: TRY400 - as above
+            return None, None
+        size = sum(len(text.encode()) for text in texts if text is not None)
+        if size > self._max_args_bytes:
+            logger.warning(
+                "task %s: its arguments are not recorded: they have %d bytes, more than "
+                "max_args_bytes=%d",
+                *(name, size, self._max_args_bytes),
+            )
+            return None, None
+        return texts
+
+    def _is_at_home(self) -> bool:
+        backend = self.broker.result_backend
+        if isinstance(backend, SQLAlchemyResultBackend):
+            return True
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "TaskMetadataMiddleware does nothing: the broker's result backend is a %s and not "
+                "a SQLAlchemyResultBackend",
+                type(backend).__qualname__,
+            )
+        return False
+
+
+def _queued_at(message: TaskiqMessage) -> datetime | None:
+    try:
+        return datetime.fromisoformat(message.labels[QUEUED_AT_LABEL]).astimezone(UTC)
+    except KeyError:  # the sender has no such middleware
+        return None
+    except Exception:  # noqa: BLE001 - a label can be anything
+        logger.warning("task %s: its label %s is no time", message.task_id, QUEUED_AT_LABEL)
+        return None
+
+
+def _to_jsonable(value: Any) -> Any:
+    return to_jsonable_python(value, inf_nan_mode="strings")
+
+
+def _checked(redacted: object) -> _Redacted:
+    if not (isinstance(redacted, tuple) and len(redacted) == 2):
+        raise TypeError("redact must return a tuple: args and kwargs")
+    args, kwargs = redacted
+    if not isinstance(args, list | tuple | None) or not isinstance(kwargs, Mapping | None):
+        raise TypeError("redact must return a list or None, and a dict or None")
+    return args, kwargs  # type: ignore[return-value]  # a tuple will do: it becomes JSON
+
+
+def _args_to_json(args: list[Any] | None) -> str | None:
+    return None if args is None else json.dumps([_storable(a) for a in args], ensure_ascii=False)
+
+
+def _kwargs_to_json(kwargs: dict[str, Any] | None) -> str | None:
+    if kwargs is None:
+        return None
+    document = {storable_text(name): _storable(value) for name, value in kwargs.items()}
+    return json.dumps(document, ensure_ascii=False)
+
+
+def _storable(value: Any) -> Any:
+    """The value, or the wrapper of one that jsonb would refuse or change."""
+    return value if is_plain(value) else wrap(json.dumps(value).encode())
