@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from taskiq import InMemoryBroker, TaskiqMessage
 from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.serializers import JSONSerializer
 
-from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg import SQLAlchemyResultBackend, TaskMetadataMiddleware
 from taskiq_sa_pg.cli.listing import parse_since
 from tests.cli.conftest import Cli, failure, success
 
@@ -55,6 +56,38 @@ def test_a_result_is_shown_to_scripts(cli: Cli) -> None:
     assert shown["outcome"] == "success"
     assert datetime.fromisoformat(shown["finished_at"]).tzinfo is not None
     assert cli.json("show", "bad")["error_type"] == "ValueError"
+
+
+async def store_with_metadata(backend: SQLAlchemyResultBackend[Any]) -> None:
+    middleware = TaskMetadataMiddleware(record_args=True, worker="worker 1")
+    broker = InMemoryBroker().with_result_backend(backend)
+    broker.add_middlewares(middleware)
+    message = TaskiqMessage(task_id="1", task_name="add", labels={}, args=["ü"], kwargs={"b": 2})
+    message = middleware.pre_send(message)
+    result = success(3)
+    middleware.post_execute(await middleware.pre_execute(message), result)
+    await backend.set_result("1", result)
+
+
+def test_what_is_known_of_the_task_is_shown(cli: Cli) -> None:
+    cli.store(store_with_metadata)
+    shown = cli.ok("show", "1")
+    assert "task_name:      add\n" in shown
+    assert "args:           ['ü']\n" in shown
+    assert "kwargs:         {'b': 2}\n" in shown
+    assert "worker:         worker 1\n" in shown
+    shown_to_scripts = cli.json("show", "1", "--raw")
+    assert (shown_to_scripts["args"], shown_to_scripts["kwargs"]) == (["ü"], {"b": 2})
+    queued_at, started_at = (shown_to_scripts[name] for name in ("queued_at", "started_at"))
+    assert datetime.fromisoformat(queued_at) <= datetime.fromisoformat(started_at)
+
+
+def test_the_tables_of_the_release_before_are_shown(cli: Cli) -> None:
+    cli.store(store_with_metadata)
+    cli.ok("downgrade", "0001")
+    assert "task_name:      add\n" in cli.ok("show", "1")
+    assert cli.json("show", "1")["args"] is None
+    assert "add" in cli.ok("list")
 
 
 def test_an_unknown_task_is_an_error(cli: Cli) -> None:
