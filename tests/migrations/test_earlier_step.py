@@ -2,9 +2,13 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import InMemoryBroker, TaskiqResult
 
 from taskiq_sa_pg import (
@@ -140,6 +144,25 @@ async def test_rows_survive_the_step_and_are_not_rewritten(
     assert (await once_more.get_result("1")).return_value == {"a": (1,)}
 
 
+@asynccontextmanager
+async def reading(backend: Backend) -> AsyncIterator[None]:
+    """Meanwhile a transaction is open that has read the results table."""
+    release, is_held = asyncio.Event(), asyncio.Event()
+
+    async def read(connection: AsyncConnection) -> None:
+        await connection.execute(sa.select(backend.models.results_table.c.task_id))
+        is_held.set()
+        await release.wait()
+
+    reader = asyncio.create_task(backend._store.transact(read, "read"))
+    await is_held.wait()
+    try:
+        yield
+    finally:
+        release.set()
+        await reader
+
+
 async def test_a_step_gives_way_to_a_transaction_and_is_tried_again(
     database: Database, start_backend: BackendFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,22 +171,12 @@ async def test_a_step_gives_way_to_a_transaction_and_is_tried_again(
     environment = {"TASKIQ_SA_PG_DSN": with_password(database.dsn)}
     assert (await alembic("upgrade", "0001", **environment)).status == 0
     backend = await start_backend(run_migrations=False)
-    release, is_held = asyncio.Event(), asyncio.Event()
-
-    async def read(connection: Any) -> None:
-        await connection.exec_driver_sql(f"LOCK TABLE {NAME} IN ACCESS SHARE MODE")
-        is_held.set()
-        await release.wait()
-
-    reader = asyncio.create_task(backend._store.transact(read, "read"))
-    await is_held.wait()
-    migrating = asyncio.create_task(start_backend(run_migrations=True))
-    for number in range(20):
-        async with asyncio.timeout(5):
-            await backend.set_result(f"{number}", result_of(number))
-    assert not migrating.done()
-    release.set()
-    await reader
+    async with reading(backend):
+        migrating = asyncio.create_task(start_backend(run_migrations=True))
+        for number in range(20):
+            async with asyncio.timeout(5):
+                await backend.set_result(f"{number}", result_of(number))
+        assert not migrating.done()
     [task_id] = await execute(await migrating)
     [row] = await database.fetch(f"SELECT args FROM {NAME} WHERE task_id = $1", task_id)
     assert row["args"] == "[0]"
@@ -175,18 +188,8 @@ async def test_a_command_that_gets_no_lock_says_what_to_do(
     environment = {"TASKIQ_SA_PG_DSN": with_password(database.dsn)}
     assert (await alembic("upgrade", "0001", **environment)).status == 0
     backend = await start_backend(run_migrations=False)
-    release, is_held = asyncio.Event(), asyncio.Event()
-
-    async def read(connection: Any) -> None:
-        await connection.exec_driver_sql(f"LOCK TABLE {NAME} IN ACCESS SHARE MODE")
-        is_held.set()
-        await release.wait()
-
-    reader = asyncio.create_task(backend._store.transact(read, "read"))
-    await is_held.wait()
-    message = (await alembic("upgrade", "head", **environment)).message
+    async with reading(backend), asyncio.timeout(20):
+        message = (await alembic("upgrade", "head", **environment)).message
     assert "lock timeout" in message
     assert "pg_stat_activity" in message
-    release.set()
-    await reader
     assert (await alembic("upgrade", "head", **environment)).status == 0
