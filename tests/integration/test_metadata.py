@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import json
-import logging
 import os
 import socket
 import weakref

@@ -17,7 +17,7 @@ from taskiq_sa_pg import (
     TaskMetadataMiddleware,
 )
 from taskiq_sa_pg.statements import METADATA_COLUMNS
-from tests.conftest import BackendFactory, Database
+from tests.conftest import BackendFactory, Database, eventually
 from tests.migrations.conftest import alembic, with_password
 from tests.migrations.test_steps import downgrade, upgrade
 
@@ -163,6 +163,11 @@ async def reading(backend: Backend) -> AsyncIterator[None]:
         await reader
 
 
+async def is_waited_for(database: Database) -> bool:
+    query = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass"
+    return await database.fetch(query, f"{database.schema}.{NAME}") != []
+
+
 async def test_a_step_gives_way_to_a_transaction_and_is_tried_again(
     database: Database, start_backend: BackendFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +178,7 @@ async def test_a_step_gives_way_to_a_transaction_and_is_tried_again(
     backend = await start_backend(run_migrations=False)
     async with reading(backend):
         migrating = asyncio.create_task(start_backend(run_migrations=True))
+        await eventually(lambda: is_waited_for(database))
         for number in range(20):
             async with asyncio.timeout(5):
                 await backend.set_result(f"{number}", result_of(number))
