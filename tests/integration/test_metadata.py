@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from taskiq import (
     Context,
     InMemoryBroker,
@@ -23,7 +24,15 @@ from taskiq import (
 from taskiq.brokers.inmemory_broker import InmemoryResultBackend
 from taskiq.exceptions import NoResultError
 
-from taskiq_sa_pg import ConfigurationError, SQLAlchemyResultBackend, TaskMetadataMiddleware
+from taskiq_sa_pg import (
+    ConfigurationError,
+    Models,
+    ProgressMixin,
+    ResultMixin,
+    SQLAlchemyResultBackend,
+    TaskMetadataMiddleware,
+)
+from taskiq_sa_pg.engines import make_engine
 from taskiq_sa_pg.metadata import metadata_of
 from taskiq_sa_pg.middleware import QUEUED_AT_LABEL
 from tests.conftest import BackendFactory, Database
@@ -374,6 +383,28 @@ async def test_a_message_that_another_middleware_makes_anew_keeps_its_name(
     row = await run(database, broker_of(backend, TaskMetadataMiddleware(), Renew()))
     assert row["task_name"] == "anything"
     assert row["labels"] == {}
+
+
+async def test_a_column_of_your_own_that_is_called_like_one_of_ours_stays_yours(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    class Base(DeclarativeBase): ...
+
+    class OwnResult(ResultMixin, Base):
+        worker: Mapped[int] = mapped_column()  # type: ignore[assignment]  # older than ours
+
+    class OwnProgress(ProgressMixin, Base): ...
+
+    models = Models(OwnResult, OwnProgress)
+    engine = make_engine(database.dsn)
+    async with engine.begin() as connection:
+        await connection.run_sync(models.metadata.create_all)
+    await engine.dispose()
+    backend = await start_backend(
+        models=models, run_migrations=False, extra_values=lambda *_: {"worker": 7}
+    )
+    row = await run(database, broker_of(backend, TaskMetadataMiddleware(record_args=True)), 1)
+    assert (row["worker"], row["task_name"], row["args"]) == (7, "anything", None)
 
 
 def test_one_for_each_broker() -> None:
