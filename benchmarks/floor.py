@@ -14,7 +14,8 @@ from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
 from benchmarks.contenders import make_result
 from taskiq_sa_pg import Models, SQLAlchemyResultBackend
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.statements import FIRST_FIELDS, ResultRow, ResultUpserts
+from taskiq_sa_pg.rows import FIRST_FIELDS, ResultRow
+from taskiq_sa_pg.upserts import ResultUpserts
 
 PREPARED: Final = "one prepared upsert a call"
 BATCHES: Final = "batches of 500 through unnest"

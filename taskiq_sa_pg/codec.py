@@ -44,8 +44,8 @@ from taskiq_sa_pg.jsonb import (
     wrap_bytes,
 )
 from taskiq_sa_pg.metadata import metadata_of
+from taskiq_sa_pg.rows import ProgressRow, ResultRow, StoredProgress, StoredResult
 from taskiq_sa_pg.signing import SignedSerializer
-from taskiq_sa_pg.statements import ProgressRow, ResultRow, StoredProgress, StoredResult
 
 logger = logging.getLogger(__name__)
 

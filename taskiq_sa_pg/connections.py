@@ -23,7 +23,7 @@ from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskiq_sa_pg.statements import CONVERTED
+from taskiq_sa_pg.upserts import CONVERTED
 
 # Afterwards the pool's own care, such as pool_recycle and pool_pre_ping, has its turn.
 _MAX_SECONDS_KEPT: Final = 5.0

@@ -11,7 +11,8 @@ from taskiq import TaskiqResult
 
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.models import METADATA, Models
-from taskiq_sa_pg.statements import RESULT_COLUMNS, Call, ResultRow, ResultUpserts
+from taskiq_sa_pg.rows import RESULT_COLUMNS, ResultRow
+from taskiq_sa_pg.upserts import Call, ResultUpserts
 
 logger = logging.getLogger(__name__)
 

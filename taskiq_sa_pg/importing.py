@@ -28,16 +28,10 @@ from taskiq_sa_pg.exceptions import ConfigurationError, InvalidTaskIdError
 from taskiq_sa_pg.import_source import find_old_table
 from taskiq_sa_pg.import_statements import OldRow
 from taskiq_sa_pg.jsonb import storable_text
-from taskiq_sa_pg.statements import (
-    ProgressRow,
-    ResultRow,
-    Upsert,
-    insert_progress,
-    insert_results,
-    select_having_progress,
-    select_ready,
-)
+from taskiq_sa_pg.rows import ProgressRow, ResultRow
+from taskiq_sa_pg.statements import select_having_progress, select_ready
 from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.upserts import Upsert, insert_progress, insert_results
 
 _Row = TypeVar("_Row", ResultRow, ProgressRow)
 

@@ -16,16 +16,10 @@ from taskiq_sa_pg.extras import ExtendedRow, ExtendedUpserts, ExtraValues
 from taskiq_sa_pg.faults import CONVERSION_ERRORS, describe, is_transient
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.notifications import Notifier
-from taskiq_sa_pg.statements import (
-    MAX_IDS_PER_READ,
-    Call,
-    ProgressRow,
-    ResultRow,
-    StoredProgress,
-    StoredResult,
-    build_statements,
-)
+from taskiq_sa_pg.rows import ProgressRow, ResultRow, StoredProgress, StoredResult
+from taskiq_sa_pg.statements import MAX_IDS_PER_READ, build_statements
 from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.upserts import Call
 
 logger = logging.getLogger(__name__)
 

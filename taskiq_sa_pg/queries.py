@@ -9,7 +9,8 @@ from sqlalchemy import BigInteger, ColumnElement, Select, bindparam, func, selec
 from taskiq_sa_pg.catalogue import find_relations
 from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.statements import METADATA_COLUMNS, StoredResult, readable
+from taskiq_sa_pg.rows import METADATA_COLUMNS, StoredResult
+from taskiq_sa_pg.statements import readable
 
 
 class Details(NamedTuple):

@@ -21,14 +21,9 @@ from taskiq_sa_pg.catalogue import describe_tables
 from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.statements import (
-    FIRST_FIELDS,
-    METADATA_COLUMNS,
-    ProgressRow,
-    ResultRow,
-    has_metadata_columns,
-)
+from taskiq_sa_pg.rows import FIRST_FIELDS, METADATA_COLUMNS, ProgressRow, ResultRow
 from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.upserts import has_metadata_columns
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +330,7 @@ async def check(
         logger.warning(
             "table %s is as an earlier release made it: it lacks columns of %s, and what "
             "TaskMetadataMiddleware has for them is left out; %s or run_migrations=True adds them",
-            *(config.qualified_name, ", ".join(METADATA_COLUMNS), command),
+            *(config.qualified_name, ", ".join(METADATA_COLUMNS), commands),
         )
     return not is_step_1
 

@@ -22,7 +22,8 @@ from taskiq_sa_pg.queries import (
     select_list,
     select_sizes,
 )
-from taskiq_sa_pg.statements import METADATA_COLUMNS, StoredProgress, select_progress
+from taskiq_sa_pg.rows import METADATA_COLUMNS, StoredProgress
+from taskiq_sa_pg.statements import select_progress
 
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 

@@ -15,7 +15,9 @@ from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.config import PayloadField, TaskIdField
-from taskiq_sa_pg.statements import ProgressRow, ResultRow, Upsert, build_statements
+from taskiq_sa_pg.rows import ProgressRow, ResultRow
+from taskiq_sa_pg.statements import build_statements
+from taskiq_sa_pg.upserts import Upsert
 from tests.conftest import BackendFactory, Database, eventually
 
 Backend = SQLAlchemyResultBackend[Any]

@@ -16,7 +16,7 @@ from taskiq_sa_pg import (
     SQLAlchemyResultBackend,
     TaskMetadataMiddleware,
 )
-from taskiq_sa_pg.statements import METADATA_COLUMNS
+from taskiq_sa_pg.rows import METADATA_COLUMNS
 from tests.conftest import BackendFactory, Database, eventually
 from tests.migrations.conftest import alembic, with_password
 from tests.migrations.test_steps import downgrade, upgrade

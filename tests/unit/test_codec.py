@@ -26,7 +26,7 @@ from taskiq.serializers import (
 
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.config import TableConfig
-from taskiq_sa_pg.statements import ResultRow, StoredProgress, StoredResult
+from taskiq_sa_pg.rows import ResultRow, StoredProgress, StoredResult
 from tests.tasks import result_of
 
 BYTEA, JSONB = TableConfig("jobs"), TableConfig("jobs", field_for_payload="Jsonb")

@@ -27,7 +27,7 @@ from taskiq_sa_pg.exceptions import (
     ResultDecodeError,
     ResultSerializationError,
 )
-from taskiq_sa_pg.statements import ResultRow, StoredProgress, StoredResult
+from taskiq_sa_pg.rows import ResultRow, StoredProgress, StoredResult
 from tests.tasks import result_of
 
 BYTEA, JSONB = TableConfig("jobs"), TableConfig("jobs", field_for_payload="Jsonb")

@@ -12,7 +12,7 @@ from taskiq import TaskiqResult
 
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.exceptions import ResultDecodeError
-from taskiq_sa_pg.statements import ResultRow, StoredResult
+from taskiq_sa_pg.rows import ResultRow, StoredResult
 from tests.unit.codecs import CODECS, every_codec
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)

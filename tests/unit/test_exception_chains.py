@@ -8,7 +8,7 @@ import pytest
 from taskiq import TaskiqResult
 
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.statements import StoredResult
+from taskiq_sa_pg.rows import StoredResult
 from tests.unit.codecs import every_codec
 
 

@@ -16,7 +16,7 @@ from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg import exceptions
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.statements import ResultRow, StoredResult
+from taskiq_sa_pg.rows import ResultRow, StoredResult
 from tests.unit.codecs import CODECS, every_codec
 
 PICKLE = CODECS["PickleSerializer"]

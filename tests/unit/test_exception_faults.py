@@ -12,7 +12,7 @@ from taskiq import TaskiqResult
 
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.exceptions import ResultDecodeError, ResultSerializationError
-from taskiq_sa_pg.statements import ResultRow, StoredResult
+from taskiq_sa_pg.rows import ResultRow, StoredResult
 from tests.unit.codecs import CODECS, every_codec
 
 JSON = CODECS["JSONSerializer"]

@@ -20,12 +20,8 @@ from taskiq_sa_pg import (
     build_models,
 )
 from taskiq_sa_pg.catalogue import describe_tables
-from taskiq_sa_pg.statements import (
-    METADATA_COLUMNS,
-    Statements,
-    build_statements,
-    notify,
-)
+from taskiq_sa_pg.rows import METADATA_COLUMNS
+from taskiq_sa_pg.statements import Statements, build_statements, notify
 
 CONVENTION = {"pk": "pk_%(table_name)s", "ix": "ix_%(column_0_label)s"}
 

@@ -10,7 +10,7 @@ from taskiq.serializers import JSONSerializer, PickleSerializer
 
 from taskiq_sa_pg import ConfigurationError, ResultDecodeError, SignedSerializer, TableConfig
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.statements import ResultRow, StoredResult
+from taskiq_sa_pg.rows import ResultRow, StoredResult
 from tests.tasks import result_of
 
 OLD, NEW, FOREIGN = "old key, 16 bytes", b"new key, 16 bytes", "another key, 16 bytes"

@@ -1,0 +1,270 @@
+"""How rows are stored: INSERT ... ON CONFLICT, as SQLAlchemy Core statements.
+
+JSON travels as text, so that neither the driver's nor the application's JSON codec has a say in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import (
+    Column,
+    Enum,
+    Insert,
+    Integer,
+    String,
+    Table,
+    Text,
+    bindparam,
+    cast,
+    column,
+    false,
+    func,
+    literal_column,
+    null,
+    select,
+    types,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
+from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from taskiq_sa_pg.models import METADATA, Models
+from taskiq_sa_pg.rows import FIRST_FIELDS, METADATA_COLUMNS, ProgressRow, ResultRow
+
+# What most rows have in these columns, and the same in SQL; in the others it is NULL. Written out,
+# because a parameter would have to be given each time.
+_DEFAULTS: Final[Mapping[str, tuple[Any, ColumnElement[Any]]]] = {
+    "is_err": (False, false()),
+    "labels": ("{}", literal_column("'{}'", Text)),
+    "attempt": (0, literal_column("0", Integer)),
+}
+
+_NULL: Final = (None, null())
+
+# The execution option that names the parameters to be converted; others come as drivers take them.
+CONVERTED: Final = "taskiq_sa_pg_converted"
+
+_NOTHING: Final[Mapping[str, Column[Any]]] = MappingProxyType({})
+
+# A statement and its parameters.
+Call = tuple[Insert, dict[str, Any]]
+
+
+class Upsert(NamedTuple):
+    """Stores rows, in one of two shapes.
+
+    One array a column serves any number of rows with one text; a column in which all of them have
+    the default needs no array. A row alone is worth a text of its own: its arrays would take
+    PostgreSQL and asyncpg longer than all the rest. Where `many` is None, all go alone.
+    """
+
+    one: Insert
+    many: Insert | None
+    fields: tuple[str, ...]  # the first of the rows', which are stored
+
+    def of(self, rows: Sequence[Any]) -> Sequence[Call]:
+        """What stores one or more rows with distinct task ids; one statement, if there is many."""
+        if len(rows) == 1:
+            return [(self.one, self._parameters(rows[0]))]
+        # Upserts that overlap and lock their rows in different orders deadlock.
+        rows = sorted(rows, key=itemgetter(0))
+        if self.many is None:
+            return [(self.one, self._parameters(row)) for row in rows]
+        columns = zip(*rows, strict=True)
+        arrays = {
+            # unnest fills an array that is too short up with NULLs, and those are the defaults.
+            name: () if values.count(_DEFAULTS.get(name, _NULL)[0]) == len(values) else values
+            for name, values in zip(self.fields, columns, strict=False)
+        }
+        return [(self.many, arrays)]
+
+    def _parameters(self, row: Any) -> dict[str, Any]:
+        return dict(zip(self.fields, row, strict=False))
+
+
+class ResultUpserts:
+    """Stores results; columns that none of them fills cost nothing.
+
+    Args:
+        models: The tables.
+        extra: Columns of the application's own that are filled, by parameter.
+        has_metadata: Whether the table has METADATA_COLUMNS.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        extra: Mapping[str, Column[Any]] = _NOTHING,
+        *,
+        has_metadata: bool = True,
+    ) -> None:
+        has_metadata = has_metadata and has_metadata_columns(models)
+        # NULL in the columns that are not named, over what an earlier attempt left there.
+        cleared = METADATA_COLUMNS if has_metadata else ()
+        self.without_metadata: Final = upsert_results(models, FIRST_FIELDS, extra, cleared)
+        self.with_metadata: Final = (
+            upsert_results(models, ResultRow._fields, extra)
+            if has_metadata
+            else self.without_metadata
+        )
+
+    def of(self, rows: Sequence[ResultRow]) -> Sequence[Call]:
+        """What stores rows, as Upsert.of()."""
+        is_filled = any(row.started_at is not None for row in rows)
+        return (self.with_metadata if is_filled else self.without_metadata).of(rows)
+
+
+def has_metadata_columns(models: Models) -> bool:
+    """Whether METADATA_COLUMNS of the model are ours and none is the application's own."""
+    columns = models.results_table.c
+    return all(name in columns and columns[name].info == METADATA for name in METADATA_COLUMNS)
+
+
+def upsert_results(
+    models: Models,
+    fields: tuple[str, ...] = FIRST_FIELDS,
+    extra: Mapping[str, Column[Any]] = _NOTHING,
+    cleared: Sequence[str] = (),
+) -> Upsert:
+    """Stores results over those of equal or earlier attempts.
+
+    Args:
+        models: The tables.
+        fields: Those of ResultRow that are stored, from the first on.
+        extra: Other columns that are stored, by parameter.
+        cleared: Columns that get their defaults instead of what they had.
+    """
+    results = models.results_table
+    overwritten = (*fields[1:], *cleared, "finished_at", *[c.key for c in extra.values()])
+
+    def over_earlier(statement: PostgresInsert) -> Insert:
+        return _on_conflict(
+            statement, overwritten, where=statement.excluded.attempt >= results.c.attempt
+        ).execution_options(**{CONVERTED: tuple(extra)} if extra else {})
+
+    one = over_earlier(_insert_one(results, fields, extra))
+    if not _can_be_many(results, extra):
+        return Upsert(one, None, fields)
+    return Upsert(one, over_earlier(_insert_unnested(results, fields, extra)), fields)
+
+
+def upsert_progress(models: Models) -> Upsert:
+    """Stores progress, replacing what was there."""
+    progress, fields = models.progress_table, ProgressRow._fields
+    overwritten = (*fields[1:], "updated_at")
+    one = _on_conflict(_insert_one(progress, fields), overwritten)
+    if not _can_be_many(progress):
+        return Upsert(one, None, fields)
+    return Upsert(one, _on_conflict(_insert_unnested(progress, fields), overwritten), fields)
+
+
+def insert_results(models: Models) -> Upsert:
+    """Stores results where there are none, and returns the task ids of those."""
+    return _unless_there(models.results_table, FIRST_FIELDS)
+
+
+def insert_progress(models: Models) -> Upsert:
+    """Stores progress where there is none, and returns the task ids of that."""
+    return _unless_there(models.progress_table, ProgressRow._fields)
+
+
+def _on_conflict(
+    statement: PostgresInsert,
+    overwritten: Sequence[str],
+    where: ColumnElement[bool] | None = None,
+) -> Insert:
+    # `excluded` alone on the right, because Citus refuses now() there; its finished_at and
+    # updated_at are the columns' defaults.
+    return statement.on_conflict_do_update(
+        index_elements=["task_id"],
+        set_={name: statement.excluded[name] for name in overwritten},
+        where=where,
+    )
+
+
+def _unless_there(target: Table, names: tuple[str, ...]) -> Upsert:
+    def unless(statement: PostgresInsert) -> Insert:
+        return statement.on_conflict_do_nothing(index_elements=["task_id"]).returning(
+            target.c.task_id
+        )
+
+    one = unless(_insert_one(target, names))
+    if not _can_be_many(target):
+        return Upsert(one, None, names)
+    return Upsert(one, unless(_insert_unnested(target, names)), names)
+
+
+def _can_be_many(target: Table, extra: Mapping[str, Column[Any]] = _NOTHING) -> bool:
+    filled = set(extra.values())
+    # SQLAlchemy calls a Python function that is a column's default once for a statement.
+    return all(map(_fits_an_array, filled)) and not any(
+        c.default is not None and c.default.is_callable for c in target.c if c not in filled
+    )
+
+
+def _fits_an_array(stored: Column[Any]) -> bool:
+    wire = stored.type.impl_instance if isinstance(stored.type, TypeDecorator) else stored.type
+    if isinstance(wire, types.ARRAY):  # unnest would take it apart, too
+        return False
+    if wire is not stored.type and getattr(wire, "length", None):  # see _item_type()
+        return False
+    return stored.type.bind_expression(bindparam(None, type_=stored.type)) is None
+
+
+def _item_type(stored: Column[Any]) -> TypeEngine[Any]:
+    item = stored.type
+    if isinstance(item, String) and not isinstance(item, Enum) and item.length is not None:
+        # The array is cast to its type, and PostgreSQL cuts in silence what is cast to VARCHAR(8).
+        item = item.copy()
+        item.length = None
+    return item
+
+
+def _insert_one(
+    target: Table, names: Sequence[str], extra: Mapping[str, Column[Any]] = _NOTHING
+) -> PostgresInsert:
+    columns = [target.c[name] for name in names]
+    values = {c: _as_stored(bindparam(c.name, type_=_wire_type(c)), c) for c in columns}
+    values.update({c: bindparam(name, type_=c.type) for name, c in extra.items()})
+    return insert(target).values(values)
+
+
+def _insert_unnested(
+    target: Table, names: Sequence[str], extra: Mapping[str, Column[Any]] = _NOTHING
+) -> PostgresInsert:
+    columns = [target.c[name] for name in names]
+    arrays = [
+        *[bindparam(c.name, type_=ARRAY(_wire_type(c))) for c in columns],
+        # With its dimensions, because a value of JSON may be a list itself.
+        *[bindparam(name, type_=ARRAY(_item_type(c), dimensions=1)) for name, c in extra.items()],
+    ]
+    rows = (
+        func.unnest(*arrays)
+        .table_valued(
+            *[column(c.name, _wire_type(c)) for c in columns],
+            *[column(name, c.type) for name, c in extra.items()],
+        )
+        .render_derived(name="rows")
+    )
+    return insert(target).from_select(
+        [*names, *[c.key for c in extra.values()]],
+        select(
+            *[_as_stored(_or_default(rows.c[c.name], c.name), c) for c in columns],
+            *[rows.c[name] for name in extra],
+        ),
+    )
+
+
+def _wire_type(stored: Column[Any]) -> TypeEngine[Any]:
+    return Text() if isinstance(stored.type, JSONB) else stored.type
+
+
+def _or_default(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
+    return func.coalesce(value, _DEFAULTS[name][1]) if name in _DEFAULTS else value
+
+
+def _as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
+    return cast(value, JSONB) if isinstance(stored.type, JSONB) else value
