@@ -16,6 +16,7 @@ from taskiq_sa_pg.exceptions import (
 )
 from taskiq_sa_pg.middleware import TaskMetadataMiddleware
 from taskiq_sa_pg.models import Models, ProgressMixin, ResultMixin, build_models
+from taskiq_sa_pg.pruning import Pruned
 from taskiq_sa_pg.signing import SignedSerializer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "NotStartedError",
     "PayloadTooLargeError",
     "ProgressMixin",
+    "Pruned",
     "ResultDecodeError",
     "ResultIsMissingError",
     "ResultMixin",

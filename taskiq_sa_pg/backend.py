@@ -23,7 +23,9 @@ from taskiq_sa_pg.extras import ExtraValues, ExtraValuesFunction
 from taskiq_sa_pg.models import Models, build_models
 from taskiq_sa_pg.notifications import Notifier
 from taskiq_sa_pg.operations import Operations
+from taskiq_sa_pg.pruning import Pruned, Pruner, Pruning, check_limits
 from taskiq_sa_pg.results import Results, Task
+from taskiq_sa_pg.retention import Retention, Seconds, check_seconds
 from taskiq_sa_pg.schema import check
 from taskiq_sa_pg.store import (
     DEFAULT_COMMAND_TIMEOUT,
@@ -48,10 +50,13 @@ class _Parts(NamedTuple):
     operations: Operations
     waiting: Waiting
     results: Results
+    pruner: Pruner | None
 
     async def close(self) -> None:
         """Ends all waiting, and returns when everything else that was asked for is done."""
         await self.waiting.close()
+        if self.pruner is not None:
+            await self.pruner.close()
         await self.operations.close()
         if self.notifier is not None:
             await self.notifier.close()
@@ -96,6 +101,15 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             sends no notifications, and waiting looks ten times a second.
         listen_dsn: Address for the listening connection, where the other leads through a
             transaction pooler. None takes the other.
+        result_ttl: For how many seconds after its completion, by the database's clock, a success
+            is kept, or a timedelta. Then it is missing, for every read, and prune() deletes it.
+            The label `result_ttl` of a task, seconds or None, goes before it. None keeps results
+            for ever.
+        failure_ttl: The same of failures, with the label `failure_ttl`.
+        progress_ttl: For how many seconds after its last change prune() leaves progress there
+            whose task has no result, or a timedelta; None for ever.
+        prune_interval: Seconds, or a timedelta, between runs of prune() in the background of
+            every process that stores results, of which one at a time works. None runs none.
         max_payload_bytes: The most bytes of a serialized return value, exception or progress's
             metadata. A larger result is stored as an error result, so that whoever waits gets an
             answer; None sets no limit.
@@ -130,6 +144,10 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         run_migrations: bool = False,
         notify: bool = True,
         listen_dsn: DsnSource | None = None,
+        result_ttl: Seconds | None = None,
+        failure_ttl: Seconds | None = None,
+        progress_ttl: Seconds | None = None,
+        prune_interval: Seconds | None = None,
         max_payload_bytes: int | None = None,
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
         retry_timeout: float = DEFAULT_RETRY_TIMEOUT,
@@ -152,7 +170,11 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         self._table: Final = self._config.qualified_name
         self._check_schema: Final = check_schema
         self._run_migrations: Final = run_migrations
-        self._codec: Final = Codec(self._config, serializer, max_payload_bytes)
+        self._codec: Final = Codec(
+            self._config, serializer, max_payload_bytes, Retention(result_ttl, failure_ttl)
+        )
+        self._progress_ttl: Final = check_seconds("progress_ttl", progress_ttl)
+        self._prune_interval: Final = check_seconds("prune_interval", prune_interval)
         if listen_dsn is not None and not notify:
             raise ConfigurationError(
                 "listen_dsn is for notify=True; with notify=False leave it out"
@@ -225,7 +247,11 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             StorageError: PostgreSQL refused the row or could not be reached.
         """
         column_id = self._config.to_column_task_id(task_id)
-        await self._started.operations.set_result(column_id, task_id, result)
+        started = self._started
+        if started.pruner is not None:
+            # Not at startup: processes that only ask for results need not prune them.
+            started.pruner.start()
+        await started.operations.set_result(column_id, task_id, result)
 
     async def is_result_ready(self, task_id: str) -> bool:
         """Whether there is a result; progress alone makes none.
@@ -435,6 +461,26 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         """
         return self._started.results.watch_progress(task, timeout)
 
+    async def prune(self, limit: int | None = None, time_budget: Seconds | None = None) -> Pruned:
+        """Deletes expired results with their progress, and progress older than progress_ttl.
+
+        In statements of at most 1,000 rows, each committed by itself, that wait for nobody: what
+        somebody else has locked is left for the next time.
+
+        Args:
+            limit: How many rows to delete at most; progress of expired results is not counted.
+            time_budget: Seconds, or a timedelta, after which no further statement is begun.
+
+        Raises:
+            ConfigurationError: limit or time_budget is not above 0.
+            NotStartedError: Before startup().
+            StorageError: PostgreSQL refused it or could not be reached. What was deleted stays so.
+        """
+        seconds = check_limits(limit, time_budget)
+        _ = self._started
+        pruning = Pruning(self._store, self.models, self._progress_ttl, is_exclusive=False)
+        return await pruning.run(limit, seconds)
+
     def _make_parts(self) -> "_Parts":
         notifier = Notifier(self._store) if self._notify else None
         operations = Operations(self._store, self._codec, self.models, notifier, self._extra_values)
@@ -442,7 +488,13 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         results = Results(
             operations, waiting, self._codec, self._config, keep_results=self.keep_results
         )
-        return _Parts(notifier, operations, waiting, results)
+        return _Parts(notifier, operations, waiting, results, self._make_pruner())
+
+    def _make_pruner(self) -> Pruner | None:
+        if self._prune_interval is None:
+            return None
+        pruning = Pruning(self._store, self.models, self._progress_ttl, is_exclusive=True)
+        return Pruner(pruning, self._prune_interval)
 
     async def _look_at_schema(self) -> None:
         if self._check_schema == "off":

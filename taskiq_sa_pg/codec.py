@@ -44,6 +44,7 @@ from taskiq_sa_pg.jsonb import (
     wrap_bytes,
 )
 from taskiq_sa_pg.metadata import metadata_of
+from taskiq_sa_pg.retention import KEEP_FOR_EVER, Retention
 from taskiq_sa_pg.rows import ProgressRow, ResultRow, StoredProgress, StoredResult
 from taskiq_sa_pg.signing import SignedSerializer
 
@@ -65,6 +66,7 @@ class Codec:
             "Jsonb".
         max_payload_bytes: The most bytes of a serialized return value, exception or progress's
             metadata; None sets no limit.
+        retention: When results expire.
 
     Raises:
         ConfigurationError: "Jsonb" with a serializer that does not write JSON, or a limit below 1.
@@ -75,12 +77,14 @@ class Codec:
         config: TableConfig,
         serializer: TaskiqSerializer | None = None,
         max_payload_bytes: int | None = None,
+        retention: Retention = KEEP_FOR_EVER,
     ) -> None:
         if max_payload_bytes is not None and max_payload_bytes < 1:
             raise ConfigurationError(
                 f"max_payload_bytes must be 1 or more, or None, not {max_payload_bytes}"
             )
         self._max_payload_bytes = max_payload_bytes
+        self._retention = retention
         self._table = config.qualified_name
         self._is_jsonb = config.field_for_payload == "Jsonb"
         if serializer is None:
@@ -136,7 +140,7 @@ class Codec:
             None if result.log is None else storable_text(result.log),
             metadata.task_name,
             attempt_of(labels),
-            None,  # expires_at
+            self._retention.seconds_for(is_err=is_err, labels=labels),
             *metadata[1:],
         )
 

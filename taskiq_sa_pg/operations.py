@@ -53,7 +53,7 @@ class Operations:
         self._store = store
         self._codec = codec
         self._models = models
-        self._has_metadata = True
+        self.has_metadata = True
         self._statements = build_statements(models)
         self._table = models.config.qualified_name
         self._purpose = f"store its result in table {self._table}"
@@ -87,8 +87,8 @@ class Operations:
 
     def expect_metadata_columns(self, has_metadata: bool) -> None:
         """Says whether the results table has those of step 2; at first it is taken to have."""
-        if has_metadata != self._has_metadata:
-            self._has_metadata = has_metadata
+        if has_metadata != self.has_metadata:
+            self.has_metadata = has_metadata
             self._statements = build_statements(self._models, has_metadata=has_metadata)
             self._extended_upserts = ExtendedUpserts(self._models, has_metadata=has_metadata)
 

@@ -10,7 +10,7 @@ from taskiq_sa_pg.catalogue import find_relations
 from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.rows import METADATA_COLUMNS, StoredResult
-from taskiq_sa_pg.statements import readable
+from taskiq_sa_pg.statements import is_live, readable
 
 
 class Details(NamedTuple):
@@ -49,10 +49,11 @@ class Listed(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The results table in figures, as select_counts() returns it."""
+    """The results table in figures, as select_counts() returns it; all but `expired` are live."""
 
     results: int
     failures: int
+    expired: int
     oldest: datetime | None
     newest: datetime | None
 
@@ -65,7 +66,7 @@ def select_details(models: Models, *, has_metadata: bool = True) -> Select[Any]:
         names = [name for name in names if name not in METADATA_COLUMNS]
     task_id = results.c.task_id
     return select(*readable(results, names)).where(
-        task_id == bindparam("task_id", type_=task_id.type)
+        task_id == bindparam("task_id", type_=task_id.type), is_live(results)
     )
 
 
@@ -87,7 +88,7 @@ def select_list(
         limit: How many at most.
     """
     results = models.results_table
-    listed = select(*[results.c[name] for name in Listed._fields])
+    listed = select(*[results.c[name] for name in Listed._fields]).where(is_live(results))
     if is_err is not None:
         listed = listed.where(results.c.is_err.is_(is_err))
     if since is not None:
@@ -100,11 +101,13 @@ def select_list(
 def select_counts(models: Models) -> Select[Any]:
     """The results in figures, as Counts."""
     results = models.results_table
+    live = is_live(results)
     counts: list[ColumnElement[Any]] = [
-        func.count(),
-        func.count().filter(results.c.is_err),
-        func.min(results.c.finished_at),
-        func.max(results.c.finished_at),
+        func.count().filter(live),
+        func.count().filter(results.c.is_err, live),
+        func.count().filter(~live),
+        func.min(results.c.finished_at).filter(live),
+        func.max(results.c.finished_at).filter(live),
     ]
     return select(*counts).select_from(results)
 

@@ -18,7 +18,7 @@ class ResultRow(NamedTuple):
     log: str | None
     task_name: str | None
     attempt: int
-    expires_at: datetime | None
+    expires_at: float | None  # in so many seconds, by the database's clock
     # TaskMetadataMiddleware's. A table that step 2 of the schema has not reached has none of them.
     args: str | None = None
     kwargs: str | None = None

@@ -60,7 +60,7 @@ def build_statements(models: Models, *, has_metadata: bool = True) -> Statements
 def select_ready(models: Models) -> Select[Any]:
     """Those of the task ids that have a result."""
     results = models.results_table
-    return select(results.c.task_id).where(_is_asked_for(results))
+    return select(results.c.task_id).where(_is_asked_for(results), is_live(results))
 
 
 def select_having_progress(models: Models) -> Select[Any]:
@@ -72,20 +72,22 @@ def select_having_progress(models: Models) -> Select[Any]:
 def select_results(models: Models) -> Select[Any]:
     """The results of the task ids, as StoredResult."""
     results = models.results_table
-    return select(*readable(results, StoredResult._fields)).where(_is_asked_for(results))
+    return select(*readable(results, StoredResult._fields)).where(
+        _is_asked_for(results), is_live(results)
+    )
 
 
 def take_results(models: Models) -> Select[Any]:
     """Deletes the results of the task ids with their progress, and returns them."""
     results, progress = models.results_table, models.progress_table
-    found = _locked(results, _is_asked_for(results)).cte("found")
+    found = locked(results, _is_asked_for(results) & is_live(results)).cte("found")
     taken = (
         delete(results)
         .where(results.c.task_id == found.c.task_id)
         .returning(*readable(results, StoredResult._fields))
         .cte("taken")
     )
-    stale = _locked(progress, progress.c.task_id == taken.c.task_id).cte("stale")
+    stale = locked(progress, progress.c.task_id == taken.c.task_id).cte("stale")
     forgotten: Delete = delete(progress).where(progress.c.task_id == stale.c.task_id)
     return select(*taken.c).add_cte(forgotten.cte("forgotten"))
 
@@ -108,8 +110,15 @@ def readable(source: Table, names: Sequence[str]) -> list[ColumnElement[Any]]:
     return [cast(c, Text).label(c.name) if isinstance(c.type, JSONB) else c for c in columns]
 
 
-def _locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:
-    # In the order in which upserts lock their rows, Python's: else the two could deadlock.
+def is_live(results: Table) -> ColumnElement[bool]:
+    """Whether a result has not expired; one that has is missing."""
+    expires_at = results.c.expires_at
+    return expires_at.is_(None) | (expires_at > func.now())
+
+
+def locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:
+    """The ids of rows, which are locked in the order in which upserts lock theirs."""
+    # Python's order: else the two could deadlock.
     task_id = source.c.task_id
     order = task_id if isinstance(task_id.type, Uuid) else collate(task_id, "C")
     return select(task_id).where(condition).order_by(order).with_for_update(of=source)

@@ -3,16 +3,19 @@
 JSON travels as text, so that neither the driver's nor the application's JSON codec has a say in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     Column,
+    Double,
     Enum,
     Insert,
     Integer,
+    Interval,
     String,
     Table,
     Text,
@@ -43,6 +46,8 @@ _DEFAULTS: Final[Mapping[str, tuple[Any, ColumnElement[Any]]]] = {
 }
 
 _NULL: Final = (None, null())
+
+_A_SECOND: Final = literal_column("interval '1 second'", Interval)
 
 # The execution option that names the parameters to be converted; others come as drivers take them.
 CONVERTED: Final = "taskiq_sa_pg_converted"
@@ -129,7 +134,7 @@ def upsert_results(
     extra: Mapping[str, Column[Any]] = _NOTHING,
     cleared: Sequence[str] = (),
 ) -> Upsert:
-    """Stores results over those of equal or earlier attempts.
+    """Stores results over those of equal or earlier attempts, and over those that have expired.
 
     Args:
         models: The tables.
@@ -141,8 +146,9 @@ def upsert_results(
     overwritten = (*fields[1:], *cleared, "finished_at", *[c.key for c in extra.values()])
 
     def over_earlier(statement: PostgresInsert) -> Insert:
+        is_later = statement.excluded.attempt >= results.c.attempt
         return _on_conflict(
-            statement, overwritten, where=statement.excluded.attempt >= results.c.attempt
+            statement, overwritten, where=is_later | _has_expired(results, statement)
         ).execution_options(**{CONVERTED: tuple(extra)} if extra else {})
 
     one = over_earlier(_insert_one(results, fields, extra))
@@ -161,14 +167,29 @@ def upsert_progress(models: Models) -> Upsert:
     return Upsert(one, _on_conflict(_insert_unnested(progress, fields), overwritten), fields)
 
 
-def insert_results(models: Models) -> Upsert:
-    """Stores results where there are none, and returns the task ids of those."""
-    return _unless_there(models.results_table, FIRST_FIELDS)
+def insert_results(models: Models, *, has_metadata: bool = True) -> Upsert:
+    """Stores results where there are none but expired ones; returns the task ids of those."""
+    results = models.results_table
+    cleared = METADATA_COLUMNS if has_metadata and has_metadata_columns(models) else ()
+    overwritten = (*FIRST_FIELDS[1:], *cleared, "finished_at")
+
+    def unless_there(statement: PostgresInsert) -> Insert:
+        return _on_conflict(
+            statement, overwritten, where=_has_expired(results, statement)
+        ).returning(results.c.task_id)
+
+    return _inserted(results, FIRST_FIELDS, unless_there)
 
 
 def insert_progress(models: Models) -> Upsert:
     """Stores progress where there is none, and returns the task ids of that."""
-    return _unless_there(models.progress_table, ProgressRow._fields)
+    progress = models.progress_table
+
+    def unless_there(statement: PostgresInsert) -> Insert:
+        unless = statement.on_conflict_do_nothing(index_elements=["task_id"])
+        return unless.returning(progress.c.task_id)
+
+    return _inserted(progress, ProgressRow._fields, unless_there)
 
 
 def _on_conflict(
@@ -185,16 +206,23 @@ def _on_conflict(
     )
 
 
-def _unless_there(target: Table, names: tuple[str, ...]) -> Upsert:
-    def unless(statement: PostgresInsert) -> Insert:
-        return statement.on_conflict_do_nothing(index_elements=["task_id"]).returning(
-            target.c.task_id
-        )
+def as_interval(seconds: ColumnElement[float]) -> ColumnElement[timedelta]:
+    """A number of seconds as PostgreSQL's INTERVAL."""
+    return _A_SECOND.op("*", return_type=Interval())(seconds)
 
-    one = unless(_insert_one(target, names))
+
+def _has_expired(results: Table, statement: PostgresInsert) -> ColumnElement[bool]:
+    # Of the row in the way. The new one's finished_at is now, which Citus refuses to be asked for.
+    return results.c.expires_at <= statement.excluded.finished_at
+
+
+def _inserted(
+    target: Table, names: tuple[str, ...], with_conflicts: Callable[[PostgresInsert], Insert]
+) -> Upsert:
+    one = with_conflicts(_insert_one(target, names))
     if not _can_be_many(target):
         return Upsert(one, None, names)
-    return Upsert(one, unless(_insert_unnested(target, names)), names)
+    return Upsert(one, with_conflicts(_insert_unnested(target, names)), names)
 
 
 def _can_be_many(target: Table, extra: Mapping[str, Column[Any]] = _NOTHING) -> bool:
@@ -259,6 +287,8 @@ def _insert_unnested(
 
 
 def _wire_type(stored: Column[Any]) -> TypeEngine[Any]:
+    if stored.name == "expires_at":
+        return Double()
     return Text() if isinstance(stored.type, JSONB) else stored.type
 
 
@@ -267,4 +297,6 @@ def _or_default(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
 
 
 def _as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
+    if stored.name == "expires_at":
+        return func.now() + as_interval(value)
     return cast(value, JSONB) if isinstance(stored.type, JSONB) else value

@@ -2,7 +2,7 @@
 
 import typer
 
-from taskiq_sa_pg.cli import importing, listing, provisioning, watching
+from taskiq_sa_pg.cli import importing, listing, provisioning, pruning, watching
 from taskiq_sa_pg.cli.target import command
 
 _HELP = """Provisions and shows the tables in which taskiq_sa_pg keeps task results.
@@ -29,6 +29,7 @@ app.command("sql")(command(provisioning.sql))
 app.command("show")(command(listing.show))
 app.command("list")(command(listing.list_results))
 app.command("stats")(command(listing.stats))
+app.command("prune")(command(pruning.prune))
 app.command("watch")(command(watching.watch))
 app.command("import-results")(
     command(importing.import_old_results, serializer_flag="--to-serializer")

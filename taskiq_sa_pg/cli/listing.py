@@ -174,6 +174,7 @@ async def stats(target: Target, json: JsonOption = False) -> None:
         "results": counts.results,
         "successes": counts.results - counts.failures,
         "failures": counts.failures,
+        "expired": counts.expired,
         "progress": progress,
         "oldest": counts.oldest,
         "newest": counts.newest,

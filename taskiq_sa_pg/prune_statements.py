@@ -1,0 +1,169 @@
+"""What deletes expired rows, a slice at a time, as SQLAlchemy Core statements.
+
+A slice is found through an index, holds a bounded number of rows, and leaves out those that
+somebody else has locked: it waits for nobody, so nobody waits for it longer than it takes.
+"""
+
+import uuid
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Double,
+    Integer,
+    Select,
+    Text,
+    Uuid,
+    any_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    literal_column,
+    select,
+    true,
+)
+
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.statements import locked
+from taskiq_sa_pg.upserts import as_interval
+
+_TIME: Final = DateTime(timezone=True)
+_FIRST_TIME: Final = literal_column("'-infinity'::timestamptz", _TIME)
+_FIRST_TEXT: Final = literal_column("''", Text)
+_FIRST_UUID: Final = literal_column(f"'{uuid.UUID(int=0)}'::uuid", Uuid)
+
+
+class ResultsSlice(NamedTuple):
+    """What prune_results() has done."""
+
+    deleted: int
+    last: datetime | None  # where the next slice begins
+
+
+class ProgressSlice(NamedTuple):
+    """What prune_progress() has done."""
+
+    looked_at: int
+    deleted: int
+    last: Any  # where the next slice begins
+
+
+def prune_results(models: Models, *, is_exclusive: bool) -> Select[Any]:
+    """Deletes expired results, the oldest first, with their progress; returns a ResultsSlice.
+
+    Takes `size`, the most rows, and `start`, an expires_at, or None to begin with the oldest:
+    nothing is looked at twice, of which PostgreSQL would have to see that it is deleted.
+
+    Args:
+        models: The tables.
+        is_exclusive: Whether it does nothing while another exclusive one is at work.
+    """
+    results, progress = models.results_table, models.progress_table
+    expires_at = results.c.expires_at
+    expired = (
+        select(results.c.task_id)
+        .where(
+            expires_at >= func.coalesce(bindparam("start", type_=_TIME), _FIRST_TIME),
+            expires_at <= func.now(),
+            _may_run(models, is_exclusive),
+        )
+        .order_by(expires_at)
+        .limit(bindparam("size", type_=Integer))
+        .with_for_update(of=results, skip_locked=True)
+        .cte("expired")
+    )
+    gone = (
+        delete(results)
+        .where(results.c.task_id == _any_of(select(expired.c.task_id)))
+        .returning(results.c.task_id, expires_at)
+        .cte("gone")
+    )
+    stale = locked(progress, progress.c.task_id == _any_of(select(gone.c.task_id))).cte("stale")
+    forgotten = delete(progress).where(progress.c.task_id == _any_of(select(stale.c.task_id)))
+    done: list[ColumnElement[Any]] = [func.count(), func.max(gone.c.expires_at)]
+    return select(*done).select_from(gone).add_cte(forgotten.cte("forgotten"))
+
+
+def prune_progress(models: Models, *, is_exclusive: bool) -> Select[Any]:
+    """Deletes old progress of tasks without a result; returns a ProgressSlice.
+
+    No index has its time, so it goes through all progress in the order of the task ids. Takes
+    `size`, the rows to look at, `most`, those to delete, `seconds`, how old they have to be, and
+    `start`, a task id, or None to begin with the first.
+
+    Args:
+        models: The tables.
+        is_exclusive: Whether it does nothing while another exclusive one is at work.
+    """
+    progress = models.progress_table
+    task_id = progress.c.task_id
+    first = _FIRST_UUID if isinstance(task_id.type, Uuid) else _FIRST_TEXT
+    page = (
+        select(task_id, progress.c.updated_at)
+        .where(
+            task_id >= func.coalesce(bindparam("start", type_=task_id.type), first),
+            _may_run(models, is_exclusive),
+        )
+        .order_by(task_id)
+        .limit(bindparam("size", type_=Integer))
+        .cte("page")
+    )
+    old = select(page.c.task_id).where(_is_old(page.c.updated_at))
+    stale = (
+        select(task_id)
+        .where(task_id == _any_of(old), _is_stale(models))
+        .limit(bindparam("most", type_=Integer))
+        .with_for_update(of=progress, skip_locked=True)
+        .cte("stale")
+    )
+    gone = (
+        delete(progress)
+        .where(task_id == _any_of(select(stale.c.task_id)))
+        .returning(task_id)
+        .cte("gone")
+    )
+    return select(
+        select(func.count()).select_from(page).scalar_subquery(),
+        select(func.count()).select_from(gone).scalar_subquery(),
+        select(page.c.task_id).order_by(page.c.task_id.desc()).limit(1).scalar_subquery(),
+    )
+
+
+def count_expired(models: Models) -> Select[Any]:
+    """How many results have expired."""
+    expires_at = models.results_table.c.expires_at
+    return select(func.count(expires_at)).where(expires_at <= func.now())
+
+
+def count_stale_progress(models: Models) -> Select[Any]:
+    """How many rows prune_progress() would delete, of `seconds`."""
+    return select(func.count()).select_from(models.progress_table).where(_is_stale(models))
+
+
+def _is_stale(models: Models) -> ColumnElement[bool]:
+    results, progress = models.results_table, models.progress_table
+    result = select(results.c.task_id).where(results.c.task_id == progress.c.task_id)
+    return _is_old(progress.c.updated_at) & ~exists(result)
+
+
+def _is_old(updated_at: ColumnElement[datetime]) -> ColumnElement[bool]:
+    return updated_at <= func.now() - as_interval(bindparam("seconds", type_=Double))
+
+
+def _any_of(task_ids: Select[Any]) -> ColumnElement[Any]:
+    # As an array, of which PostgreSQL knows that it is small: it never reads the whole table.
+    return any_(func.array(task_ids.scalar_subquery()))
+
+
+def _may_run(models: Models, is_exclusive: bool) -> ColumnElement[bool]:
+    if not is_exclusive:
+        return true()
+    # Without the schema, which one process may name and the next leave to the search_path.
+    key = func.hashtextextended(
+        f"taskiq_sa_pg prune {models.config.table_name}", 0, type_=BigInteger
+    )
+    return select(func.pg_try_advisory_xact_lock(key)).scalar_subquery()

@@ -1,0 +1,105 @@
+"""How long results are kept, in seconds from their completion; no I/O."""
+
+import logging
+from collections.abc import Mapping
+from datetime import timedelta
+from math import inf
+from typing import Any, Final
+
+from taskiq_sa_pg.exceptions import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+Seconds = float | timedelta
+
+RESULT_TTL_LABEL: Final = "result_ttl"
+FAILURE_TTL_LABEL: Final = "failure_ttl"
+
+# Three thousand years: PostgreSQL's calendar ends later, and its arithmetic stays exact.
+_MAX_SECONDS: Final = 1e11
+
+# What a label says that has no number, as brokers carry None.
+_FOR_EVER: Final = frozenset({"none", "null", ""})
+
+_MAX_COMPLAINTS: Final = 100
+
+
+class Retention:
+    """Says when a result expires: by its outcome, and by the labels of its task.
+
+    The label `result_ttl` is for successes and `failure_ttl` for failures: a number of seconds, or
+    None, which keeps the result for ever. One that is nothing of that kind is logged, once for each
+    value, and the backend's own setting is used.
+
+    Args:
+        result_ttl: Seconds for which a success is kept; None for ever.
+        failure_ttl: The same of a failure.
+
+    Raises:
+        ConfigurationError: A time that is no number above 0.
+    """
+
+    def __init__(
+        self, result_ttl: Seconds | None = None, failure_ttl: Seconds | None = None
+    ) -> None:
+        self._result_ttl: Final = check_seconds("result_ttl", result_ttl)
+        self._failure_ttl: Final = check_seconds("failure_ttl", failure_ttl)
+        self._complained_of: set[tuple[str, str]] = set()
+
+    def seconds_for(self, *, is_err: bool, labels: Mapping[str, Any]) -> float | None:
+        """After how many seconds a result with this outcome and these labels expires, or None."""
+        name, own = (
+            (FAILURE_TTL_LABEL, self._failure_ttl)
+            if is_err
+            else (RESULT_TTL_LABEL, self._result_ttl)
+        )
+        try:  # labels can be anything
+            if not labels or name not in labels:
+                return own
+            label = labels[name]
+            return _parse(label)
+        except Exception as exc:  # noqa: BLE001 - anyone's __float__
+            self._complain(name, exc)
+            return own
+
+    def _complain(self, name: str, exc: Exception) -> None:
+        complaint = name, str(exc)
+        if complaint not in self._complained_of and len(self._complained_of) < _MAX_COMPLAINTS:
+            self._complained_of.add(complaint)
+            logger.error("label %s is not used: %s", name, exc)
+
+
+def check_seconds(name: str, value: Seconds | None) -> float | None:
+    """A duration in seconds, at most three thousand years; None stays None.
+
+    Raises:
+        ConfigurationError: It is no number above 0.
+    """
+    if value is None:
+        return None
+    try:
+        return _to_seconds(value)
+    except (TypeError, ValueError) as exc:
+        raise ConfigurationError(
+            f"{name} must be a timedelta or a number of seconds above 0, or None, not {value!r}"
+        ) from exc
+
+
+def _parse(label: Any) -> float | None:
+    if label is None or (isinstance(label, str) and label.strip().lower() in _FOR_EVER):
+        return None
+    return _to_seconds(float(label) if isinstance(label, str) else label)
+
+
+def _to_seconds(value: Any) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r:.100} is no number of seconds")
+    seconds = float(min(value, _MAX_SECONDS))
+    if not 0 < seconds < inf:  # NaN is neither
+        raise ValueError(f"{value!r:.100} is no number of seconds above 0")
+    return seconds
+
+
+KEEP_FOR_EVER: Final = Retention()

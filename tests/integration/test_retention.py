@@ -1,0 +1,366 @@
+"""Results that expire: missing at once, and pruned in slices that nobody has to wait for."""
+
+import asyncio
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from taskiq import InMemoryBroker
+from taskiq.exceptions import TaskiqResultTimeoutError
+
+from taskiq_sa_pg import (
+    ConfigurationError,
+    NotStartedError,
+    Pruned,
+    ResultIsMissingError,
+    SQLAlchemyResultBackend,
+)
+from tests.conftest import BackendFactory, Database, engine_of, eventually
+from tests.tasks import progress_of, result_of
+
+Backend = SQLAlchemyResultBackend[Any]
+
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+def dsn(request: pytest.FixtureRequest, database: Database) -> str:
+    return database.dsn_of(request.param)
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr("taskiq_sa_pg.pruning._ROWS_IN_SLICE", 3)
+    return 3
+
+
+async def expire(database: Database, *task_ids: str) -> None:
+    """Lets time pass for these results, or for all."""
+    only = "WHERE task_id = ANY($1)" if task_ids else ""
+    await database.fetch(
+        f"UPDATE taskiq_results SET expires_at = now() - interval '1 second' {only}",
+        *([list(task_ids)] if task_ids else []),
+    )
+
+
+async def ids_in(database: Database, table: str = "taskiq_results") -> set[str]:
+    return {row["task_id"] for row in await database.fetch(f"SELECT task_id FROM {table}")}
+
+
+async def ttl_of(database: Database, task_id: str) -> float | None:
+    [row] = await database.fetch(
+        "SELECT extract(epoch FROM expires_at - finished_at)::float AS ttl FROM taskiq_results "
+        "WHERE task_id = $1",
+        task_id,
+    )
+    ttl: float | None = row["ttl"]
+    return ttl
+
+
+async def store(backend: Backend, *task_ids: str, **fields: Any) -> None:
+    await asyncio.gather(*[backend.set_result(i, result_of(i, **fields)) for i in task_ids])
+
+
+async def test_results_expire_by_outcome_and_label(
+    dsn: str, database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(dsn, result_ttl=MINUTE, failure_ttl=7200)
+    failure = {"is_err": True, "error": ValueError("no")}
+    await store(backend, "success")
+    await store(backend, "failure", **failure)
+    await store(backend, "own", labels={"result_ttl": "0.5", "failure_ttl": 9})
+    await store(backend, "own failure", **failure, labels={"result_ttl": "0.5", "failure_ttl": 9})
+    await store(backend, "kept", labels={"result_ttl": None})
+    # What cannot be stored is a failure, however it ended.
+    await store(backend, "unstorable", return_value=lambda: None)
+    found = {i: await ttl_of(database, i) for i in await ids_in(database)}
+    assert found == {
+        "success": 60,
+        "failure": 7200,
+        "own": 0.5,
+        "own failure": 9,
+        "kept": None,
+        "unstorable": 7200,
+    }
+
+
+async def test_gathered_results_expire_each_in_its_time(
+    dsn: str, database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(dsn)
+    times = {f"task {n}": n if n % 3 else None for n in range(300)}
+    await asyncio.gather(
+        *[
+            backend.set_result(i, result_of(i, labels={"result_ttl": seconds}))
+            for i, seconds in times.items()
+        ]
+    )
+    assert {i: await ttl_of(database, i) for i in times} == times
+
+
+async def test_a_task_says_so_by_its_labels(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(dsn=database.dsn, result_ttl=5)
+    broker = InMemoryBroker(await_inplace=True).with_result_backend(backend)
+
+    @broker.task(result_ttl=3600)
+    async def slow() -> None: ...
+
+    @broker.task
+    async def quick() -> None: ...
+
+    declared = await slow.kiq()
+    plain = await quick.kiq()
+    own = await quick.kicker().with_labels(result_ttl=0.5).kiq()
+    assert [await ttl_of(database, t.task_id) for t in (declared, plain, own)] == [3600, 5, 0.5]
+
+
+async def test_an_expired_result_is_missing_for_every_read(
+    dsn: str, database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(dsn, result_ttl=MINUTE)
+    once = await start_backend(dsn, keep_results=False)
+    await store(backend, "expired", "there")
+    await expire(database, "expired")
+    for reader in (backend, once):
+        assert not await reader.is_result_ready("expired")
+        with pytest.raises(ResultIsMissingError):
+            await reader.get_result("expired")
+        with pytest.raises(TaskiqResultTimeoutError):
+            await reader.wait_result("expired", timeout=0.05)
+        assert await reader.get_results(["expired"]) == {}
+    assert await backend.is_result_ready("there")
+    assert (await once.get_results(["expired", "there"])).keys() == {"there"}
+    assert await ids_in(database) == {"expired"}
+
+
+async def test_an_expired_result_is_in_the_way_of_none(
+    dsn: str, database: Database, start_backend: BackendFactory
+) -> None:
+    """Else the second run of a task, with no retry yet, would be lost."""
+    backend = await start_backend(dsn)
+    await store(backend, "1", "2", labels={"_retries": 3})
+    await store(backend, "1", "2", labels={"_retries": 1})
+    assert (await backend.get_result("1")).labels == {"_retries": 3}
+    await expire(database)
+    await asyncio.gather(*[backend.set_result(i, result_of(f"new {i}")) for i in "12"])
+    for task_id in "12":
+        result = await backend.get_result(task_id)
+        assert (result.return_value, result.labels) == (f"new {task_id}", {})
+        assert await ttl_of(database, task_id) is None
+
+
+async def test_the_database_s_clock_counts(
+    database: Database, start_backend: BackendFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = await start_backend(result_ttl=MINUTE)
+    await store(backend, "1")
+    [row] = await database.fetch("SELECT now() - finished_at AS age FROM taskiq_results")
+    assert row["age"] < MINUTE
+    await database.fetch("UPDATE taskiq_results SET expires_at = now() + interval '1 hour'")
+    assert await backend.is_result_ready("1")
+
+
+async def test_prune_deletes_what_has_expired_with_its_progress(
+    dsn: str, database: Database, start_backend: BackendFactory, small_slices: int
+) -> None:
+    backend = await start_backend(dsn)
+    expired = [f"expired {n}" for n in range(10)]
+    await store(backend, *expired, "there", "later", labels={"result_ttl": 3600})
+    for task_id in (*expired, "there", "running"):
+        await backend.set_progress(task_id, progress_of(1))
+    await expire(database, *expired)
+    assert await backend.prune() == Pruned(results=10, progress=0, is_complete=True)
+    assert await ids_in(database) == {"there", "later"}
+    assert await ids_in(database, "taskiq_results_progress") == {"there", "running"}
+    assert await backend.prune() == Pruned(results=0, progress=0, is_complete=True)
+
+
+async def test_prune_keeps_to_its_limits(
+    dsn: str, database: Database, start_backend: BackendFactory, small_slices: int
+) -> None:
+    backend = await start_backend(dsn, progress_ttl=MINUTE)
+    await store(backend, *map(str, range(10)))
+    await expire(database)
+    assert await backend.prune(limit=4) == Pruned(4, 0, is_complete=False)
+    assert await backend.prune(time_budget=1e-9) == Pruned(0, 0, is_complete=False)
+    assert await backend.prune(limit=10, time_budget=MINUTE) == Pruned(6, 0, is_complete=True)
+    for number in range(7):
+        await backend.set_progress(str(number), progress_of(number))
+    await database.fetch("UPDATE taskiq_results_progress SET updated_at = now() - interval '1 h'")
+    assert await backend.prune(limit=2) == Pruned(0, 2, is_complete=False)
+    assert await backend.prune() == Pruned(0, 5, is_complete=True)
+
+
+@pytest.mark.parametrize("limits", [{"limit": 0}, {"limit": True}, {"time_budget": 0}], ids=str)
+async def test_a_limit_that_cannot_be_is_refused(
+    start_backend: BackendFactory, limits: dict[str, Any]
+) -> None:
+    backend = await start_backend()
+    with pytest.raises(ConfigurationError, match=next(iter(limits))):
+        await backend.prune(**limits)
+
+
+async def test_prune_needs_a_started_backend(database: Database) -> None:
+    with pytest.raises(NotStartedError):
+        await Backend(database.dsn).prune()
+
+
+async def test_results_of_one_moment_are_pruned_in_slices_too(
+    database: Database, start_backend: BackendFactory, small_slices: int
+) -> None:
+    backend = await start_backend()
+    await store(backend, *map(str, range(20)))
+    await expire(database)
+    [row] = await database.fetch("SELECT count(DISTINCT expires_at) AS n FROM taskiq_results")
+    assert row["n"] == 1
+    assert await backend.prune(limit=7) == Pruned(7, 0, is_complete=False)
+    assert await backend.prune() == Pruned(13, 0, is_complete=True)
+
+
+@pytest.mark.parametrize("kind", ["VarChar", "Text", "Uuid"])
+async def test_progress_of_tasks_that_never_finished_goes(
+    dsn: str, database: Database, start_backend: BackendFactory, small_slices: int, kind: str
+) -> None:
+    backend = await start_backend(dsn, field_for_task_id=kind, progress_ttl=timedelta(hours=1))
+    old = [f"{n:032x}" for n in range(8)]
+    young, finished = "f" * 32, "e" * 32
+    for task_id in (*old, young, finished):
+        await backend.set_progress(task_id, progress_of(1))
+    await store(backend, finished)
+    await database.fetch(
+        "UPDATE taskiq_results_progress SET updated_at = now() - interval '2 h' "
+        "WHERE replace(task_id::text, '-', '') <> $1",
+        young,
+    )
+    assert await backend.prune() == Pruned(0, 8, is_complete=True)
+    left = {str(i).replace("-", "") for i in await ids_in(database, "taskiq_results_progress")}
+    assert left == {young, finished}
+
+
+async def test_what_is_locked_is_left_and_waited_for_by_none(
+    dsn: str, database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(dsn, progress_ttl=MINUTE, command_timeout=5)
+    await store(backend, "1", "2")
+    await backend.set_progress("3", progress_of(1))
+    await expire(database)
+    await database.fetch("UPDATE taskiq_results_progress SET updated_at = now() - interval '1 h'")
+    async with engine_of(backend).connect() as connection:
+        await connection.execute(
+            sa.text("SELECT FROM taskiq_results WHERE task_id = '1' FOR UPDATE")
+        )
+        await connection.execute(sa.text("SELECT FROM taskiq_results_progress FOR UPDATE"))
+        assert await backend.prune() == Pruned(1, 0, is_complete=True)
+    assert await backend.prune() == Pruned(1, 1, is_complete=True)
+
+
+async def test_several_prune_at_once_and_each_row_goes_once(
+    dsn: str, database: Database, start_backend: BackendFactory, small_slices: int
+) -> None:
+    backends = [await start_backend(dsn) for _ in range(4)]
+    await store(backends[0], *map(str, range(200)))
+    await expire(database)
+    writing = asyncio.gather(*[store(backends[1], *map(str, range(100, 150))) for _ in range(3)])
+    pruned = await asyncio.gather(*[backend.prune() for backend in backends])
+    await writing
+    rest = await backends[0].prune()
+    assert await ids_in(database) == set(map(str, range(100, 150)))
+    assert 150 <= sum(p.results for p in pruned) + rest.results <= 200
+
+
+async def test_the_background_prunes_as_soon_as_results_are_stored(
+    dsn: str, database: Database, start_backend: BackendFactory
+) -> None:
+    asking = await start_backend(dsn, prune_interval=0.01)
+    await store(await start_backend(dsn), "old")
+    await expire(database)
+    assert not await asking.is_result_ready("old")
+    assert asking._parts.pruner._task is None
+    await store(asking, "new")
+
+    async def is_pruned() -> bool:
+        return await ids_in(database) == {"new"}
+
+    await eventually(is_pruned)
+
+
+async def test_the_background_leaves_it_to_who_is_at_it(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(prune_interval=0.01)
+    await store(backend, "old")
+    key = "hashtextextended('taskiq_sa_pg prune taskiq_results', 0)"
+    async with engine_of(backend).connect() as connection:
+        await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({key})"))
+        await expire(database)
+        pruning = backend._parts.pruner._pruning
+        assert await pruning.run() == Pruned(0, 0, is_complete=True)
+        assert await ids_in(database) == {"old"}
+        assert await backend.prune() == Pruned(1, 0, is_complete=True)
+
+
+async def test_the_background_outlives_a_fault(
+    database: Database, start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = await start_backend(prune_interval=0.01, retry_timeout=0)
+    await store(backend, "1")
+    await expire(database)
+    await database.fetch("ALTER TABLE taskiq_results_progress RENAME TO hidden")
+
+    async def is_warned() -> bool:
+        return "cannot prune table" in caplog.text
+
+    await eventually(is_warned)
+    await database.fetch("ALTER TABLE hidden RENAME TO taskiq_results_progress")
+
+    async def is_pruned() -> bool:
+        return await ids_in(database) == set()
+
+    await eventually(is_pruned)
+
+
+async def test_no_slice_reads_a_whole_table(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(progress_ttl=MINUTE)
+    await database.fetch(
+        "INSERT INTO taskiq_results (task_id, is_err, return_value, execution_time, labels, "
+        "expires_at) SELECT 'task ' || n, false, '', 0.1, '{}', now() - n % 2 * interval '1 day' "
+        "+ interval '1 hour' FROM generate_series(1, 20000) AS n"
+    )
+    await database.fetch(
+        "INSERT INTO taskiq_results_progress (task_id, state, updated_at) "
+        "SELECT 'progress ' || n, 's', now() - interval '1 day' FROM generate_series(1, 20000) n"
+    )
+    await database.fetch("ANALYZE taskiq_results, taskiq_results_progress")
+    plans: list[str] = []
+
+    @sa.event.listens_for(engine_of(backend).sync_engine, "before_cursor_execute", retval=True)
+    def explain(
+        _conn: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: Any
+    ) -> tuple[str, Any]:
+        return f"EXPLAIN {statement}", parameters
+
+    pruning = backend._store
+    from taskiq_sa_pg.prune_statements import prune_progress, prune_results
+
+    for statement, parameters in (
+        (prune_results(backend.models, is_exclusive=True), {"size": 1000, "start": None}),
+        (
+            prune_results(backend.models, is_exclusive=False),
+            {"size": 1000, "start": datetime.now(UTC)},
+        ),
+        (
+            prune_progress(backend.models, is_exclusive=True),
+            {"size": 1000, "most": 1000, "seconds": 60.0, "start": "x"},
+        ),
+    ):
+        rows = await pruning.fetch(statement, parameters, "explain")
+        plans.append("\n".join(row[0] for row in rows))
+    for plan in plans:
+        assert "Seq Scan" not in plan, plan
+    assert "taskiq_results_expires_at_idx" in plans[0]
