@@ -1,0 +1,79 @@
+"""prune."""
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import pytest
+
+from taskiq_sa_pg import SQLAlchemyResultBackend
+from tests.cli.conftest import Cli, failure, success
+from tests.tasks import progress_of
+
+
+async def store_some(backend: SQLAlchemyResultBackend[Any]) -> None:
+    for task_id in ("there", "expired 1", "expired 2"):
+        await backend.set_result(task_id, success(1))
+    await backend.set_result("expired 3", failure(ValueError("no")))
+    for task_id in ("expired 1", "running", "left behind"):
+        await backend.set_progress(task_id, progress_of(1))
+
+
+@pytest.fixture
+def expired(cli: Cli) -> Cli:
+    cli.store(store_some)
+    execute(
+        cli,
+        "UPDATE taskiq_results SET expires_at = now() - interval '1 s' WHERE task_id ~ 'expired'",
+        "UPDATE taskiq_results_progress SET updated_at = now() - interval '1 h' "
+        "WHERE task_id ~ 'left'",
+    )
+    return cli
+
+
+def execute(cli: Cli, *statements: str) -> None:
+    async def run() -> None:
+        connection = await asyncpg.connect(cli.dsn)
+        for statement in statements:
+            await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(run())
+
+
+def test_what_has_expired_is_counted_and_deleted(expired: Cli) -> None:
+    assert expired.ok("prune", "--dry-run") == (
+        "3 expired results and 0 stale progress would be deleted\n"
+    )
+    assert expired.json("prune", "--dry-run", "--progress-ttl", "60") == {
+        "results": 3,
+        "progress": 1,
+        "is_complete": True,
+    }
+    assert expired.json("stats")["expired"] == 3
+    assert expired.ok("prune") == "3 expired results and 0 stale progress deleted\n"
+    shown = expired.json("stats")
+    assert (shown["results"], shown["expired"], shown["progress"]) == (1, 0, 2)
+    assert expired.ok("prune", env={"TASKIQ_SA_PG_PROGRESS_TTL": "60"}) == (
+        "0 expired results and 1 stale progress deleted\n"
+    )
+
+
+def test_a_limit_leaves_some(expired: Cli) -> None:
+    assert expired.ok("prune", "--limit", "2") == (
+        "2 expired results and 0 stale progress deleted\nsomething may be left: run it again\n"
+    )
+    assert expired.json("prune", "--time-budget", "60")["results"] == 1
+
+
+def test_expired_results_are_shown_no_more(expired: Cli) -> None:
+    assert "expired 1" in expired.fails("show", "expired 2").replace("expired 2", "expired 1")
+    assert [row["task_id"] for row in expired.json("list")] == ["there"]
+    shown = expired.json("stats")
+    assert (shown["results"], shown["failures"], shown["expired"]) == (1, 0, 3)
+    assert shown["oldest"] == shown["newest"]
+
+
+@pytest.mark.parametrize("option", ["--time-budget", "--progress-ttl"])
+def test_a_time_that_cannot_be_is_told(expired: Cli, option: str) -> None:
+    assert f"{option} must be" in expired.fails("prune", option, "0")
