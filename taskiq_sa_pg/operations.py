@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
@@ -24,6 +24,8 @@ from taskiq_sa_pg.upserts import Call
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+_UNDEFINED_COLUMN: Final = "42703"
 
 # The task id as the column has it, the result, the extra values.
 _Extended = tuple[Any, TaskiqResult[Any], Mapping[str, Any]]
@@ -138,7 +140,7 @@ class Operations:
 
     async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]
-        await self._upsert_results(self._statements.upsert_results.of(rows))
+        await self._upsert_results(lambda: self._statements.upsert_results.of(rows))
         self._announce(self._config.results_channel, batch)
         return {}
 
@@ -155,7 +157,7 @@ class Operations:
 
     async def _upsert_extended(self, rows: Sequence[ExtendedRow]) -> None:
         try:
-            await self._upsert_results(self._extended_upserts.of(rows))
+            await self._upsert_results(lambda: self._extended_upserts.of(rows))
         except TaskiqSaPgError:
             raise
         except CONVERSION_ERRORS as exc:
@@ -183,8 +185,25 @@ class Operations:
         self._announce(self._config.progress_channel, batch)
         return {}
 
-    async def _upsert_results(self, calls: Sequence[Call]) -> None:
-        await self._upsert(calls, self._purpose)
+    async def _upsert_results(self, calls_for_rows: Callable[[], Sequence[Call]]) -> None:
+        has_metadata = self.has_metadata
+        try:
+            await self._upsert(calls_for_rows(), self._purpose)
+        except StorageError as exc:
+            if exc.sqlstate != _UNDEFINED_COLUMN or not has_metadata:
+                raise
+            self._do_without_metadata(exc)
+            await self._upsert(calls_for_rows(), self._purpose)
+
+    def _do_without_metadata(self, exc: StorageError) -> None:
+        # Nobody looked at the tables, or they were downgraded since: no result is lost for it.
+        if self.has_metadata:  # else another batch has met it, too
+            logger.warning(
+                "table %s lacks columns of step 2 of the schema, and results go without what "
+                "TaskMetadataMiddleware has for them until the next startup(): %s",
+                *(self._table, exc),
+            )
+            self.expect_metadata_columns(False)
 
     async def _upsert(self, calls: Sequence[Call], purpose: str) -> None:
         if len(calls) == 1:

@@ -85,6 +85,41 @@ async def test_the_columns_are_used_once_startup_has_found_them(
     assert found == {before: (None, False), meanwhile: (None, False), after: ("[0]", True)}
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("check_schema", ["off", "warn"])
+async def test_no_result_is_lost_where_nobody_has_looked(
+    database: Database,
+    start_backend: BackendFactory,
+    caplog: pytest.LogCaptureFixture,
+    check_schema: str,
+    driver: str,
+) -> None:
+    await upgrade(database.dsn, 1)
+    # A difference beside it, so that "warn" does not find the step out.
+    await database.fetch(f"ALTER TABLE {NAME} ALTER log TYPE varchar(9)")
+    backend = await start_backend(
+        database.dsn_of(driver), run_migrations=False, check_schema=check_schema
+    )
+    caplog.clear()
+    for number in (10, 1):
+        ids = await execute(backend, number)
+        assert [(await backend.get_result(i)).return_value for i in ids] == [
+            2 * value for value in range(number)
+        ]
+    [record] = [r for r in caplog.records if r.name.startswith("taskiq_sa_pg")]
+    assert "lacks columns of step 2" in record.getMessage()
+
+
+async def test_tables_may_be_downgraded_under_a_backend(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(run_migrations=True)
+    await execute(backend)
+    await downgrade(database.dsn, 2)
+    ids = await execute(backend, 10)
+    assert len(await backend.get_results(ids)) == 10
+
+
 @pytest.mark.parametrize("missing", METADATA_COLUMNS)
 async def test_a_part_of_the_columns_counts_as_none(
     database: Database, start_backend: BackendFactory, missing: str
