@@ -5,7 +5,6 @@ import itertools
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any, NamedTuple, get_args
 
 import asyncpg
@@ -83,7 +82,7 @@ def result_rows(kind: Kind) -> list[ResultRow]:
         "traceback": "line\n\t{1,2} \"quoted\" 'ü' \\",
         "log": "",
         "task_name": "NULL",
-        "expires_at": datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
+        "expires_at": 3600.678901,
     }
     return [
         ResultRow(
@@ -106,8 +105,9 @@ def progress_rows(kind: Kind) -> list[ProgressRow]:
 
 async def stored_rows(database: Database, table: str) -> dict[Any, tuple[Any, ...]]:
     """The rows by task id, without the times at which they were stored."""
-    rows = await database.fetch(f"SELECT * FROM {table}")
-    times = {"task_id", "finished_at", "updated_at"}
+    expiry = ", expires_at - finished_at AS ttl" if table == "taskiq_results" else ""
+    rows = await database.fetch(f"SELECT *{expiry} FROM {table}")
+    times = {"task_id", "finished_at", "expires_at", "updated_at"}
     return {
         row["task_id"]: tuple(value for name, value in row.items() if name not in times)
         for row in rows
