@@ -15,9 +15,10 @@ from taskiq_sa_pg.exceptions import (
     TaskiqSaPgError,
 )
 from taskiq_sa_pg.middleware import TaskMetadataMiddleware
-from taskiq_sa_pg.models import Models, ProgressMixin, ResultMixin, build_models
+from taskiq_sa_pg.models import Models, ProgressMixin, ResultMixin, StatusMixin, build_models
 from taskiq_sa_pg.pruning import Pruned
 from taskiq_sa_pg.signing import SignedSerializer
+from taskiq_sa_pg.tracking import TaskStatus
 
 __all__ = [
     "ConfigurationError",
@@ -34,9 +35,11 @@ __all__ = [
     "SQLAlchemyResultBackend",
     "SchemaError",
     "SignedSerializer",
+    "StatusMixin",
     "StorageError",
     "TableConfig",
     "TaskMetadataMiddleware",
+    "TaskStatus",
     "TaskiqSaPgError",
     "build_models",
 ]

@@ -20,6 +20,8 @@ from taskiq_sa_pg.exceptions import (
     SchemaError,
 )
 from taskiq_sa_pg.extras import ExtraValues, ExtraValuesFunction
+from taskiq_sa_pg.layout import Layout
+from taskiq_sa_pg.metadata import NO_METADATA, metadata_of
 from taskiq_sa_pg.models import Models, build_models
 from taskiq_sa_pg.notifications import Notifier
 from taskiq_sa_pg.operations import Operations
@@ -33,6 +35,7 @@ from taskiq_sa_pg.store import (
     DEFAULT_RETRY_TIMEOUT,
     Store,
 )
+from taskiq_sa_pg.tracking import TaskStatus, Track, Tracking, check_status
 from taskiq_sa_pg.waiting import Waiting
 
 logger = logging.getLogger(__name__)
@@ -46,10 +49,13 @@ SchemaCheck = Literal["error", "warn", "off"]
 class _Parts(NamedTuple):
     """What a backend works with between startup() and shutdown(), on one event loop."""
 
+    layout: Layout
     notifier: Notifier | None
     operations: Operations
+    tracking: Tracking
     waiting: Waiting
     results: Results
+    pruning: Pruning
     pruner: Pruner | None
 
     async def close(self) -> None:
@@ -58,12 +64,13 @@ class _Parts(NamedTuple):
         if self.pruner is not None:
             await self.pruner.close()
         await self.operations.close()
+        await self.tracking.close()
         if self.notifier is not None:
             await self.notifier.close()
 
 
 class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
-    """Keeps task results and task progress in two tables of your PostgreSQL.
+    """Keeps task results and task progress in tables of your PostgreSQL.
 
     Nothing connects before startup(), which the broker calls. Every write is committed when its
     call returns.
@@ -106,10 +113,13 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             The label `result_ttl` of a task, seconds or None, goes before it. None keeps results
             for ever.
         failure_ttl: The same of failures, with the label `failure_ttl`.
-        progress_ttl: For how many seconds after its last change prune() leaves progress there
-            whose task has no result, or a timedelta; None for ever.
+        progress_ttl: For how many seconds after their last change prune() leaves progress and
+            status there of a task that has no result, or a timedelta; None for ever.
         prune_interval: Seconds, or a timedelta, between runs of prune() in the background of
             every process that stores results, of which one at a time works. None runs none.
+        track: "started" keeps what tasks are at before their results in a third table, for
+            get_status() and get_running(). The broker needs TaskMetadataMiddleware, which writes
+            it before a task is sent and before it is started. None writes nothing.
         max_payload_bytes: The most bytes of a serialized return value, exception or progress's
             metadata. A larger result is stored as an error result, so that whoever waits gets an
             answer; None sets no limit.
@@ -148,6 +158,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         failure_ttl: Seconds | None = None,
         progress_ttl: Seconds | None = None,
         prune_interval: Seconds | None = None,
+        track: Track | None = None,
         max_payload_bytes: int | None = None,
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
         retry_timeout: float = DEFAULT_RETRY_TIMEOUT,
@@ -165,6 +176,15 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             raise ConfigurationError(
                 f'check_schema must be "error", "warn" or "off", not {check_schema!r}'
             )
+        if track not in {None, *get_args(Track)}:
+            raise ConfigurationError(f'track must be "started" or None, not {track!r}')
+        if track is not None and self.models.status_table is None:
+            raise ConfigurationError(
+                "track needs a status table: subclass StatusMixin on your Base, and pass "
+                "models=Models(Result, Progress, Status)"
+            )
+        self.track: Final = track
+        self._lacks_middleware = False
         self.keep_results: Final = keep_results
         self._config: Final = self.models.config
         self._table: Final = self._config.qualified_name
@@ -251,6 +271,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         if started.pruner is not None:
             # Not at startup: processes that only ask for results need not prune them.
             started.pruner.start()
+        if self.track is not None and not self._lacks_middleware:
+            self._look_for_middleware(task_id, result)
         await started.operations.set_result(column_id, task_id, result)
 
     async def is_result_ready(self, task_id: str) -> bool:
@@ -461,14 +483,65 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         """
         return self._started.results.watch_progress(task, timeout)
 
+    async def get_status(self, task_id: str) -> TaskStatus:
+        """What a task is at: "queued", "started", "retrying", "succeeded", "failed" and so on.
+
+        Without track= it is "unknown" until there is a result. A result that was deleted, be it
+        because it was read once or because prune() found it expired, is "unknown" again.
+
+        Raises:
+            NotStartedError: Before startup().
+            InvalidTaskIdError: The task-id column cannot hold this id.
+            StorageError: PostgreSQL could not be asked.
+        """
+        column_id = self._config.to_column_task_id(task_id)
+        return await self._started.tracking.read(column_id, task_id)
+
+    async def get_running(self, limit: int = 1_000) -> list[TaskStatus]:
+        """The tasks that are being executed, those that were started first before the others.
+
+        One whose worker was killed stays among them until it is started again or, with
+        progress_ttl, pruned.
+
+        Args:
+            limit: How many at most.
+
+        Raises:
+            ConfigurationError: limit is not above 0.
+            NotStartedError: Before startup().
+            StorageError: PostgreSQL could not be asked.
+        """
+        check_limits(limit, None)
+        return await self._started.tracking.read_running(limit)
+
+    async def set_status(self, status: TaskStatus) -> None:
+        """Stores that a task is "queued", "started" or "retrying"; with "unknown", forgets it.
+
+        TaskMetadataMiddleware does it for the tasks of its broker. A status of a later attempt
+        stays, and so does one of the same attempt that was started later. Its finished_at is not
+        used.
+
+        Raises:
+            ConfigurationError: Without track=, or another state.
+            NotStartedError: Before startup().
+            InvalidTaskIdError: The task-id column cannot hold this id.
+            StorageError: PostgreSQL refused the row or could not be reached for 5 seconds.
+        """
+        if self.track is None:
+            raise ConfigurationError('set_status() is for backends with track="started"')
+        check_status(status)
+        column_id = self._config.to_column_task_id(status.task_id)
+        await self._started.tracking.write(column_id, status)
+
     async def prune(self, limit: int | None = None, time_budget: Seconds | None = None) -> Pruned:
-        """Deletes expired results with their progress, and progress older than progress_ttl.
+        """Deletes expired results with their progress, and what is older than progress_ttl.
 
         In statements of at most 1,000 rows, each committed by itself, that wait for nobody: what
         somebody else has locked is left for the next time.
 
         Args:
-            limit: How many rows to delete at most; progress of expired results is not counted.
+            limit: How many rows to delete at most; progress and status of expired results are not
+                counted.
             time_budget: Seconds, or a timedelta, after which no further statement is begun.
 
         Raises:
@@ -477,41 +550,53 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             StorageError: PostgreSQL refused it or could not be reached. What was deleted stays so.
         """
         seconds = check_limits(limit, time_budget)
-        _ = self._started
-        pruning = Pruning(self._store, self.models, self._progress_ttl, is_exclusive=False)
-        return await pruning.run(limit, seconds)
+        return await self._started.pruning.run(limit, seconds)
 
     def _make_parts(self) -> "_Parts":
+        layout = Layout(self.models, is_tracked=self.track is not None)
         notifier = Notifier(self._store) if self._notify else None
-        operations = Operations(self._store, self._codec, self.models, notifier, self._extra_values)
+        operations = Operations(self._store, self._codec, layout, notifier, self._extra_values)
+        tracking = Tracking(self._store, layout)
         waiting = Waiting(self._config, operations.find_ready, self._store.listening, notifier)
         results = Results(
             operations, waiting, self._codec, self._config, keep_results=self.keep_results
         )
-        return _Parts(notifier, operations, waiting, results, self._make_pruner())
+        pruning = Pruning(self._store, layout, self._progress_ttl, is_exclusive=False)
+        pruner = self._make_pruner(layout)
+        return _Parts(layout, notifier, operations, tracking, waiting, results, pruning, pruner)
 
-    def _make_pruner(self) -> Pruner | None:
+    def _make_pruner(self, layout: Layout) -> Pruner | None:
         if self._prune_interval is None:
             return None
-        pruning = Pruning(self._store, self.models, self._progress_ttl, is_exclusive=True)
+        pruning = Pruning(self._store, layout, self._progress_ttl, is_exclusive=True)
         return Pruner(pruning, self._prune_interval)
 
     async def _look_at_schema(self) -> None:
         if self._check_schema == "off":
             return
         try:
-            has_metadata = await check(
+            features = await check(
                 self._store,
                 self.models,
                 self._startup_timeout,
                 extra_columns={} if self._extra_values is None else self._extra_values.columns,
+                is_tracked=self.track is not None,
             )
         except SchemaError as exc:
             if self._check_schema == "error":
                 raise
             logger.warning("%s", exc)
         else:
-            self._started.operations.expect_metadata_columns(has_metadata)
+            self._started.layout.expect(features)
+
+    def _look_for_middleware(self, task_id: str, result: TaskiqResult[Any]) -> None:
+        if metadata_of(result) is NO_METADATA:
+            self._lacks_middleware = True
+            logger.warning(
+                'task %s: track="started" needs TaskMetadataMiddleware, and its broker has none: '
+                "broker.add_middlewares(TaskMetadataMiddleware())",
+                task_id,
+            )
 
     @property
     def _started(self) -> "_Parts":

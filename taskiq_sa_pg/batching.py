@@ -18,6 +18,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 _Item = TypeVar("_Item")
 _Row = TypeVar("_Row")
 _Answer = TypeVar("_Answer")
+_T = TypeVar("_T")
 
 MAX_ROWS: Final = 500
 MAX_BYTES: Final = 8_000_000
@@ -259,6 +260,19 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                     future.set_result(answer)
                     if not self._is_shared:
                         answer = None
+
+
+async def naming(task_id: str, answer: Awaitable[_T]) -> _T:
+    """The answer to a task's call; errors say which task it is.
+
+    Raises:
+        StorageError: As the call.
+    """
+    try:
+        return await answer
+    except StorageError as exc:
+        # Those of one batch share the error, and each is about another task.
+        raise StorageError(f"task {task_id!r}: {exc}", exc.sqlstate) from exc.__cause__
 
 
 def blames_a_row(exc: BaseException) -> bool:

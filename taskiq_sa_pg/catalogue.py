@@ -23,7 +23,7 @@ from taskiq_sa_pg.config import TableConfig
 
 def describe_tables(config: TableConfig) -> Select[Any]:
     """describe_columns() of the configured tables."""
-    return describe_columns([config.table_name, config.progress_table_name], config.schema)
+    return describe_columns(config.table_names, config.schema)
 
 
 def describe_columns(table_names: Sequence[str], schema: str | None) -> Select[Any]:

@@ -21,7 +21,7 @@ _MAX_TASK_ID_BYTES: Final = 2_692
 
 @dataclass(frozen=True, slots=True)
 class TableConfig:
-    """Names and column types of one pair of results and progress tables.
+    """Names and column types of one results table and the tables that go with it.
 
     Attributes:
         table_name: The results table, to the letter. Every other name derives from it.
@@ -53,6 +53,11 @@ class TableConfig:
         return f"{self.table_name}_progress"
 
     @property
+    def status_table_name(self) -> str:
+        """The table of tasks that have not finished."""
+        return f"{self.table_name}_status"
+
+    @property
     def results_channel(self) -> str:
         """Where notifications tell of results.
 
@@ -81,6 +86,11 @@ class TableConfig:
         return f"{self.progress_table_name}_pkey"
 
     @property
+    def status_primary_key_name(self) -> str:
+        """The status table's primary key."""
+        return f"{self.status_table_name}_pkey"
+
+    @property
     def finished_at_index_name(self) -> str:
         """The BRIN index on finished_at."""
         return f"{self.table_name}_finished_at_idx"
@@ -91,14 +101,21 @@ class TableConfig:
         return f"{self.table_name}_expires_at_idx"
 
     @property
+    def table_names(self) -> tuple[str, str, str]:
+        """All tables but the version table."""
+        return self.table_name, self.progress_table_name, self.status_table_name
+
+    @property
     def derived_names(self) -> tuple[str, ...]:
         """Every name that is made from table_name."""
         return (
             self.progress_table_name,
+            self.status_table_name,
             self.version_table_name,
             f"{self.version_table_name}_pkc",  # Alembic's name for that table's primary key
             self.primary_key_name,
             self.progress_primary_key_name,
+            self.status_primary_key_name,
             self.finished_at_index_name,
             self.expires_at_index_name,
         )

@@ -11,8 +11,8 @@ from taskiq import TaskiqResult
 
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.models import METADATA, Models
-from taskiq_sa_pg.rows import RESULT_COLUMNS, ResultRow
-from taskiq_sa_pg.upserts import Call, ResultUpserts
+from taskiq_sa_pg.rows import RESULT_COLUMNS, Features, ResultRow
+from taskiq_sa_pg.upserts import ALL_FEATURES, Call, ResultUpserts
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +101,12 @@ class ExtendedUpserts:
     default, for all of its rows or for none.
     """
 
-    def __init__(self, models: Models, *, has_metadata: bool = True) -> None:
+    def __init__(
+        self, models: Models, features: Features = ALL_FEATURES, *, is_tracked: bool = False
+    ) -> None:
         self._models = models
-        self._has_metadata = has_metadata
+        self._features = features
+        self._is_tracked = is_tracked
         self._columns = extra_columns(models)
         self._upserts: dict[frozenset[str], ResultUpserts] = {}
 
@@ -129,7 +132,7 @@ class ExtendedUpserts:
         if names not in self._upserts:
             filled = {name: column for name, column in self._columns.items() if name in names}
             self._upserts[names] = ResultUpserts(
-                self._models, filled, has_metadata=self._has_metadata
+                self._models, filled, self._features, is_tracked=self._is_tracked
             )
         return self._upserts[names]
 

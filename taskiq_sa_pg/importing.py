@@ -192,7 +192,7 @@ class _Target:
             "result",
             self._encode_result,
             store=store,
-            insert=insert_results(models, has_metadata=backend._started.operations.has_metadata),
+            insert=insert_results(models, features=backend._started.layout.features),
             select_present=select_ready(models),
             table=models.results_table,
         )

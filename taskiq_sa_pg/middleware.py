@@ -17,6 +17,7 @@ from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.exception_codec import qualified_name
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.jsonb import is_plain, storable_text, wrap
+from taskiq_sa_pg.lifecycle import note_end, note_failure, note_sent, note_started
 from taskiq_sa_pg.metadata import NO_METADATA, Metadata, attach, metadata_of
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ RedactFunction = Callable[[str, list[Any], dict[str, Any]], _Redacted | Awaitabl
 class TaskMetadataMiddleware(TaskiqMiddleware):
     """Fills columns of the results table: task_name, args, kwargs, worker, queued_at, started_at.
 
-    They go into the row that set_result() writes anyway. Add it to the broker of a
+    They go into the row that set_result() writes anyway. Where the backend tracks tasks, it also
+    tells it what they are at before they have a result. Add it to the broker of a
     SQLAlchemyResultBackend, where tasks are sent and where they are executed; with another result
     backend it does nothing. Whatever fails is logged and left out, and the result is stored.
 
@@ -89,24 +91,40 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
             )
         super().set_broker(broker)
 
-    def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
+    async def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
         """Notes when the task is queued, by the sender's clock."""
-        if self._is_at_home():
-            message.labels[QUEUED_AT_LABEL] = datetime.now(UTC).isoformat()
-        return message
-
-    async def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
-        """Notes what is known before the task starts, which may change its arguments."""
-        if self._is_at_home():
+        backend = self._backend()
+        if backend is not None:
             try:
-                attach(message, await self._describe(message))
+                queued_at = datetime.now(UTC)
+                message.labels[QUEUED_AT_LABEL] = queued_at.isoformat()
+                await note_sent(backend, message, queued_at)
             except Exception:
                 logger.exception("task %s: its metadata are not recorded", message.task_id)
         return message
 
-    def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
+    async def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
+        """Notes what is known before the task starts, which may change its arguments."""
+        backend = self._backend()
+        if backend is not None:
+            try:
+                metadata = await self._describe(message)
+                attach(message, metadata)
+                await note_started(backend, message, metadata)
+            except Exception:
+                logger.exception("task %s: its metadata are not recorded", message.task_id)
+        return message
+
+    def on_error(
+        self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException
+    ) -> None:
+        """Notes that the task has raised, which other middlewares may take away from its result."""
+        note_failure(message, exception)
+
+    async def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
         """Hands over to set_result() what was noted."""
-        if not self._is_at_home():
+        backend = self._backend()
+        if backend is None:
             return
         try:
             metadata = metadata_of(message)
@@ -114,6 +132,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
                 metadata = Metadata(storable_text(message.task_name))
             attach(result, metadata)
             result.labels.pop(QUEUED_AT_LABEL, None)
+            await note_end(backend, message, result)
         except Exception:
             logger.exception("task %s: its metadata are not recorded", message.task_id)
 
@@ -160,10 +179,10 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
             return None, None
         return texts
 
-    def _is_at_home(self) -> bool:
+    def _backend(self) -> SQLAlchemyResultBackend[Any] | None:
         backend = self.broker.result_backend
         if isinstance(backend, SQLAlchemyResultBackend):
-            return True
+            return backend
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -171,7 +190,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
                 "a SQLAlchemyResultBackend",
                 type(backend).__qualname__,
             )
-        return False
+        return None
 
 
 def _queued_at(message: TaskiqMessage) -> datetime | None:

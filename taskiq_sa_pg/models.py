@@ -196,6 +196,50 @@ class ProgressMixin:
         return f"{type(self).__name__}(task_id={self.task_id!r}, state={self.state!r})"
 
 
+class StatusMixin:
+    """The columns of a status table; subclass it as you subclass ResultMixin."""
+
+    __table_config__: ClassVar[TableConfig] = TableConfig()
+
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return _quoted(cls.__table_config__.status_table_name)
+
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[Any, ...]:
+        config = cls.__table_config__
+        return (
+            PrimaryKeyConstraint("task_id", name=_final(config.status_primary_key_name)),
+            # As in ProgressMixin.
+            _table_options(config, postgresql_using="heap WITH (fillfactor = 50)"),
+        )
+
+    @declared_attr
+    def task_id(cls) -> Mapped[Any]:
+        """A str, or a uuid.UUID where the column is UUID."""
+        column_type = _task_id_type(cls.__table_config__.field_for_task_id)
+        return mapped_column(column_type, sort_order=_FIRST)
+
+    state: Mapped[str] = mapped_column(Text, sort_order=_FIRST + 1)
+    task_name: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 2)
+    attempt: Mapped[int] = mapped_column(
+        Integer, default=0, server_default=text("0"), sort_order=_FIRST + 3
+    )
+    queued_at: Mapped[datetime | None] = mapped_column(
+        DateTime(timezone=True), sort_order=_FIRST + 4
+    )
+    started_at: Mapped[datetime | None] = mapped_column(
+        DateTime(timezone=True), sort_order=_FIRST + 5
+    )
+    worker: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 6)
+    updated_at: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.now(), sort_order=_FIRST + 7
+    )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(task_id={self.task_id!r}, state={self.state!r})"
+
+
 def _table_options(config: TableConfig, **options: Any) -> dict[str, Any]:
     schema = None if config.schema is None else _quoted(config.schema)
     return {"schema": schema, **options}
@@ -203,39 +247,45 @@ def _table_options(config: TableConfig, **options: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The two mapped classes of one configuration.
+    """The mapped classes of one configuration.
 
     Attributes:
         Result: The results' model; `select(models.Result)` reads them like any other rows.
         Progress: The progress rows' model.
+        Status: The model of tasks that have not finished; None does without, and then no task
+            can be tracked.
 
     Raises:
-        ConfigurationError: The two classes were not made from one TableConfig, or their tables
+        ConfigurationError: The classes were not made from one TableConfig, or their tables
             are not the ones that it describes: another name, a column that is not there, or a
             task id or serialized value of another type.
     """
 
     Result: type[ResultMixin]
     Progress: type[ProgressMixin]
+    Status: type[StatusMixin] | None = None
 
     def __post_init__(self) -> None:
-        if self.Result.__table_config__ != self.Progress.__table_config__:
-            raise ConfigurationError(
-                "Result and Progress must share one __table_config__, not "
-                f"{self.Result.__table_config__} and {self.Progress.__table_config__}"
-            )
         config = self.config
-        for table, name in (
-            (self.results_table, config.table_name),
-            (self.progress_table, config.progress_table_name),
-        ):
+        given: list[tuple[type[Any], type[Any], str]] = [
+            (self.Result, ResultMixin, config.table_name),
+            (self.Progress, ProgressMixin, config.progress_table_name),
+        ]
+        if self.Status is not None:
+            given.append((self.Status, StatusMixin, config.status_table_name))
+        for model, mixin, name in given:
+            if model.__table_config__ != config:
+                raise ConfigurationError(
+                    "Result, Progress and Status must share one __table_config__, not "
+                    f"{config} and {model.__table_config__}"
+                )
+            table = _table_of(model)
             if (table.schema, table.name) != (config.schema, name):
                 raise ConfigurationError(
                     f"table {table.fullname} must be named {name} in schema {config.schema}: "
                     "leave __tablename__ to the mixin, and give __table_config__ the schema"
                 )
-        _require_columns_of(ResultMixin, self.results_table, config)
-        _require_columns_of(ProgressMixin, self.progress_table, config)
+            _require_columns_of(mixin, table, config)
 
     @property
     def config(self) -> TableConfig:
@@ -244,7 +294,7 @@ class Models:
 
     @property
     def metadata(self) -> MetaData:
-        """The MetaData that holds both tables, for `target_metadata` in an Alembic env.py."""
+        """The MetaData that holds the tables, for `target_metadata` in an Alembic env.py."""
         return self.results_table.metadata
 
     @property
@@ -256,6 +306,11 @@ class Models:
     def progress_table(self) -> Table:
         """The Core table of Progress."""
         return _table_of(self.Progress)
+
+    @property
+    def status_table(self) -> Table | None:
+        """The Core table of Status."""
+        return None if self.Status is None else _table_of(self.Status)
 
 
 def _require_columns_of(mixin: type[Any], table: Table, config: TableConfig) -> None:
@@ -298,10 +353,11 @@ def build_models(
     schema: str | None = None,
     metadata: MetaData | None = None,
 ) -> Models:
-    """Fresh declarative classes for one pair of tables.
+    """Fresh declarative classes for one results table and the tables that go with it.
 
     Args:
-        table_name: The results table; the progress table is `<table_name>_progress`.
+        table_name: The results table; the others are `<table_name>_progress` and
+            `<table_name>_status`.
         field_for_task_id: Type of the task-id columns.
         field_for_payload: Type of return_value, error and meta.
         schema: PostgreSQL schema of the tables; None takes the metadata's, and where that has
@@ -324,12 +380,13 @@ def build_models(
     return Models(
         Result=_map("Result", ResultMixin, config, mapper_registry),
         Progress=_map("Progress", ProgressMixin, config, mapper_registry),
+        Status=_map("Status", StatusMixin, config, mapper_registry),
     )
 
 
 def _refuse_tables_again(metadata: MetaData, config: TableConfig) -> None:
     present = {(table.schema, table.name) for table in metadata.tables.values()}
-    for name in (config.table_name, config.progress_table_name):
+    for name in config.table_names:
         if (config.schema, name) in present:
             raise ConfigurationError(
                 f"the metadata already has a table {name!r}: build the models of a table once "

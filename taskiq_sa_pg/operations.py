@@ -3,29 +3,27 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
-from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row
+from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row, naming
 from taskiq_sa_pg.codec import Codec, attempt_of
 from taskiq_sa_pg.exceptions import StorageError, TaskiqSaPgError
 from taskiq_sa_pg.extras import ExtendedRow, ExtendedUpserts, ExtraValues
 from taskiq_sa_pg.faults import CONVERSION_ERRORS, describe, is_transient
-from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.notifications import Notifier
-from taskiq_sa_pg.rows import ProgressRow, ResultRow, StoredProgress, StoredResult
-from taskiq_sa_pg.statements import MAX_IDS_PER_READ, build_statements
+from taskiq_sa_pg.rows import Features, ProgressRow, ResultRow, StoredProgress, StoredResult
+from taskiq_sa_pg.statements import MAX_IDS_PER_READ, Statements
 from taskiq_sa_pg.store import Store
 from taskiq_sa_pg.upserts import Call
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-_UNDEFINED_COLUMN: Final = "42703"
 
 # The task id as the column has it, the result, the extra values.
 _Extended = tuple[Any, TaskiqResult[Any], Mapping[str, Any]]
@@ -39,7 +37,7 @@ class Operations:
     Args:
         store: Where the statements run.
         codec: How values become rows.
-        models: The tables.
+        layout: The tables.
         notifier: Told of what was committed.
         extra_values: Asked for the values of the application's own columns.
     """
@@ -48,18 +46,16 @@ class Operations:
         self,
         store: Store,
         codec: Codec,
-        models: Models,
+        layout: Layout,
         notifier: Notifier | None,
         extra_values: ExtraValues | None = None,
     ) -> None:
         self._store = store
         self._codec = codec
-        self._models = models
-        self.has_metadata = True
-        self._statements = build_statements(models)
-        self._table = models.config.qualified_name
+        self._layout = layout
+        self._config = layout.models.config
+        self._table = self._config.qualified_name
         self._purpose = f"store its result in table {self._table}"
-        self._config = models.config
         self._notifier = notifier
         self._results: Batcher[Any, tuple[Any, TaskiqResult[Any]], ResultRow, None] = Batcher(
             self._store_results,
@@ -68,7 +64,7 @@ class Operations:
             rank=lambda item: attempt_of(getattr(item[1], "labels", None)),
         )
         self._extra_values = extra_values
-        self._extended_upserts = ExtendedUpserts(models)
+        self._extended_by_features: dict[Features, ExtendedUpserts] = {}
         self._extended: Batcher[Any, _Extended, ExtendedRow, None] = Batcher(
             self._store_extended,
             encode=lambda item: ExtendedRow(codec.encode_result(item[0], item[1]), item[2]),
@@ -87,12 +83,18 @@ class Operations:
         )
         self._progress_read: Batcher[Any, str, str, StoredProgress] = _reader(self._read_progress)
 
-    def expect_metadata_columns(self, has_metadata: bool) -> None:
-        """Says whether the results table has those of step 2; at first it is taken to have."""
-        if has_metadata != self.has_metadata:
-            self.has_metadata = has_metadata
-            self._statements = build_statements(self._models, has_metadata=has_metadata)
-            self._extended_upserts = ExtendedUpserts(self._models, has_metadata=has_metadata)
+    @property
+    def _statements(self) -> Statements:
+        return self._layout.statements
+
+    @property
+    def _extended_upserts(self) -> ExtendedUpserts:
+        layout = self._layout
+        if layout.features not in self._extended_by_features:
+            self._extended_by_features[layout.features] = ExtendedUpserts(
+                layout.models, layout.features, is_tracked=layout.is_tracked
+            )
+        return self._extended_by_features[layout.features]
 
     async def close(self) -> None:
         """Refuses further calls, and returns when those before have been answered."""
@@ -111,32 +113,32 @@ class Operations:
     ) -> Awaitable[None]:
         """Stores a result, with the values that the application has for its own columns."""
         if self._extra_values is None:
-            return _naming(task_id, self._results.submit(column_id, (column_id, result)))
+            return naming(task_id, self._results.submit(column_id, (column_id, result)))
         # Here, where the caller's context is.
         extra = self._extra_values.of(task_id, result)
-        return _naming(task_id, self._extended.submit(column_id, (column_id, result, extra)))
+        return naming(task_id, self._extended.submit(column_id, (column_id, result, extra)))
 
     def set_progress(
         self, column_id: Any, task_id: str, progress: TaskProgress[Any]
     ) -> Awaitable[None]:
         """Stores progress."""
-        return _naming(task_id, self._progress.submit(column_id, (column_id, progress)))
+        return naming(task_id, self._progress.submit(column_id, (column_id, progress)))
 
     async def is_ready(self, column_id: Any, task_id: str) -> bool:
         """Whether there is a result."""
-        return bool(await _naming(task_id, self._ready.submit(column_id, task_id)))
+        return bool(await naming(task_id, self._ready.submit(column_id, task_id)))
 
     def read(self, column_id: Any, task_id: str) -> Awaitable[StoredResult | None]:
         """The row of a result."""
-        return _naming(task_id, self._results_read.submit(column_id, task_id))
+        return naming(task_id, self._results_read.submit(column_id, task_id))
 
     def take(self, column_id: Any, task_id: str) -> Awaitable[TaskiqResult[Any] | None]:
         """A result with its log, deleted as it was read; of several callers one gets it."""
-        return _naming(task_id, self._results_taken.submit(column_id, task_id))
+        return naming(task_id, self._results_taken.submit(column_id, task_id))
 
     def read_progress(self, column_id: Any, task_id: str) -> Awaitable[StoredProgress | None]:
         """The row of a progress."""
-        return _naming(task_id, self._progress_read.submit(column_id, task_id))
+        return naming(task_id, self._progress_read.submit(column_id, task_id))
 
     async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]
@@ -186,24 +188,10 @@ class Operations:
         return {}
 
     async def _upsert_results(self, calls_for_rows: Callable[[], Sequence[Call]]) -> None:
-        has_metadata = self.has_metadata
-        try:
-            await self._upsert(calls_for_rows(), self._purpose)
-        except StorageError as exc:
-            if exc.sqlstate != _UNDEFINED_COLUMN or not has_metadata:
-                raise
-            self._do_without_metadata(exc)
-            await self._upsert(calls_for_rows(), self._purpose)
-
-    def _do_without_metadata(self, exc: StorageError) -> None:
-        # Nobody looked at the tables, or they were downgraded since: no result is lost for it.
-        if self.has_metadata:  # else another batch has met it, too
-            logger.warning(
-                "table %s lacks columns of step 2 of the schema, and results go without what "
-                "TaskMetadataMiddleware has for them until the next startup(): %s",
-                *(self._table, exc),
-            )
-            self.expect_metadata_columns(False)
+        await self._layout.adapting(
+            lambda: self._upsert(calls_for_rows(), self._purpose),
+            uses_status=self._layout.is_tracked,
+        )
 
     async def _upsert(self, calls: Sequence[Call], purpose: str) -> None:
         if len(calls) == 1:
@@ -302,14 +290,6 @@ def _reader(
     is_shared: bool = True,
 ) -> Batcher[Any, str, str, _T]:
     return Batcher(flush, encode=str, max_rows=MAX_IDS_PER_READ, is_shared=is_shared)
-
-
-async def _naming(task_id: str, answer: Awaitable[_T]) -> _T:
-    try:
-        return await answer
-    except StorageError as exc:
-        # Those of one batch share the error, and each is about another task.
-        raise StorageError(f"task {task_id!r}: {exc}", exc.sqlstate) from exc.__cause__
 
 
 def _size_of(row: ResultRow) -> int:

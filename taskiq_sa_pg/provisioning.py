@@ -295,7 +295,7 @@ def _run_on(connection: sa.Connection, config: TableConfig) -> None:
     def is_ours(name: str | None, kind: str, _parents: Any) -> bool:
         if kind == "schema":
             return name == schema
-        return kind != "table" or name in {config.table_name, config.progress_table_name}
+        return kind != "table" or name in config.table_names
 
     context.configure(
         connection=connection,

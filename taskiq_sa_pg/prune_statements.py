@@ -5,16 +5,19 @@ somebody else has locked: it waits for nobody, so nobody waits for it longer tha
 """
 
 import uuid
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    CTE,
     BigInteger,
     ColumnElement,
     DateTime,
     Double,
     Integer,
     Select,
+    Table,
     Text,
     Uuid,
     any_,
@@ -28,8 +31,7 @@ from sqlalchemy import (
 )
 
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.statements import locked
-from taskiq_sa_pg.upserts import as_interval
+from taskiq_sa_pg.upserts import as_interval, locked
 
 _TIME: Final = DateTime(timezone=True)
 _FIRST_TIME: Final = literal_column("'-infinity'::timestamptz", _TIME)
@@ -44,25 +46,26 @@ class ResultsSlice(NamedTuple):
     last: datetime | None  # where the next slice begins
 
 
-class ProgressSlice(NamedTuple):
-    """What prune_progress() has done."""
+class StaleSlice(NamedTuple):
+    """What prune_stale() has done."""
 
     looked_at: int
     deleted: int
     last: Any  # where the next slice begins
 
 
-def prune_results(models: Models, *, is_exclusive: bool) -> Select[Any]:
-    """Deletes expired results, the oldest first, with their progress; returns a ResultsSlice.
+def prune_results(models: Models, others: Iterable[Table], *, is_exclusive: bool) -> Select[Any]:
+    """Deletes expired results, the oldest first; returns a ResultsSlice.
 
     Takes `size`, the most rows, and `start`, an expires_at, or None to begin with the oldest:
     nothing is looked at twice, of which PostgreSQL would have to see that it is deleted.
 
     Args:
         models: The tables.
+        others: Tables of which rows with the same task ids are deleted, too.
         is_exclusive: Whether it does nothing while another exclusive one is at work.
     """
-    results, progress = models.results_table, models.progress_table
+    results = models.results_table
     expires_at = results.c.expires_at
     expired = (
         select(results.c.task_id)
@@ -82,28 +85,33 @@ def prune_results(models: Models, *, is_exclusive: bool) -> Select[Any]:
         .returning(results.c.task_id, expires_at)
         .cte("gone")
     )
-    stale = locked(progress, progress.c.task_id == _any_of(select(gone.c.task_id))).cte("stale")
-    forgotten = delete(progress).where(progress.c.task_id == _any_of(select(stale.c.task_id)))
     done: list[ColumnElement[Any]] = [func.count(), func.max(gone.c.expires_at)]
-    return select(*done).select_from(gone).add_cte(forgotten.cte("forgotten"))
+    return select(*done).select_from(gone).add_cte(*[_forget(other, gone) for other in others])
 
 
-def prune_progress(models: Models, *, is_exclusive: bool) -> Select[Any]:
-    """Deletes old progress of tasks without a result; returns a ProgressSlice.
+def _forget(other: Table, gone: CTE) -> CTE:
+    ids = locked(other, other.c.task_id == _any_of(select(gone.c.task_id)))
+    stale = ids.cte(f"stale_{other.name}")
+    forgotten = delete(other).where(other.c.task_id == _any_of(select(stale.c.task_id)))
+    return forgotten.cte(f"forgotten_{other.name}")
 
-    No index has its time, so it goes through all progress in the order of the task ids. Takes
+
+def prune_stale(models: Models, source: Table, *, is_exclusive: bool) -> Select[Any]:
+    """Deletes old rows of tasks without a result; returns a StaleSlice.
+
+    No index has their time, so it goes through all of them in the order of the task ids. Takes
     `size`, the rows to look at, `most`, those to delete, `seconds`, how old they have to be, and
     `start`, a task id, or None to begin with the first.
 
     Args:
         models: The tables.
+        source: Where the rows are: progress or status.
         is_exclusive: Whether it does nothing while another exclusive one is at work.
     """
-    progress = models.progress_table
-    task_id = progress.c.task_id
+    task_id = source.c.task_id
     first = _FIRST_UUID if isinstance(task_id.type, Uuid) else _FIRST_TEXT
     page = (
-        select(task_id, progress.c.updated_at)
+        select(task_id, source.c.updated_at)
         .where(
             task_id >= func.coalesce(bindparam("start", type_=task_id.type), first),
             _may_run(models, is_exclusive),
@@ -115,13 +123,13 @@ def prune_progress(models: Models, *, is_exclusive: bool) -> Select[Any]:
     old = select(page.c.task_id).where(_is_old(page.c.updated_at))
     stale = (
         select(task_id)
-        .where(task_id == _any_of(old), _is_stale(models))
+        .where(task_id == _any_of(old), _is_stale(models, source))
         .limit(bindparam("most", type_=Integer))
-        .with_for_update(of=progress, skip_locked=True)
+        .with_for_update(of=source, skip_locked=True)
         .cte("stale")
     )
     gone = (
-        delete(progress)
+        delete(source)
         .where(task_id == _any_of(select(stale.c.task_id)))
         .returning(task_id)
         .cte("gone")
@@ -139,15 +147,15 @@ def count_expired(models: Models) -> Select[Any]:
     return select(func.count(expires_at)).where(expires_at <= func.now())
 
 
-def count_stale_progress(models: Models) -> Select[Any]:
-    """How many rows prune_progress() would delete, of `seconds`."""
-    return select(func.count()).select_from(models.progress_table).where(_is_stale(models))
+def count_stale(models: Models, source: Table) -> Select[Any]:
+    """How many rows prune_stale() would delete, of `seconds`."""
+    return select(func.count()).select_from(source).where(_is_stale(models, source))
 
 
-def _is_stale(models: Models) -> ColumnElement[bool]:
-    results, progress = models.results_table, models.progress_table
-    result = select(results.c.task_id).where(results.c.task_id == progress.c.task_id)
-    return _is_old(progress.c.updated_at) & ~exists(result)
+def _is_stale(models: Models, source: Table) -> ColumnElement[bool]:
+    results = models.results_table
+    result = select(results.c.task_id).where(results.c.task_id == source.c.task_id)
+    return _is_old(source.c.updated_at) & ~exists(result)
 
 
 def _is_old(updated_at: ColumnElement[datetime]) -> ColumnElement[bool]:

@@ -4,19 +4,20 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import Select
 
 from taskiq_sa_pg.exceptions import ConfigurationError, StorageError
+from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.listener import end
-from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.prune_statements import (
-    ProgressSlice,
     ResultsSlice,
-    prune_progress,
+    StaleSlice,
     prune_results,
+    prune_stale,
 )
 from taskiq_sa_pg.retention import Seconds, check_seconds
 from taskiq_sa_pg.store import Store
@@ -34,39 +35,51 @@ class Pruned:
     Attributes:
         results: Rows of expired results; their progress is not counted.
         progress: Rows of progress whose task never finished.
+        statuses: Rows of the status table whose task never finished.
         is_complete: Whether nothing was left because of limit or time_budget.
     """
 
     results: int
     progress: int
+    statuses: int
     is_complete: bool
 
 
 class Pruning:
-    """Prunes one pair of tables.
+    """Prunes one results table and those that go with it.
 
     Args:
         store: Where the statements run.
-        models: The tables.
-        progress_ttl: After how many seconds progress is deleted whose task has no result; None
-            keeps it.
+        layout: The tables.
+        progress_ttl: After how many seconds progress and status are deleted of a task that has no
+            result; None keeps them.
         is_exclusive: Whether to leave everything to another process that is at it.
     """
 
     def __init__(
-        self, store: Store, models: Models, progress_ttl: float | None, *, is_exclusive: bool
+        self, store: Store, layout: Layout, progress_ttl: float | None, *, is_exclusive: bool
     ) -> None:
+        models = layout.models
         self._store = store
+        self._layout = layout
         self._progress_ttl = progress_ttl
-        self._prune_results = prune_results(models, is_exclusive=is_exclusive)
-        self._prune_progress = prune_progress(models, is_exclusive=is_exclusive)
+        others = [models.progress_table]
+        self._prune_results_before_step_3 = prune_results(models, others, is_exclusive=is_exclusive)
+        self._prune_results = self._prune_results_before_step_3
+        self._prune_progress = prune_stale(models, others[0], is_exclusive=is_exclusive)
+        if models.status_table is not None:
+            others.append(models.status_table)
+            self._prune_results = prune_results(models, others, is_exclusive=is_exclusive)
+            self._prune_statuses = prune_stale(
+                models, models.status_table, is_exclusive=is_exclusive
+            )
         self._purpose = f"prune table {models.config.qualified_name}"
 
     async def run(self, limit: int | None = None, time_budget: float | None = None) -> Pruned:
         """Deletes what has expired, a slice after the other.
 
         Args:
-            limit: How many rows at most, progress of deleted results aside.
+            limit: How many rows at most, progress and status of deleted results aside.
             time_budget: After how many seconds no further slice is begun.
 
         Raises:
@@ -74,15 +87,18 @@ class Pruning:
         """
         rest = _Rest(limit, time_budget)
         results = await self._prune_all_results(rest)
-        progress = await self._prune_all_progress(rest) if self._progress_ttl else 0
-        return Pruned(results, progress, not rest.was_too_little)
+        progress = statuses = 0
+        if self._progress_ttl is not None:
+            progress = await self._prune_all_stale(rest, self._prune_progress)
+            if self._layout.features.has_status:
+                statuses = await self._prune_all_stale(rest, self._prune_statuses)
+        return Pruned(results, progress, statuses, not rest.was_too_little)
 
     async def _prune_all_results(self, rest: "_Rest") -> int:
         deleted, start = 0, None
         while size := rest.next_slice():
-            done = ResultsSlice._make(
-                await self._one(self._prune_results, {"size": size, "start": start})
-            )
+            parameters = {"size": size, "start": start}
+            done = ResultsSlice._make(await self._prune_some_results(parameters))
             rest.take(done.deleted)
             deleted += done.deleted
             start = done.last
@@ -90,7 +106,15 @@ class Pruning:
                 break
         return deleted
 
-    async def _prune_all_progress(self, rest: "_Rest") -> int:
+    async def _prune_some_results(self, parameters: dict[str, Any]) -> Any:
+        def prune() -> Awaitable[Any]:
+            has_status = self._layout.features.has_status
+            statement = self._prune_results if has_status else self._prune_results_before_step_3
+            return self._one(statement, parameters)
+
+        return await self._layout.adapting(prune, uses_status=True)
+
+    async def _prune_all_stale(self, rest: "_Rest", statement: Select[Any]) -> int:
         deleted, start = 0, None
         while most := rest.next_slice():
             parameters = {
@@ -99,7 +123,7 @@ class Pruning:
                 "seconds": self._progress_ttl,
                 "start": start,
             }
-            done = ProgressSlice._make(await self._one(self._prune_progress, parameters))
+            done = StaleSlice._make(await self._one(statement, parameters))
             rest.take(done.deleted)
             deleted += done.deleted
             start = done.last
@@ -168,8 +192,8 @@ class Pruner:
             except StorageError as exc:
                 logger.warning("%s; it is tried again in %g s", exc, self._interval)
             else:
-                if pruned.results or pruned.progress:
-                    logger.info("pruned %d results, %d progress", pruned.results, pruned.progress)
+                if pruned.results or pruned.progress or pruned.statuses:
+                    logger.info("pruned: %s", pruned)
             await asyncio.sleep(self._interval * random.uniform(0.9, 1.1))  # noqa: S311 - as above
 
 

@@ -119,6 +119,6 @@ def count_progress(models: Models) -> Select[Any]:
 
 def select_sizes(config: TableConfig) -> Select[Any]:
     """Name and bytes, with indexes and TOAST, of each of the tables that exists."""
-    classes, found = find_relations([config.table_name, config.progress_table_name], config.schema)
+    classes, found = find_relations(config.table_names, config.schema)
     size = func.pg_total_relation_size(classes.c.oid, type_=BigInteger)
     return found.with_only_columns(classes.c.relname, size).order_by(classes.c.relname)

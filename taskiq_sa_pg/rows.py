@@ -27,6 +27,13 @@ class ResultRow(NamedTuple):
     started_at: datetime | None = None
 
 
+class Features(NamedTuple):
+    """What of the later steps of the schema the tables have."""
+
+    has_metadata: bool = True  # METADATA_COLUMNS
+    has_status: bool = True  # the status table
+
+
 METADATA_COLUMNS: Final = ("args", "kwargs", "worker", "queued_at", "started_at")
 
 # What every results table has, whatever its step.
@@ -42,6 +49,18 @@ class ProgressRow(NamedTuple):
     task_id: Any
     state: str
     meta: bytes | str | None
+
+
+class StatusRow(NamedTuple):
+    """What set_status writes."""
+
+    task_id: Any
+    state: str
+    task_name: str | None
+    attempt: int
+    queued_at: datetime | None
+    started_at: datetime | None
+    worker: str | None
 
 
 class StoredResult(NamedTuple):
@@ -63,3 +82,16 @@ class StoredProgress(NamedTuple):
     task_id: Any
     state: str
     meta: bytes | str | None
+
+
+class StoredStatus(NamedTuple):
+    """What reading a status returns, in the order of select_statuses() and select_running()."""
+
+    task_id: Any
+    state: str
+    task_name: str | None
+    attempt: int
+    queued_at: datetime | None
+    started_at: datetime | None
+    worker: str | None
+    finished_at: datetime | None

@@ -21,13 +21,20 @@ from taskiq_sa_pg.catalogue import describe_tables
 from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.rows import FIRST_FIELDS, METADATA_COLUMNS, ProgressRow, ResultRow
+from taskiq_sa_pg.rows import (
+    FIRST_FIELDS,
+    METADATA_COLUMNS,
+    Features,
+    ProgressRow,
+    ResultRow,
+    StatusRow,
+)
 from taskiq_sa_pg.store import Store
 from taskiq_sa_pg.upserts import has_metadata_columns
 
 logger = logging.getLogger(__name__)
 
-LATEST_VERSION: Final = 2
+LATEST_VERSION: Final = 3
 
 # What Alembic asks: a name, its kind ("schema", "table", "column", ...), the names above it.
 IncludeName = Callable[[str | None, Any, Any], bool]
@@ -50,7 +57,8 @@ def upgrade(
 
     Args:
         op: Alembic's `op`.
-        version: The step; 1 makes the tables, 2 adds the columns of TaskMetadataMiddleware.
+        version: The step; 1 makes the tables, 2 adds the columns of TaskMetadataMiddleware, 3
+            the table of tasks that have not finished.
         table_name: The results table.
         field_for_task_id: Type of the task-id columns.
         field_for_payload: Type of return_value, error and meta.
@@ -106,7 +114,7 @@ def include_name(
         ConfigurationError: A name that cannot work.
     """
     config = TableConfig(table_name, schema=schema)
-    ours = {config.table_name, config.progress_table_name, config.version_table_name}
+    ours = {*config.table_names, config.version_table_name}
 
     def is_included(name: str | None, kind: str, parent_names: Mapping[str, Any]) -> bool:
         if kind == "table" and name in ours:
@@ -136,16 +144,11 @@ def upgrade_step(op: Any, version: int, config: TableConfig) -> None:
 
 
 def _create_tables(op: Any, config: TableConfig) -> None:
-    id_types: dict[str, TypeEngine[Any]] = {
-        "VarChar": sa.String(),
-        "Text": sa.Text(),
-        "Uuid": sa.Uuid(),
-    }
     payload_types: dict[str, TypeEngine[Any]] = {
         "Bytea": sa.LargeBinary(),
         "Jsonb": postgresql.JSONB(),
     }
-    id_type = id_types[config.field_for_task_id]
+    id_type = _id_type(config)
     payload_type = payload_types[config.field_for_payload]
     schema = _quoted_schema(config)
     timestamp = sa.DateTime(timezone=True)
@@ -194,6 +197,15 @@ def _create_tables(op: Any, config: TableConfig) -> None:
     )
 
 
+def _id_type(config: TableConfig) -> TypeEngine[Any]:
+    types: dict[str, TypeEngine[Any]] = {
+        "VarChar": sa.String(),
+        "Text": sa.Text(),
+        "Uuid": sa.Uuid(),
+    }
+    return types[config.field_for_task_id]
+
+
 def _drop_tables(op: Any, config: TableConfig) -> None:
     schema = _quoted_schema(config)
     op.drop_table(_quoted(config.progress_table_name), schema=schema)
@@ -218,10 +230,33 @@ def _drop_metadata(op: Any, config: TableConfig) -> None:
         op.drop_column(_quoted(config.table_name), name, schema=_quoted_schema(config))
 
 
+def _create_status(op: Any, config: TableConfig) -> None:
+    timestamp = sa.DateTime(timezone=True)
+    op.create_table(
+        _quoted(config.status_table_name),
+        sa.Column("task_id", _id_type(config), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("task_name", sa.Text(), nullable=True),
+        sa.Column("attempt", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("queued_at", timestamp, nullable=True),
+        sa.Column("started_at", timestamp, nullable=True),
+        sa.Column("worker", sa.Text(), nullable=True),
+        sa.Column("updated_at", timestamp, server_default=sa.func.now(), nullable=False),
+        sa.PrimaryKeyConstraint("task_id", name=_final(config.status_primary_key_name)),
+        schema=_quoted_schema(config),
+        postgresql_using="heap WITH (fillfactor = 50)",
+    )
+
+
+def _drop_status(op: Any, config: TableConfig) -> None:
+    op.drop_table(_quoted(config.status_table_name), schema=_quoted_schema(config))
+
+
 _Step = Callable[[Any, TableConfig], None]
 _STEPS: Final[Mapping[int, tuple[_Step, _Step]]] = {
     1: (_create_tables, _drop_tables),
     2: (_add_metadata, _drop_metadata),
+    3: (_create_status, _drop_status),
 }
 
 
@@ -273,10 +308,12 @@ async def check(
     timeout: float | None = None,
     *,
     extra_columns: Mapping[str, sa.Column[Any]] = MappingProxyType({}),
-) -> bool:
+    is_tracked: bool = False,
+) -> Features:
     """Compares the tables with the models, by one query of the catalogue.
 
-    That the results table lacks METADATA_COLUMNS, as before step 2, is no difference.
+    That the results table lacks METADATA_COLUMNS, as before step 2, is no difference; a status
+    table that is absent or unfit is one where tasks are tracked.
 
     Args:
         store: Where the tables are.
@@ -284,9 +321,10 @@ async def check(
         timeout: For how many seconds a PostgreSQL that does not answer is tried; None for as long
             as the store tries.
         extra_columns: Those of the application's own in the results table that it may fill.
+        is_tracked: Whether the status table is needed.
 
     Returns:
-        Whether the results table has METADATA_COLUMNS.
+        What the tables have.
 
     Raises:
         SchemaError: A table is absent or unfit; names the differences and what mends them.
@@ -319,6 +357,10 @@ async def check(
         ),
         *_differences(progress, ProgressRow._fields, "updated_at", rows),
     ]
+    status = models.status_table
+    unfit = [] if status is None else _differences(status, StatusRow._fields, "updated_at", rows)
+    if is_tracked:
+        differences.extend(unfit)
     if differences:
         raise SchemaError(
             f"the results backend cannot use its tables: {'; '.join(differences)}. Make them, "
@@ -332,7 +374,7 @@ async def check(
             "TaskMetadataMiddleware has for them is left out; %s or run_migrations=True adds them",
             *(config.qualified_name, ", ".join(METADATA_COLUMNS), commands),
         )
-    return not is_step_1
+    return Features(has_metadata=not is_step_1, has_status=status is not None and not unfit)
 
 
 def _differences(

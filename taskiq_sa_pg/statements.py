@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
-    Delete,
     Select,
     Table,
     Text,
-    Uuid,
     any_,
     bindparam,
     cast,
-    collate,
     delete,
     func,
     select,
@@ -25,8 +22,15 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.sql.elements import ColumnElement
 
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.rows import StoredProgress, StoredResult
-from taskiq_sa_pg.upserts import ResultUpserts, Upsert, upsert_progress
+from taskiq_sa_pg.rows import Features, StoredProgress, StoredResult
+from taskiq_sa_pg.upserts import (
+    ALL_FEATURES,
+    ResultUpserts,
+    Upsert,
+    deletion,
+    locked,
+    upsert_progress,
+)
 
 MAX_IDS_PER_READ: Final = 200
 
@@ -45,14 +49,23 @@ class Statements(NamedTuple):
     select_progress: Select[Any]
 
 
-def build_statements(models: Models, *, has_metadata: bool = True) -> Statements:
-    """The statements for these models, on a table with METADATA_COLUMNS or without."""
+def build_statements(
+    models: Models, features: Features = ALL_FEATURES, *, is_tracked: bool = False
+) -> Statements:
+    """The statements for these models.
+
+    Args:
+        models: The tables.
+        features: What the tables have.
+        is_tracked: Whether the status of tasks is forgotten with their results.
+    """
+    is_tracked = is_tracked and features.has_status
     return Statements(
-        upsert_results=ResultUpserts(models, has_metadata=has_metadata),
+        upsert_results=ResultUpserts(models, features=features, is_tracked=is_tracked),
         upsert_progress=upsert_progress(models),
         select_ready=select_ready(models),
         select_results=select_results(models),
-        take_results=take_results(models),
+        take_results=take_results(models, is_tracked=is_tracked),
         select_progress=select_progress(models),
     )
 
@@ -77,9 +90,9 @@ def select_results(models: Models) -> Select[Any]:
     )
 
 
-def take_results(models: Models) -> Select[Any]:
-    """Deletes the results of the task ids with their progress, and returns them."""
-    results, progress = models.results_table, models.progress_table
+def take_results(models: Models, *, is_tracked: bool = False) -> Select[Any]:
+    """Deletes the results of the task ids with their progress and status, and returns them."""
+    results = models.results_table
     found = locked(results, _is_asked_for(results) & is_live(results)).cte("found")
     taken = (
         delete(results)
@@ -87,9 +100,12 @@ def take_results(models: Models) -> Select[Any]:
         .returning(*readable(results, StoredResult._fields))
         .cte("taken")
     )
-    stale = locked(progress, progress.c.task_id == taken.c.task_id).cte("stale")
-    forgotten: Delete = delete(progress).where(progress.c.task_id == stale.c.task_id)
-    return select(*taken.c).add_cte(forgotten.cte("forgotten"))
+    others = [models.progress_table]
+    if is_tracked and models.status_table is not None:
+        others.append(models.status_table)
+    return select(*taken.c).add_cte(
+        *[deletion(other, locked(other, other.c.task_id == taken.c.task_id)) for other in others]
+    )
 
 
 def select_progress(models: Models) -> Select[Any]:
@@ -114,14 +130,6 @@ def is_live(results: Table) -> ColumnElement[bool]:
     """Whether a result has not expired; one that has is missing."""
     expires_at = results.c.expires_at
     return expires_at.is_(None) | (expires_at > func.now())
-
-
-def locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:
-    """The ids of rows, which are locked in the order in which upserts lock theirs."""
-    # Python's order: else the two could deadlock.
-    task_id = source.c.task_id
-    order = task_id if isinstance(task_id.type, Uuid) else collate(task_id, "C")
-    return select(task_id).where(condition).order_by(order).with_for_update(of=source)
 
 
 def _is_asked_for(source: Table) -> ColumnElement[bool]:

@@ -10,22 +10,30 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    CTE,
     Column,
     Double,
     Enum,
+    FromClause,
     Insert,
     Integer,
     Interval,
+    Select,
     String,
     Table,
     Text,
+    Uuid,
+    and_,
     bindparam,
     cast,
+    collate,
     column,
+    delete,
     false,
     func,
     literal_column,
     null,
+    or_,
     select,
     types,
 )
@@ -35,7 +43,14 @@ from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from taskiq_sa_pg.models import METADATA, Models
-from taskiq_sa_pg.rows import FIRST_FIELDS, METADATA_COLUMNS, ProgressRow, ResultRow
+from taskiq_sa_pg.rows import (
+    FIRST_FIELDS,
+    METADATA_COLUMNS,
+    Features,
+    ProgressRow,
+    ResultRow,
+    StatusRow,
+)
 
 # What most rows have in these columns, and the same in SQL; in the others it is NULL. Written out,
 # because a parameter would have to be given each time.
@@ -51,6 +66,8 @@ _A_SECOND: Final = literal_column("interval '1 second'", Interval)
 
 # The execution option that names the parameters to be converted; others come as drivers take them.
 CONVERTED: Final = "taskiq_sa_pg_converted"
+
+ALL_FEATURES: Final = Features()
 
 _NOTHING: Final[Mapping[str, Column[Any]]] = MappingProxyType({})
 
@@ -96,25 +113,27 @@ class ResultUpserts:
     Args:
         models: The tables.
         extra: Columns of the application's own that are filled, by parameter.
-        has_metadata: Whether the table has METADATA_COLUMNS.
+        features: What the tables have.
+        is_tracked: Whether the status of the tasks is forgotten with it.
     """
 
     def __init__(
         self,
         models: Models,
         extra: Mapping[str, Column[Any]] = _NOTHING,
+        features: Features = ALL_FEATURES,
         *,
-        has_metadata: bool = True,
+        is_tracked: bool = False,
     ) -> None:
-        has_metadata = has_metadata and has_metadata_columns(models)
+        has_metadata = features.has_metadata and has_metadata_columns(models)
         # NULL in the columns that are not named, over what an earlier attempt left there.
         cleared = METADATA_COLUMNS if has_metadata else ()
-        self.without_metadata: Final = upsert_results(models, FIRST_FIELDS, extra, cleared)
-        self.with_metadata: Final = (
-            upsert_results(models, ResultRow._fields, extra)
-            if has_metadata
-            else self.without_metadata
-        )
+        fewer = upsert_results(models, FIRST_FIELDS, extra, cleared)
+        more = upsert_results(models, ResultRow._fields, extra) if has_metadata else fewer
+        if is_tracked and features.has_status and models.status_table is not None:
+            fewer, more = [_forgetting(models.status_table, upsert) for upsert in (fewer, more)]
+        self.without_metadata: Final = fewer
+        self.with_metadata: Final = more
 
     def of(self, rows: Sequence[ResultRow]) -> Sequence[Call]:
         """What stores rows, as Upsert.of()."""
@@ -167,10 +186,61 @@ def upsert_progress(models: Models) -> Upsert:
     return Upsert(one, _on_conflict(_insert_unnested(progress, fields), overwritten), fields)
 
 
-def insert_results(models: Models, *, has_metadata: bool = True) -> Upsert:
+def upsert_status(status: Table) -> Upsert:
+    """Stores what a task is at, unless a later attempt or execution of it was stored before."""
+    fields = StatusRow._fields
+
+    def unless_earlier(statement: PostgresInsert) -> Insert:
+        new, old = statement.excluded, status.c
+        is_same_or_later_execution = or_(
+            new.started_at.is_(None), old.started_at.is_(None), new.started_at >= old.started_at
+        )
+        where = (new.attempt > old.attempt) | and_(
+            new.attempt == old.attempt, is_same_or_later_execution
+        )
+        return _on_conflict(statement, (*fields[1:], "updated_at"), where)
+
+    return _inserted(status, fields, unless_earlier)
+
+
+def _forgetting(status: Table, upsert: Upsert) -> Upsert:
+    """Deletes the status of those tasks, too, unless it is of a later attempt."""
+    task_id = bindparam("task_id", type_=_wire_type(status.c.task_id))
+    attempt = bindparam("attempt", type_=_wire_type(status.c.attempt))
+    alone = locked(status, (status.c.task_id == task_id) & (status.c.attempt <= attempt))
+    one = upsert.one.add_cte(deletion(status, alone))
+    many = None if upsert.many is None else upsert.many.add_cte(forget_statuses(status))
+    return upsert._replace(one=one, many=many)
+
+
+def forget_statuses(status: Table) -> CTE:
+    """Deletes what tasks were at, unless it is of a later attempt; `task_id` and `attempt`."""
+    columns = [status.c.task_id, status.c.attempt]
+    finished = _unnested(columns, "finished")
+    up_to = func.coalesce(finished.c.attempt, 0)
+    is_over = (status.c.task_id == finished.c.task_id) & (status.c.attempt <= up_to)
+    return deletion(status, locked(status, is_over))
+
+
+def deletion(source: Table, task_ids: Select[Any]) -> CTE:
+    """Deletes rows, of which locked() has the ids, as a part of a statement."""
+    doomed = task_ids.cte(f"doomed_{source.name}")
+    gone = delete(source).where(source.c.task_id == doomed.c.task_id)
+    return gone.cte(f"gone_{source.name}")
+
+
+def locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:
+    """The ids of rows, which are locked in the order in which upserts lock theirs."""
+    # Python's order: else the two could deadlock.
+    task_id = source.c.task_id
+    order = task_id if isinstance(task_id.type, Uuid) else collate(task_id, "C")
+    return select(task_id).where(condition).order_by(order).with_for_update(of=source)
+
+
+def insert_results(models: Models, features: Features = ALL_FEATURES) -> Upsert:
     """Stores results where there are none but expired ones; returns the task ids of those."""
     results = models.results_table
-    cleared = METADATA_COLUMNS if has_metadata and has_metadata_columns(models) else ()
+    cleared = METADATA_COLUMNS if features.has_metadata and has_metadata_columns(models) else ()
     overwritten = (*FIRST_FIELDS[1:], *cleared, "finished_at")
 
     def unless_there(statement: PostgresInsert) -> Insert:
@@ -264,25 +334,32 @@ def _insert_unnested(
     target: Table, names: Sequence[str], extra: Mapping[str, Column[Any]] = _NOTHING
 ) -> PostgresInsert:
     columns = [target.c[name] for name in names]
-    arrays = [
-        *[bindparam(c.name, type_=ARRAY(_wire_type(c))) for c in columns],
-        # With its dimensions, because a value of JSON may be a list itself.
-        *[bindparam(name, type_=ARRAY(_item_type(c), dimensions=1)) for name, c in extra.items()],
-    ]
-    rows = (
-        func.unnest(*arrays)
-        .table_valued(
-            *[column(c.name, _wire_type(c)) for c in columns],
-            *[column(name, c.type) for name, c in extra.items()],
-        )
-        .render_derived(name="rows")
-    )
+    rows = _unnested(columns, "rows", extra)
     return insert(target).from_select(
         [*names, *[c.key for c in extra.values()]],
         select(
             *[_as_stored(_or_default(rows.c[c.name], c.name), c) for c in columns],
             *[rows.c[name] for name in extra],
         ),
+    )
+
+
+def _unnested(
+    columns: Sequence[Column[Any]], name: str, extra: Mapping[str, Column[Any]] = _NOTHING
+) -> FromClause:
+    """Rows from one array a column, which the parameters are called like."""
+    arrays = [
+        *[bindparam(c.name, type_=ARRAY(_wire_type(c))) for c in columns],
+        # With its dimensions, because a value of JSON may be a list itself.
+        *[bindparam(name, type_=ARRAY(_item_type(c), dimensions=1)) for name, c in extra.items()],
+    ]
+    return (
+        func.unnest(*arrays)
+        .table_valued(
+            *[column(c.name, _wire_type(c)) for c in columns],
+            *[column(name, c.type) for name, c in extra.items()],
+        )
+        .render_derived(name=name)
     )
 
 

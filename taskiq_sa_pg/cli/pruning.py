@@ -4,13 +4,15 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from sqlalchemy import Table
 
 from taskiq_sa_pg.cli.output import JsonOption, say, say_json
 from taskiq_sa_pg.cli.target import Target
-from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.prune_statements import count_expired, count_stale_progress
+from taskiq_sa_pg.layout import Layout
+from taskiq_sa_pg.prune_statements import count_expired, count_stale
 from taskiq_sa_pg.pruning import Pruned, Pruning
 from taskiq_sa_pg.retention import check_seconds
+from taskiq_sa_pg.schema import check
 from taskiq_sa_pg.store import Store
 
 
@@ -27,8 +29,8 @@ async def prune(
         float | None,
         typer.Option(
             envvar="TASKIQ_SA_PG_PROGRESS_TTL",
-            help="Delete progress, too, that has not changed for so many seconds and whose task "
-            "has no result.",
+            help="Delete progress and status, too, that have not changed for so many seconds and "
+            "whose task has no result.",
         ),
     ] = None,
     json: JsonOption = False,
@@ -40,27 +42,37 @@ async def prune(
     """
     check_seconds("--time-budget", time_budget)
     check_seconds("--progress-ttl", progress_ttl)
-    models = target.models
+    layout = Layout(target.models)
     async with target.store() as store:
+        layout.expect(await check(store, target.models))
         if dry_run:
-            pruned = await _count(store, models, progress_ttl)
+            pruned = await _count(store, layout, progress_ttl)
         else:
-            pruning = Pruning(store, models, progress_ttl, is_exclusive=False)
+            pruning = Pruning(store, layout, progress_ttl, is_exclusive=False)
             pruned = await pruning.run(limit, time_budget)
     if json:
         say_json(asdict(pruned))
         return
     would = "would be deleted" if dry_run else "deleted"
-    say(f"{pruned.results:,} expired results and {pruned.progress:,} stale progress {would}")
+    say(
+        f"{pruned.results:,} expired results, {pruned.progress:,} stale progress and "
+        f"{pruned.statuses:,} stale statuses {would}"
+    )
     if not pruned.is_complete:
         say("something may be left: run it again")
 
 
-async def _count(store: Store, models: Models, progress_ttl: float | None) -> Pruned:
+async def _count(store: Store, layout: Layout, progress_ttl: float | None) -> Pruned:
+    models = layout.models
     [[results]] = await store.fetch(count_expired(models), {}, "count expired results")
-    progress = 0
-    if progress_ttl is not None:
-        [[progress]] = await store.fetch(
-            count_stale_progress(models), {"seconds": progress_ttl}, "count stale progress"
-        )
-    return Pruned(results, progress, is_complete=True)
+
+    async def count(table: Table | None) -> int:
+        if table is None or progress_ttl is None:
+            return 0
+        statement = count_stale(models, table)
+        [[stale]] = await store.fetch(statement, {"seconds": progress_ttl}, "count stale rows")
+        return int(stale)
+
+    progress = await count(models.progress_table)
+    statuses = await count(models.status_table if layout.features.has_status else None)
+    return Pruned(results, progress, statuses, is_complete=True)
