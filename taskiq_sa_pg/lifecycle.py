@@ -5,7 +5,7 @@ Nothing here raises, and a task waits for it for seconds at most: it matters mor
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -41,7 +41,8 @@ class _Execution:
 async def note_sent(backend: _Backend, message: TaskiqMessage, queued_at: datetime) -> None:
     """Called before a message is sent."""
     if backend.track is not None:
-        await _note(backend, _status(message, _state_when_sent(message), queued_at))
+        state = _state_when_sent(attempt_of(message.labels))
+        await _note(backend, _status(message, state, queued_at))
 
 
 async def note_started(backend: _Backend, message: TaskiqMessage, metadata: Metadata) -> None:
@@ -65,20 +66,19 @@ async def note_end(backend: _Backend, message: TaskiqMessage, result: TaskiqResu
     execution = _execution_of(message)
     if execution is None or not isinstance(result.error, NoResultError):
         return
+    state: State
     if message.labels.get(_REQUEUE_LABEL) != execution.requeues:
-        state = _state_when_sent(message)
+        state = _state_when_sent(execution.status.attempt)
     elif execution.has_failed:  # another middleware has taken the error away, to try again
         state = "retrying"
     else:
         state = "unknown"
-    started = execution.status
-    await _note(
-        backend, _status(message, state, started.queued_at, started.started_at, started.worker)
-    )
+    # Of the message that was executed: a retry middleware has changed its labels since.
+    await _note(backend, replace(execution.status, state=state))
 
 
-def _state_when_sent(message: TaskiqMessage) -> State:
-    return "retrying" if attempt_of(message.labels) else "queued"
+def _state_when_sent(attempt: int) -> State:
+    return "retrying" if attempt else "queued"
 
 
 def _status(

@@ -91,9 +91,8 @@ def prune_results(models: Models, others: Iterable[Table], *, is_exclusive: bool
 
 def _forget(other: Table, gone: CTE) -> CTE:
     ids = locked(other, other.c.task_id == _any_of(select(gone.c.task_id)))
-    stale = ids.cte(f"stale_{other.name}")
-    forgotten = delete(other).where(other.c.task_id == _any_of(select(stale.c.task_id)))
-    return forgotten.cte(f"forgotten_{other.name}")
+    stale = ids.cte()
+    return delete(other).where(other.c.task_id == _any_of(select(stale.c.task_id))).cte()
 
 
 def prune_stale(models: Models, source: Table, *, is_exclusive: bool) -> Select[Any]:

@@ -156,7 +156,7 @@ def check_status(status: TaskStatus) -> None:
 
 def _status_of(task_id: str, stored: StoredStatus) -> TaskStatus:
     # Drivers give times in various zones.
-    values = {
+    values: dict[str, Any] = {
         name: value.astimezone(UTC) if isinstance(value, datetime) else value
         for name, value in stored._asdict().items()
     }

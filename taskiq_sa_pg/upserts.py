@@ -224,9 +224,8 @@ def forget_statuses(status: Table) -> CTE:
 
 def deletion(source: Table, task_ids: Select[Any]) -> CTE:
     """Deletes rows, of which locked() has the ids, as a part of a statement."""
-    doomed = task_ids.cte(f"doomed_{source.name}")
-    gone = delete(source).where(source.c.task_id == doomed.c.task_id)
-    return gone.cte(f"gone_{source.name}")
+    doomed = task_ids.cte()
+    return delete(source).where(source.c.task_id == doomed.c.task_id).cte()
 
 
 def locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:

@@ -15,12 +15,12 @@ ODD_NAMES = {
 
 
 def test_tables_are_made_and_dropped(cli: Cli) -> None:
-    assert cli.json("current") == {"current": None, "latest": "0002"}
-    assert cli.ok("upgrade") == "table taskiq_results: none -> 0002\n"
-    assert cli.json("current") == {"current": "0002", "latest": "0002"}
+    assert cli.json("current") == {"current": None, "latest": "0003"}
+    assert cli.ok("upgrade") == "table taskiq_results: none -> 0003\n"
+    assert cli.json("current") == {"current": "0003", "latest": "0003"}
     assert cli.json("check") == {"is_fit": True, "reason": None}
-    assert cli.ok("upgrade") == "table taskiq_results: is at 0002\n"
-    assert cli.ok("downgrade", "base") == "table taskiq_results: 0002 -> none\n"
+    assert cli.ok("upgrade") == "table taskiq_results: is at 0003\n"
+    assert cli.ok("downgrade", "base") == "table taskiq_results: 0003 -> none\n"
     assert "taskiq_results_progress do not exist" in cli.fails("check")
 
 
@@ -35,7 +35,7 @@ def test_names_and_types_come_from_the_environment(cli: Cli) -> None:
 
 def test_an_option_goes_before_the_environment(cli: Cli) -> None:
     cli.ok("upgrade", "--table-name", "mine", env=ODD_NAMES)
-    assert cli.json("current", "--table-name", "mine", env=ODD_NAMES)["current"] == "0002"
+    assert cli.json("current", "--table-name", "mine", env=ODD_NAMES)["current"] == "0003"
     assert cli.json("current", env=ODD_NAMES)["current"] is None
 
 
@@ -67,7 +67,7 @@ def test_the_sql_makes_and_drops_what_upgrade_makes_and_drops(
 ) -> None:
     run_sql(cli.dsn, cli.ok("sql", env=names))
     assert cli.json("check", env=names)["is_fit"]
-    assert cli.json("current", env=names)["current"] == "0002"
+    assert cli.json("current", env=names)["current"] == "0003"
     run_sql(cli.dsn, cli.ok("sql", "head", "base", env=names))
     assert "do not exist" in cli.fails("check", env=names)
 
@@ -98,8 +98,8 @@ def test_tables_of_others_are_left_alone(cli: Cli) -> None:
     assert cli.json("current")["current"] is None
 
 
-@pytest.mark.parametrize("revision", ["nonsense", "", "head-1", "+2", "9999"])
+@pytest.mark.parametrize("revision", ["nonsense", "", "head-9", "+9", "9999"])
 def test_an_unknown_revision_is_told_with_those_that_there_are(cli: Cli, revision: str) -> None:
     line = cli.fails("upgrade", revision)
-    assert line.endswith("; the revisions are base, 0001 to 0001 and head")
+    assert line.endswith("; the revisions are base, 0001 to 0003 and head")
     assert cli.json("current")["current"] is None

@@ -101,8 +101,8 @@ _TABLES = """
 
 
 async def catalogue(database: Database, table_name: str = "taskiq_results") -> list[Any]:
-    """Everything that PostgreSQL knows of the two tables, without the name of the schema."""
-    names = [table_name, f"{table_name}_progress"]
+    """Everything that PostgreSQL knows of the tables, without the name of the schema."""
+    names = [table_name, f"{table_name}_progress", f"{table_name}_status"]
     rows: list[Any] = []
     for query in (_TABLES, _COLUMNS, _INDEXES, _CONSTRAINTS):
         rows.extend(await database.fetch(query, f'"{database.schema}"', names))

@@ -19,7 +19,7 @@ async def test_twenty_processes_upgrade_at_once(database: Database) -> None:
     assert [outcome.stderr for outcome in outcomes if outcome.status != 0] == []
     steps_taken = sum(outcome.stderr.count("Running upgrade") for outcome in outcomes)
     assert steps_taken == LATEST_VERSION
-    assert await versions(database) == ["0002"]
+    assert await versions(database) == ["0003"]
 
 
 async def test_twenty_backends_for_two_tables_migrate_at_once_in_one_event_loop(
@@ -31,11 +31,10 @@ async def test_twenty_backends_for_two_tables_migrate_at_once_in_one_event_loop(
             for number in range(20)
         )
     )
-    made = [
-        f"table {number}{suffix}" for number in (0, 1) for suffix in ("", "_progress", "_version")
-    ]
+    suffixes = ("", "_progress", "_status", "_version")
+    made = [f"table {number}{suffix}" for number in (0, 1) for suffix in suffixes]
     assert await tables(database) == made
-    assert await versions(database, "table 0") == await versions(database, "table 1") == ["0002"]
+    assert await versions(database, "table 0") == await versions(database, "table 1") == ["0003"]
     assert [await backend.is_result_ready("1") for backend in backends] == [False] * 20
 
 
@@ -44,7 +43,7 @@ async def test_processes_that_name_the_default_schema_and_ones_that_do_not_wait_
 ) -> None:
     schemas = [None, database.schema] * 5
     await asyncio.gather(*(start_backend(schema=schema) for schema in schemas))
-    assert await versions(database) == ["0002"]
+    assert await versions(database) == ["0003"]
 
 
 async def test_backend_and_command_record_the_same_version(
@@ -56,4 +55,4 @@ async def test_backend_and_command_record_the_same_version(
     assert "Running upgrade" not in upgrade.stderr
     again: SQLAlchemyResultBackend[int] = await start_backend(run_migrations=True)
     assert not await again.is_result_ready("1")
-    assert await versions(database) == ["0002"]
+    assert await versions(database) == ["0003"]

@@ -12,6 +12,7 @@ from alembic.util import CommandError
 
 from taskiq_sa_pg.config import PayloadField, TaskIdField
 from taskiq_sa_pg.provisioning import script_location
+from taskiq_sa_pg.schema import LATEST_VERSION
 from tests.conftest import BackendFactory, Database
 from tests.migrations.applications import Application, execute_script, operations_in
 from tests.migrations.conftest import alembic, catalogue, tables
@@ -43,7 +44,8 @@ async def expected_catalogue(database: Database, **options: Any) -> list[Any]:
     await upgrade_to_latest(database.dsn, **options)
     found = await catalogue(database, options.get("table_name", NAME))
     assert found
-    await downgrade(database.dsn, 1, **options)
+    for version in range(LATEST_VERSION, 0, -1):
+        await downgrade(database.dsn, version, **options)
     return found
 
 
@@ -85,7 +87,7 @@ async def assert_history_goes_up_and_down(
 
     async def assert_is_up() -> None:
         assert {"alembic_version", "orders"} <= set(await tables(database))
-        assert {name, f"{name}_progress"} <= set(await tables(place))
+        assert {name, f"{name}_progress", f"{name}_status"} <= set(await tables(place))
         assert await catalogue(place, name) == expected
         assert "No new upgrade operations" in await application.alembic("check")
 
@@ -107,7 +109,7 @@ async def assert_history_goes_up_and_down(
     await assert_is_up()
 
 
-MAKES_TWO_TABLES = {"create_table": 2, "create_index": 2, "drop_index": 2, "drop_table": 2}
+MAKES_THREE_TABLES = {"create_table": 3, "create_index": 2, "drop_index": 2, "drop_table": 3}
 
 
 @of_kinds(KINDS)
@@ -122,7 +124,7 @@ async def test_autogenerate_makes_exactly_the_tables(
     application.set_models(f"build_models(metadata=Base.metadata, {arguments_of(options)})")
     with pytest.raises(CommandError, match="add_table"):
         await application.alembic("check")
-    assert operations_in(await application.autogenerate("results")) == MAKES_TWO_TABLES
+    assert operations_in(await application.autogenerate("results")) == MAKES_THREE_TABLES
     name = options.get("table_name", NAME)
     await assert_history_goes_up_and_down(application, expected, name)
 
@@ -140,7 +142,7 @@ async def test_autogenerate_makes_the_tables_in_a_schema(
     expected = await expected_catalogue(other_database, table_name=ODD_NAME)
     application = await new_application("async", options=only_schemas(place))
     application.set_models(f"build_models({ODD_NAME!r}, schema={place!r}, metadata=Base.metadata)")
-    assert operations_in(await application.autogenerate("results")) == MAKES_TWO_TABLES
+    assert operations_in(await application.autogenerate("results")) == MAKES_THREE_TABLES
     await assert_history_goes_up_and_down(application, expected, ODD_NAME, other_database)
 
 
@@ -202,8 +204,8 @@ async def test_a_revision_that_calls_the_step_makes_what_the_models_describe(
     expected = await expected_catalogue(other_database, **options)
     application.set_models(f"build_models(metadata=Base.metadata, {arguments_of(options)})")
     await application.write_revision(
-        f"for v in (1, 2): schema.upgrade(op, v, {arguments_of(options)})",
-        f"for v in (2, 1): schema.downgrade(op, v, {arguments_of(options)})",
+        f"for v in (1, 2, 3): schema.upgrade(op, v, {arguments_of(options)})",
+        f"for v in (3, 2, 1): schema.downgrade(op, v, {arguments_of(options)})",
     )
     name = options.get("table_name", NAME)
     await assert_history_goes_up_and_down(application, expected, name)
@@ -217,8 +219,8 @@ async def test_a_revision_that_calls_the_step_for_a_schema(
     application = await new_application(options=only_schemas(place))
     application.set_models(f"build_models(schema={place!r}, metadata=Base.metadata)")
     await application.write_revision(
-        f"for v in (1, 2): schema.upgrade(op, v, schema={place!r})",
-        f"for v in (2, 1): schema.downgrade(op, v, schema={place!r})",
+        f"for v in (1, 2, 3): schema.upgrade(op, v, schema={place!r})",
+        f"for v in (3, 2, 1): schema.downgrade(op, v, schema={place!r})",
     )
     await assert_history_goes_up_and_down(application, expected, NAME, other_database)
 
@@ -227,7 +229,7 @@ WITHOUT_ORDERS = "Base.metadata.remove(Order.__table__)"
 
 
 def all_of(name: str) -> set[str]:
-    return {name, f"{name}_progress", f"{name}_version"}
+    return {name, f"{name}_progress", f"{name}_status", f"{name}_version"}
 
 
 async def dropped_by_autogenerate(application: Application) -> set[str]:
@@ -357,7 +359,7 @@ async def test_our_history_beside_theirs_in_one_ini_file(
     current, check, script = await asyncio.gather(
         ours("current"), ours("check"), ours("upgrade", "head", "--sql")
     )
-    assert "0002 (head)" in current
+    assert "0003 (head)" in current
     assert theirs_at not in current
     assert "No new upgrade operations" in check
     assert f"{theirs_at} (head)" in await application.alembic("current")

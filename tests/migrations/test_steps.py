@@ -80,6 +80,7 @@ async def test_the_catalogue_of_these_tests_sees_what_matters(database: Database
     await upgrade_to_latest(database.dsn)
     found = await catalogue(database)
     assert ("taskiq_results_progress", ["fillfactor=50"], b"p", "heap") in found
+    assert ("taskiq_results_status", ["fillfactor=50"], b"p", "heap") in found
     assert ("taskiq_results", "attempt", "integer", True, "0") in found
     assert ("taskiq_results", "expires_at", "timestamp with time zone", False, None) in found
     assert ("taskiq_results", "taskiq_results_pkey", "PRIMARY KEY (task_id)") in found
@@ -91,6 +92,8 @@ async def test_the_catalogue_of_these_tests_sees_what_matters(database: Database
         "CREATE UNIQUE INDEX taskiq_results_pkey ON taskiq_results USING btree (task_id)",
         "CREATE UNIQUE INDEX taskiq_results_progress_pkey ON taskiq_results_progress "
         "USING btree (task_id)",
+        "CREATE UNIQUE INDEX taskiq_results_status_pkey ON taskiq_results_status "
+        "USING btree (task_id)",
     ]
 
 
@@ -100,7 +103,9 @@ async def test_a_schema_is_where_the_tables_go(
     options = {"table_name": NAMES[1], "schema": other_database.schema}
     await upgrade_to_latest(database.dsn, **options)
     assert await tables(database) == []
-    assert await tables(other_database) == sorted([NAMES[1], f"{NAMES[1]}_progress"])
+    assert await tables(other_database) == sorted(
+        f"{NAMES[1]}{suffix}" for suffix in ("", "_progress", "_status")
+    )
     for version in range(schema.LATEST_VERSION, 0, -1):
         await downgrade(database.dsn, version, **options)
     assert await tables(other_database) == []

@@ -195,7 +195,7 @@ def test_a_given_metadata_gets_the_tables() -> None:
     metadata = sa.MetaData()
     models = build_models("results", metadata=metadata)
     assert models.metadata is metadata
-    assert set(metadata.tables) == {"results", "results_progress"}
+    assert set(metadata.tables) == {"results", "results_progress", "results_status"}
 
 
 def test_a_given_metadata_may_hold_several_pairs_of_tables() -> None:
@@ -203,7 +203,7 @@ def test_a_given_metadata_may_hold_several_pairs_of_tables() -> None:
     build_models("one", metadata=metadata)
     build_models("two", metadata=metadata)
     build_models("one", metadata=metadata, schema="app")
-    assert len(metadata.tables) == 6
+    assert len(metadata.tables) == 9
 
 
 def test_the_schema_of_a_given_metadata_is_the_default() -> None:
@@ -222,7 +222,7 @@ def test_a_naming_convention_changes_no_name() -> None:
         assert ddl(build_models(metadata=metadata)) == ddl(build_models())
 
 
-@pytest.mark.parametrize("present", ["results", "results_progress"])
+@pytest.mark.parametrize("present", ["results", "results_progress", "results_status"])
 def test_a_metadata_that_has_one_of_the_tables_is_refused_and_left_as_it_is(present: str) -> None:
     metadata = sa.MetaData()
     sa.Table(present, metadata)
