@@ -17,6 +17,7 @@ TABLES = {
         "taskiq_messages",
         "taskiq_results",
         "taskiq_results_progress",
+        "taskiq_results_status",
     },
 }
 
