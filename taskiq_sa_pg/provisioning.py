@@ -27,7 +27,8 @@ from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError, TaskiqSaPgError
 from taskiq_sa_pg.faults import reason_of
 from taskiq_sa_pg.models import build_models
-from taskiq_sa_pg.schema import LATEST_VERSION, alembic_command, upgrade_step
+from taskiq_sa_pg.schema import alembic_command
+from taskiq_sa_pg.steps import LATEST_VERSION, upgrade_step
 from taskiq_sa_pg.store import Store
 
 _ENVIRONMENT_PREFIX: Final = "TASKIQ_SA_PG_"

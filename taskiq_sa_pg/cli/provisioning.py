@@ -9,8 +9,8 @@ from taskiq_sa_pg.cli.output import JsonOption, say, say_json
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import SchemaError
 from taskiq_sa_pg.provisioning import current_revision, downgrade_to, offline_sql, upgrade_to
-from taskiq_sa_pg.schema import LATEST_VERSION
 from taskiq_sa_pg.schema import check as check_schema
+from taskiq_sa_pg.steps import LATEST_VERSION
 
 
 def upgrade(

@@ -3,7 +3,7 @@
 import asyncio
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
-from taskiq_sa_pg.schema import LATEST_VERSION
+from taskiq_sa_pg.steps import LATEST_VERSION
 from tests.conftest import BackendFactory, Database
 from tests.migrations.conftest import alembic, tables
 

@@ -12,7 +12,7 @@ from alembic.util import CommandError
 
 from taskiq_sa_pg.config import PayloadField, TaskIdField
 from taskiq_sa_pg.provisioning import script_location
-from taskiq_sa_pg.schema import LATEST_VERSION
+from taskiq_sa_pg.steps import LATEST_VERSION
 from tests.conftest import BackendFactory, Database
 from tests.migrations.applications import Application, execute_script, operations_in
 from tests.migrations.conftest import alembic, catalogue, tables

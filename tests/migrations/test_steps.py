@@ -14,6 +14,7 @@ from taskiq_sa_pg import ConfigurationError, build_models, schema
 from taskiq_sa_pg.config import PayloadField, TaskIdField
 from taskiq_sa_pg.engines import make_engine
 from taskiq_sa_pg.provisioning import script_location
+from taskiq_sa_pg.steps import LATEST_VERSION
 from tests.conftest import Database
 from tests.migrations.conftest import catalogue, tables
 
@@ -48,7 +49,7 @@ async def downgrade(dsn: str, version: int, **options: Any) -> None:
 
 
 async def upgrade_to_latest(dsn: str, **options: Any) -> None:
-    for version in range(1, schema.LATEST_VERSION + 1):
+    for version in range(1, LATEST_VERSION + 1):
         await upgrade(dsn, version, **options)
 
 
@@ -63,12 +64,12 @@ async def test_the_steps_build_what_the_models_describe(
 ) -> None:
     states = [await catalogue(database, table_name)]
     assert states == [[]]
-    for version in range(1, schema.LATEST_VERSION + 1):
+    for version in range(1, LATEST_VERSION + 1):
         await upgrade(database.dsn, version, table_name=table_name, **types)
         states.append(await catalogue(database, table_name))
     await create_all(other_database.dsn, table_name=table_name, **types)
     assert states[-1] == await catalogue(other_database, table_name)
-    for version in range(schema.LATEST_VERSION, 0, -1):
+    for version in range(LATEST_VERSION, 0, -1):
         await downgrade(database.dsn, version, table_name=table_name, **types)
         states.pop()
         assert await catalogue(database, table_name) == states[-1]
@@ -106,7 +107,7 @@ async def test_a_schema_is_where_the_tables_go(
     assert await tables(other_database) == sorted(
         f"{NAMES[1]}{suffix}" for suffix in ("", "_progress", "_status")
     )
-    for version in range(schema.LATEST_VERSION, 0, -1):
+    for version in range(LATEST_VERSION, 0, -1):
         await downgrade(database.dsn, version, **options)
     assert await tables(other_database) == []
 
@@ -119,7 +120,7 @@ async def test_psycopg_builds_the_same(database: Database, other_database: Datab
     assert built == await catalogue(other_database, NAMES[1])
 
 
-@pytest.mark.parametrize("version", [0, schema.LATEST_VERSION + 1, "1", None])
+@pytest.mark.parametrize("version", [0, LATEST_VERSION + 1, "1", None])
 async def test_a_version_that_does_not_exist_is_refused(database: Database, version: Any) -> None:
     with pytest.raises(ConfigurationError, match="there is no version"):
         await upgrade(database.dsn, version)
@@ -129,7 +130,7 @@ async def test_a_version_that_does_not_exist_is_refused(database: Database, vers
 
 def test_each_step_has_its_revision() -> None:
     revisions = ScriptDirectory(script_location()).walk_revisions()
-    expected = [f"{version:04}" for version in range(schema.LATEST_VERSION, 0, -1)]
+    expected = [f"{version:04}" for version in range(LATEST_VERSION, 0, -1)]
     assert [revision.revision for revision in revisions] == expected
 
 
@@ -141,7 +142,7 @@ async def test_an_applications_own_revision_builds_the_same(
     metadata = sa.MetaData(naming_convention={convention[:2]: convention})
 
     def upgrade(connection: sa.Connection) -> None:
-        for version in range(1, schema.LATEST_VERSION + 1):
+        for version in range(1, LATEST_VERSION + 1):
             schema.upgrade(operations(connection, target_metadata=metadata), version)
 
     await on_connection(database.dsn, upgrade)
