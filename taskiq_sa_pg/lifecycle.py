@@ -6,7 +6,7 @@ Nothing here raises, and a task waits for it for seconds at most: it matters mor
 import asyncio
 import logging
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from taskiq import TaskiqMessage, TaskiqResult
@@ -49,7 +49,8 @@ async def note_started(backend: _Backend, message: TaskiqMessage, metadata: Meta
     """Called before a message is executed."""
     if backend.track is None:
         return
-    status = _status(message, "started", metadata.queued_at, metadata.started_at, metadata.worker)
+    times = _time(metadata.queued_at), _time(metadata.started_at)
+    status = _status(message, "started", *times, metadata.worker)
     vars(message)[_ATTRIBUTE] = _Execution(status, message.labels.get(_REQUEUE_LABEL))
     await _note(backend, status)
 
@@ -97,6 +98,10 @@ def _status(
         started_at,
         worker,
     )
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
 def _execution_of(message: TaskiqMessage) -> _Execution | None:

@@ -1,20 +1,19 @@
 """What is known of a task beside its result, on its way from taskiq's message to the row."""
 
-from datetime import datetime
 from typing import Final, NamedTuple
 
 from pydantic import BaseModel
 
 
 class Metadata(NamedTuple):
-    """Columns of a result's row; args and kwargs as JSON text."""
+    """Columns of a result's row; args and kwargs as JSON text, times as seconds since 1970."""
 
     task_name: str | None = None
     args: str | None = None
     kwargs: str | None = None
     worker: str | None = None
-    queued_at: datetime | None = None
-    started_at: datetime | None = None
+    queued_at: float | None = None
+    started_at: float | None = None
 
 
 NO_METADATA: Final = Metadata()

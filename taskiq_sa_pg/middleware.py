@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -137,7 +138,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
             logger.exception("task %s: its metadata are not recorded", message.task_id)
 
     async def _describe(self, message: TaskiqMessage) -> Metadata:
-        started_at = datetime.now(UTC)
+        started_at = time.time()
         args, kwargs = await self._arguments_of(message) if self._record_args else (None, None)
         return Metadata(
             task_name=storable_text(message.task_name),
@@ -193,9 +194,9 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         return None
 
 
-def _queued_at(message: TaskiqMessage) -> datetime | None:
+def _queued_at(message: TaskiqMessage) -> float | None:
     try:
-        return datetime.fromisoformat(message.labels[QUEUED_AT_LABEL]).astimezone(UTC)
+        return datetime.fromisoformat(message.labels[QUEUED_AT_LABEL]).astimezone(UTC).timestamp()
     except KeyError:  # the sender has no such middleware
         return None
     except Exception:  # noqa: BLE001 - a label can be anything

@@ -23,8 +23,8 @@ class ResultRow(NamedTuple):
     args: str | None = None
     kwargs: str | None = None
     worker: str | None = None
-    queued_at: datetime | None = None
-    started_at: datetime | None = None
+    queued_at: float | None = None  # seconds since 1970
+    started_at: float | None = None
 
 
 class Features(NamedTuple):
@@ -58,8 +58,8 @@ class StatusRow(NamedTuple):
     state: str
     task_name: str | None
     attempt: int
-    queued_at: datetime | None
-    started_at: datetime | None
+    queued_at: float | None  # seconds since 1970
+    started_at: float | None
     worker: str | None
 
 

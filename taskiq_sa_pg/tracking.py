@@ -1,7 +1,7 @@
 """What a task is at, from its being sent to its result: the status table, written and read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, get_args
 
@@ -12,7 +12,7 @@ from taskiq_sa_pg.rows import StatusRow, StoredStatus
 from taskiq_sa_pg.statements import MAX_IDS_PER_READ
 from taskiq_sa_pg.status_statements import delete_statuses, select_running
 from taskiq_sa_pg.store import Store
-from taskiq_sa_pg.upserts import upsert_status
+from taskiq_sa_pg.upserts import arrays_of, upsert_status
 
 Track = Literal["started"]
 
@@ -86,7 +86,15 @@ class Tracking:
 
     async def write(self, column_id: Any, status: TaskStatus) -> None:
         """Stores a status; "unknown" forgets it. A later attempt's stays."""
-        row = StatusRow(column_id, *astuple(status)[1:-1])
+        row = StatusRow(
+            column_id,
+            status.state,
+            status.task_name,
+            status.attempt,
+            _seconds(status.queued_at),
+            _seconds(status.started_at),
+            status.worker,
+        )
         await naming(status.task_id, self._written.submit(column_id, row))
 
     async def read(self, column_id: Any, task_id: str) -> TaskStatus:
@@ -122,10 +130,7 @@ class Tracking:
         if rows:
             await self._store.fetch(
                 self._delete,
-                {
-                    "task_id": [row.task_id for row in rows],
-                    "attempt": [row.attempt for row in rows],
-                },
+                arrays_of(("task_id", "attempt"), [(row.task_id, row.attempt) for row in rows]),
                 f"delete its status from table {self._table}_status",
                 retry_timeout=RETRY_TIMEOUT,
             )
@@ -152,6 +157,10 @@ def check_status(status: TaskStatus) -> None:
             f"the state must be one of {', '.join(map(repr, _WRITTEN))}, not {status.state!r}: "
             "the others come from results"
         )
+
+
+def _seconds(at: datetime | None) -> float | None:
+    return None if at is None else at.timestamp()
 
 
 def _status_of(task_id: str, stored: StoredStatus) -> TaskStatus:

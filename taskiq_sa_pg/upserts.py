@@ -16,7 +16,6 @@ from sqlalchemy import (
     Enum,
     FromClause,
     Insert,
-    Integer,
     Interval,
     Select,
     String,
@@ -29,10 +28,8 @@ from sqlalchemy import (
     collate,
     column,
     delete,
-    false,
     func,
     literal_column,
-    null,
     or_,
     select,
     types,
@@ -52,15 +49,14 @@ from taskiq_sa_pg.rows import (
     StatusRow,
 )
 
-# What most rows have in these columns, and the same in SQL; in the others it is NULL. Written out,
-# because a parameter would have to be given each time.
-_DEFAULTS: Final[Mapping[str, tuple[Any, ColumnElement[Any]]]] = {
-    "is_err": (False, false()),
-    "labels": ("{}", literal_column("'{}'", Text)),
-    "attempt": (0, literal_column("0", Integer)),
-}
+# In these columns rows differ; in the others those of a batch are likely to have the same.
+_DIFFERING: Final = frozenset({"task_id", "return_value", "execution_time", "meta"})
 
-_NULL: Final = (None, null())
+# The parameter for what all rows have in a column is called like the column, and this.
+_OF_ALL: Final = "__of_all"
+
+# They travel as seconds since 1970, which asyncpg encodes at a third of what a datetime takes.
+_TIMES: Final = frozenset({"queued_at", "started_at"})
 
 _A_SECOND: Final = literal_column("interval '1 second'", Interval)
 
@@ -78,9 +74,9 @@ Call = tuple[Insert, dict[str, Any]]
 class Upsert(NamedTuple):
     """Stores rows, in one of two shapes.
 
-    One array a column serves any number of rows with one text; a column in which all of them have
-    the default needs no array. A row alone is worth a text of its own: its arrays would take
-    PostgreSQL and asyncpg longer than all the rest. Where `many` is None, all go alone.
+    One array a column serves any number of rows with one text; where all of them have the same in a
+    column, it goes once. A row alone is worth a text of its own: its arrays would take PostgreSQL
+    and asyncpg longer than all the rest. Where `many` is None, all go alone.
     """
 
     one: Insert
@@ -95,16 +91,23 @@ class Upsert(NamedTuple):
         rows = sorted(rows, key=itemgetter(0))
         if self.many is None:
             return [(self.one, self._parameters(row)) for row in rows]
-        columns = zip(*rows, strict=True)
-        arrays = {
-            # unnest fills an array that is too short up with NULLs, and those are the defaults.
-            name: () if values.count(_DEFAULTS.get(name, _NULL)[0]) == len(values) else values
-            for name, values in zip(self.fields, columns, strict=False)
-        }
-        return [(self.many, arrays)]
+        return [(self.many, arrays_of(self.fields, rows))]
 
     def _parameters(self, row: Any) -> dict[str, Any]:
         return dict(zip(self.fields, row, strict=False))
+
+
+def arrays_of(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Any]:
+    """The parameters of a statement for several rows; of the rows, the first columns."""
+    parameters: dict[str, Any] = {}
+    for name, values in zip(names, zip(*rows, strict=True), strict=False):
+        of_all = None if name in _DIFFERING else values[0]
+        is_same = values.count(of_all) == len(values)
+        # unnest fills an array that is too short up with NULLs, and those stand for it.
+        parameters[name] = () if is_same else values
+        if name not in _DIFFERING:
+            parameters[name + _OF_ALL] = of_all if is_same else None
+    return parameters
 
 
 class ResultUpserts:
@@ -214,10 +217,13 @@ def _forgetting(status: Table, upsert: Upsert) -> Upsert:
 
 
 def forget_statuses(status: Table) -> CTE:
-    """Deletes what tasks were at, unless it is of a later attempt; `task_id` and `attempt`."""
+    """Deletes what tasks were at, unless it is of a later attempt.
+
+    Takes `task_id` and `attempt` as they store the results of these tasks.
+    """
     columns = [status.c.task_id, status.c.attempt]
     finished = _unnested(columns, "finished")
-    up_to = func.coalesce(finished.c.attempt, 0)
+    up_to = _or_of_all(finished.c.attempt, status.c.attempt)
     is_over = (status.c.task_id == finished.c.task_id) & (status.c.attempt <= up_to)
     return deletion(status, locked(status, is_over))
 
@@ -337,7 +343,7 @@ def _insert_unnested(
     return insert(target).from_select(
         [*names, *[c.key for c in extra.values()]],
         select(
-            *[_as_stored(_or_default(rows.c[c.name], c.name), c) for c in columns],
+            *[_as_stored(_or_of_all(rows.c[c.name], c), c) for c in columns],
             *[rows.c[name] for name in extra],
         ),
     )
@@ -363,16 +369,21 @@ def _unnested(
 
 
 def _wire_type(stored: Column[Any]) -> TypeEngine[Any]:
-    if stored.name == "expires_at":
+    if stored.name == "expires_at" or stored.name in _TIMES:
         return Double()
     return Text() if isinstance(stored.type, JSONB) else stored.type
 
 
-def _or_default(value: ColumnElement[Any], name: str) -> ColumnElement[Any]:
-    return func.coalesce(value, _DEFAULTS[name][1]) if name in _DEFAULTS else value
+def _or_of_all(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
+    if stored.name in _DIFFERING:
+        return value
+    of_all = bindparam(stored.name + _OF_ALL, type_=_wire_type(stored))
+    return func.coalesce(value, of_all)
 
 
 def _as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
     if stored.name == "expires_at":
         return func.now() + as_interval(value)
+    if stored.name in _TIMES:
+        return func.to_timestamp(value)
     return cast(value, JSONB) if isinstance(stored.type, JSONB) else value

@@ -14,6 +14,7 @@ from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.config import PayloadField, TaskIdField
+from taskiq_sa_pg.metadata import NO_METADATA, Metadata
 from taskiq_sa_pg.rows import ProgressRow, ResultRow
 from taskiq_sa_pg.statements import build_statements
 from taskiq_sa_pg.upserts import Upsert
@@ -76,12 +77,19 @@ def payload(kind: Kind, text: str) -> bytes | str:
 
 def result_rows(kind: Kind) -> list[ResultRow]:
     """A row for every combination of NULLs, with what most rows have in the others and without."""
+    metadata = Metadata(
+        task_name="NULL",
+        args='["ü", {}]',
+        worker="\\",
+        queued_at=1795451696.654321,
+        started_at=1795451697.123456,
+    )
     optional = {
         "error": payload(kind, '{"a": [null, "ü\\\\"]}'),
         "error_type": "builtins.ValueError",
         "traceback": "line\n\t{1,2} \"quoted\" 'ü' \\",
         "log": "",
-        "task_name": "NULL",
+        "metadata": metadata,
         "expires_at": 3600.678901,
     }
     return [
@@ -92,6 +100,7 @@ def result_rows(kind: Kind) -> list[ResultRow]:
             execution_time=i + 0.1,
             labels=f'{{"label": "{i} \\\\ ü {{}}"}}' if i & 2 else "{}",
             attempt=i if i & 4 else 0,
+            **(values.pop("metadata") or NO_METADATA)._asdict(),
             **values,
         )
         for i, values in enumerate(with_or_without(optional))
@@ -145,6 +154,16 @@ async def test_a_row_is_stored_as_alone_among_others(
         await store(backend, upsert, twins)
         found = await stored_rows(database, table)
         assert {found[t.task_id] for t in twins} == {expected[row.task_id]}
+
+
+async def test_what_all_rows_have_in_a_column_goes_once(kind: Kind, backend: Backend) -> None:
+    """But for the columns in which that would be a coincidence."""
+    row = result_rows(kind)[0]
+    [(_, parameters)] = build_statements(backend.models).upsert_results.of(
+        [row._replace(task_id=i) for i in new_ids(kind, 3)]
+    )
+    many = {name for name, value in parameters.items() if isinstance(value, tuple) and value}
+    assert many == {"task_id", "return_value", "execution_time"}
 
 
 @pytest.mark.parametrize("size", [1, 3])
