@@ -138,7 +138,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
             logger.exception("task %s: its metadata are not recorded", message.task_id)
 
     async def _describe(self, message: TaskiqMessage) -> Metadata:
-        started_at = time.time()
+        started_at = round(time.time(), 6)  # as PostgreSQL has it
         args, kwargs = await self._arguments_of(message) if self._record_args else (None, None)
         return Metadata(
             task_name=storable_text(message.task_name),

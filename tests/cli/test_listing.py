@@ -63,9 +63,9 @@ async def store_with_metadata(backend: SQLAlchemyResultBackend[Any]) -> None:
     broker = InMemoryBroker().with_result_backend(backend)
     broker.add_middlewares(middleware)
     message = TaskiqMessage(task_id="1", task_name="add", labels={}, args=["ü"], kwargs={"b": 2})
-    message = middleware.pre_send(message)
+    message = await middleware.pre_send(message)
     result = success(3)
-    middleware.post_execute(await middleware.pre_execute(message), result)
+    await middleware.post_execute(await middleware.pre_execute(message), result)
     await backend.set_result("1", result)
 
 
@@ -257,7 +257,11 @@ def test_tables_are_counted_and_measured(cli: Cli) -> None:
     ]
     assert shown["oldest"] < shown["newest"]
     assert min(shown["bytes"].values()) > 0
-    assert set(shown["bytes"]) == {"taskiq_results", "taskiq_results_progress"}
+    assert set(shown["bytes"]) == {
+        "taskiq_results",
+        "taskiq_results_progress",
+        "taskiq_results_status",
+    }
     assert "failures:       1\n" in cli.ok("stats")
 
 

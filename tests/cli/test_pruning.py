@@ -48,6 +48,7 @@ def test_what_has_expired_is_counted_and_deleted(expired: Cli) -> None:
     assert expired.json("prune", "--dry-run", "--progress-ttl", "60") == {
         "results": 3,
         "progress": 1,
+        "statuses": 0,
         "is_complete": True,
     }
     assert expired.json("stats")["expired"] == 3

@@ -267,7 +267,7 @@ async def test_rows_with_and_without_metadata_share_a_batch(
     result = await backend.get_result(described["task_id"])
     message = TaskiqMessage(task_id="m", task_name="n", labels={}, args=[1], kwargs={})
     [middleware] = [m for m in broker.middlewares if isinstance(m, TaskMetadataMiddleware)]
-    middleware.post_execute(await middleware.pre_execute(message), result)
+    await middleware.post_execute(await middleware.pre_execute(message), result)
     plain = result.model_construct(**result.model_dump(exclude={"error"}), error=None)
     await asyncio.gather(
         *[backend.set_result(f"{i}", result if i > 4 else plain) for i in range(10)]

@@ -17,6 +17,7 @@ from taskiq_sa_pg import (
     ResultIsMissingError,
     SQLAlchemyResultBackend,
 )
+from taskiq_sa_pg.prune_statements import prune_results, prune_stale
 from tests.conftest import BackendFactory, Database, engine_of, eventually
 from tests.tasks import progress_of, result_of
 
@@ -173,10 +174,10 @@ async def test_prune_deletes_what_has_expired_with_its_progress(
     for task_id in (*expired, "there", "running"):
         await backend.set_progress(task_id, progress_of(1))
     await expire(database, *expired)
-    assert await backend.prune() == Pruned(results=10, progress=0, is_complete=True)
+    assert await backend.prune() == Pruned(results=10, progress=0, statuses=0, is_complete=True)
     assert await ids_in(database) == {"there", "later"}
     assert await ids_in(database, "taskiq_results_progress") == {"there", "running"}
-    assert await backend.prune() == Pruned(results=0, progress=0, is_complete=True)
+    assert await backend.prune() == Pruned(results=0, progress=0, statuses=0, is_complete=True)
 
 
 async def test_prune_keeps_to_its_limits(
@@ -185,14 +186,14 @@ async def test_prune_keeps_to_its_limits(
     backend = await start_backend(dsn, progress_ttl=MINUTE)
     await store(backend, *map(str, range(10)))
     await expire(database)
-    assert await backend.prune(limit=4) == Pruned(4, 0, is_complete=False)
-    assert await backend.prune(time_budget=1e-9) == Pruned(0, 0, is_complete=False)
-    assert await backend.prune(limit=10, time_budget=MINUTE) == Pruned(6, 0, is_complete=True)
+    assert await backend.prune(limit=4) == Pruned(4, 0, 0, is_complete=False)
+    assert await backend.prune(time_budget=1e-9) == Pruned(0, 0, 0, is_complete=False)
+    assert await backend.prune(limit=10, time_budget=MINUTE) == Pruned(6, 0, 0, is_complete=True)
     for number in range(7):
         await backend.set_progress(str(number), progress_of(number))
     await database.fetch("UPDATE taskiq_results_progress SET updated_at = now() - interval '1 h'")
-    assert await backend.prune(limit=2) == Pruned(0, 2, is_complete=False)
-    assert await backend.prune() == Pruned(0, 5, is_complete=True)
+    assert await backend.prune(limit=2) == Pruned(0, 2, 0, is_complete=False)
+    assert await backend.prune() == Pruned(0, 5, 0, is_complete=True)
 
 
 @pytest.mark.parametrize("limits", [{"limit": 0}, {"limit": True}, {"time_budget": 0}], ids=str)
@@ -217,8 +218,8 @@ async def test_results_of_one_moment_are_pruned_in_slices_too(
     await expire(database)
     [row] = await database.fetch("SELECT count(DISTINCT expires_at) AS n FROM taskiq_results")
     assert row["n"] == 1
-    assert await backend.prune(limit=7) == Pruned(7, 0, is_complete=False)
-    assert await backend.prune() == Pruned(13, 0, is_complete=True)
+    assert await backend.prune(limit=7) == Pruned(7, 0, 0, is_complete=False)
+    assert await backend.prune() == Pruned(13, 0, 0, is_complete=True)
 
 
 @pytest.mark.parametrize("kind", ["VarChar", "Text", "Uuid"])
@@ -237,7 +238,7 @@ async def test_progress_of_tasks_that_never_finished_goes(
         "WHERE replace(task_id::text, '-', '') <> ALL($1)",
         young,
     )
-    assert await backend.prune() == Pruned(0, 8, is_complete=True)
+    assert await backend.prune() == Pruned(0, 8, 0, is_complete=True)
     left = {str(i).replace("-", "") for i in await ids_in(database, "taskiq_results_progress")}
     assert left == {*young, finished}
 
@@ -255,8 +256,8 @@ async def test_what_is_locked_is_left_and_waited_for_by_none(
             sa.text("SELECT FROM taskiq_results WHERE task_id = '1' FOR UPDATE")
         )
         await connection.execute(sa.text("SELECT FROM taskiq_results_progress FOR UPDATE"))
-        assert await backend.prune() == Pruned(1, 0, is_complete=True)
-    assert await backend.prune() == Pruned(1, 1, is_complete=True)
+        assert await backend.prune() == Pruned(1, 0, 0, is_complete=True)
+    assert await backend.prune() == Pruned(1, 1, 0, is_complete=True)
 
 
 async def test_several_prune_at_once_and_each_row_goes_once(
@@ -299,9 +300,9 @@ async def test_the_background_leaves_it_to_who_is_at_it(
         await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({key})"))
         await expire(database)
         pruning = backend._parts.pruner._pruning
-        assert await pruning.run() == Pruned(0, 0, is_complete=True)
+        assert await pruning.run() == Pruned(0, 0, 0, is_complete=True)
         assert await ids_in(database) == {"old"}
-        assert await backend.prune() == Pruned(1, 0, is_complete=True)
+        assert await backend.prune() == Pruned(1, 0, 0, is_complete=True)
 
 
 async def test_the_background_outlives_a_fault(
@@ -337,7 +338,11 @@ async def test_no_slice_reads_a_whole_table(
         "INSERT INTO taskiq_results_progress (task_id, state, updated_at) "
         "SELECT 'progress ' || n, 's', now() - interval '1 day' FROM generate_series(1, 20000) n"
     )
-    await database.fetch("ANALYZE taskiq_results, taskiq_results_progress")
+    await database.fetch(
+        "INSERT INTO taskiq_results_status (task_id, state, updated_at) "
+        "SELECT 'status ' || n, 's', now() - interval '1 day' FROM generate_series(1, 20000) n"
+    )
+    await database.fetch("ANALYZE taskiq_results, taskiq_results_progress, taskiq_results_status")
     plans: list[str] = []
 
     @sa.event.listens_for(engine_of(backend).sync_engine, "before_cursor_execute", retval=True)
@@ -347,18 +352,17 @@ async def test_no_slice_reads_a_whole_table(
         return f"EXPLAIN {statement}", parameters
 
     pruning = backend._store
-    from taskiq_sa_pg.prune_statements import prune_progress, prune_results
-
+    models = backend.models
+    assert models.status_table is not None
+    others = [models.progress_table, models.status_table]
+    stale = {"size": 1000, "most": 1000, "seconds": 60.0, "start": "x"}
     for statement, parameters in (
-        (prune_results(backend.models, is_exclusive=True), {"size": 1000, "start": None}),
+        (prune_results(models, others, is_exclusive=True), {"size": 1000, "start": None}),
         (
-            prune_results(backend.models, is_exclusive=False),
+            prune_results(models, others, is_exclusive=False),
             {"size": 1000, "start": datetime.now(UTC)},
         ),
-        (
-            prune_progress(backend.models, is_exclusive=True),
-            {"size": 1000, "most": 1000, "seconds": 60.0, "start": "x"},
-        ),
+        *[(prune_stale(models, other, is_exclusive=True), stale) for other in others],
     ):
         rows = await pruning.fetch(statement, parameters, "explain")
         plans.append("\n".join(row[0] for row in rows))
