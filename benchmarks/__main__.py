@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import chart, environment, report, waiters
 from benchmarks.footprint import measure_connections, measure_memory
 from benchmarks.markdown import MarkersMissingError, check_markers, replace_marked
+from benchmarks.overhead import measure_overhead
 from benchmarks.plan import FULL, QUICK, Plan
 from benchmarks.readme import readme_table
 from benchmarks.results import Results
@@ -53,6 +54,7 @@ async def _measure(dsn: str, counting_dsn: str, plan: Plan) -> Results:
         waiting=await measure_waiting(dsn, plan),
         connections=await measure_connections(dsn),
         memory=await measure_memory(dsn, plan),
+        overhead=await measure_overhead(dsn, plan),
         waiters=await measure_waiters(counting_dsn, plan),
     )
 

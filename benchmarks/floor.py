@@ -1,13 +1,13 @@
 """The floor: bare asyncpg doing set_result's database work, without encoding anything."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import asyncpg
-from asyncpg.prepared_stmt import PreparedStatement
 from sqlalchemy import Insert
 from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
 
@@ -24,20 +24,22 @@ BATCH_CALLERS: Final = 2
 TABLE: Final = "floor_results"
 _PREPARED_CONNECTIONS: Final = 10
 
+Fetch = Callable[..., Awaitable[Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Floor:
     """Statements that are prepared on connections of their own; callers queue for them."""
 
     codec: Codec
-    upserts: asyncio.LifoQueue[PreparedStatement]
-    batch_upserts: asyncio.LifoQueue[PreparedStatement]
+    upserts: asyncio.LifoQueue[Fetch]
+    batch_upserts: asyncio.LifoQueue[Fetch]
 
     def encode(self, return_value: str) -> ResultRow:
         return self.codec.encode_result("", make_result(return_value))
 
     async def upsert(self, row: ResultRow, task_id: str) -> None:
-        await _fetch(self.upserts, task_id, *row[1:])
+        await _fetch(self.upserts, task_id, *row[1 : len(FIRST_FIELDS)])
 
     async def upsert_batch(self, columns: Sequence[Sequence[Any]], task_ids: list[str]) -> None:
         await _fetch(self.batch_upserts, task_ids, *columns)
@@ -72,24 +74,28 @@ async def _make_tables(dsn: str) -> Models:
 
 async def _prepare(
     stack: AsyncExitStack, dsn: str, statement: Insert, connections: int
-) -> asyncio.LifoQueue[PreparedStatement]:
+) -> asyncio.LifoQueue[Fetch]:
     dialect = asyncpg_dialect.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's, bare
     compiled = statement.compile(dialect=dialect)
-    assert compiled.positiontup == list(ResultRow._fields)
+    # The parameters for what all rows have in common come first; every column goes as an array.
+    names = compiled.positiontup or []
+    unused = [None] * (len(names) - len(FIRST_FIELDS))
+    assert names[len(unused) :] == list(FIRST_FIELDS)
     # A lone caller stays on one connection: taking turns among several would cost time.
-    prepared: asyncio.LifoQueue[PreparedStatement] = asyncio.LifoQueue()
+    prepared: asyncio.LifoQueue[Fetch] = asyncio.LifoQueue()
     for _ in range(connections):
         connection = await asyncpg.connect(dsn)
         stack.push_async_callback(connection.close)
-        prepared.put_nowait(await connection.prepare(str(compiled)))
+        upsert = await connection.prepare(str(compiled))
+        prepared.put_nowait(partial(upsert.fetch, *unused))
         # Until the next statement the server takes the preparation for a transaction.
         await connection.execute("SELECT 1")
     return prepared
 
 
-async def _fetch(free: asyncio.LifoQueue[PreparedStatement], *arguments: Any) -> None:
-    statement = await free.get()
+async def _fetch(free: asyncio.LifoQueue[Fetch], *arguments: Any) -> None:
+    fetch = await free.get()
     try:
-        await statement.fetch(*arguments)
+        await fetch(*arguments)
     finally:
-        free.put_nowait(statement)
+        free.put_nowait(fetch)

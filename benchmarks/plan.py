@@ -17,6 +17,7 @@ class Plan:
         window: Seconds for which the statements of waiters are counted.
         warm_up: Seconds before that.
         results: How many results are stored while memory is watched.
+        overhead_rounds: As rounds, of what TTL and metadata cost; at least 2.
     """
 
     rounds: int = 5
@@ -27,6 +28,7 @@ class Plan:
     window: float = 10
     warm_up: float = 2
     results: int = 200_000
+    overhead_rounds: int = 40
 
 
 FULL: Final = Plan()
@@ -39,4 +41,5 @@ QUICK: Final = Plan(
     window=1,
     warm_up=1,
     results=20_000,
+    overhead_rounds=3,
 )

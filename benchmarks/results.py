@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from benchmarks.contenders import Contender
 from benchmarks.environment import Environment
 from benchmarks.footprint import Connections, Memory
+from benchmarks.overhead import Overhead
 from benchmarks.plan import Plan
 from benchmarks.throughput import Throughput
 from benchmarks.waiters import WaitersCost
@@ -20,6 +21,7 @@ class Results:
     waiters: list[WaitersCost]
     connections: list[Connections]
     memory: list[Memory]
+    overhead: list[Overhead]
 
     def throughput_of(
         self, contender: str, operation: str, callers: int, payload_bytes: int = 200
@@ -30,6 +32,9 @@ class Results:
             if (each.contender, each.operation, each.callers, each.payload_bytes)
             == (contender, operation, callers, payload_bytes)
         )
+
+    def overhead_of(self, variant: str) -> Overhead:
+        return next(each for each in self.overhead if each.variant == variant)
 
     def waiting_of(self, contender: Contender, method: str) -> Waiting:
         return next(

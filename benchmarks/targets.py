@@ -5,6 +5,7 @@ from typing import Final, Literal
 
 from benchmarks.contenders import ASYNCPG_PEER, OURS
 from benchmarks.floor import BATCHES, PREPARED
+from benchmarks.overhead import BOTH, CALLERS, METADATA, TTL
 from benchmarks.results import Results
 from benchmarks.waiters import WAITERS
 from benchmarks.waiting import BACKEND_WAITS, TASK_WAITS
@@ -50,7 +51,13 @@ class Target:
 
 
 def targets(results: Results) -> list[Target]:
-    return [*_rates(results), *_latencies(results), *_waiting(results), *_waiters(results)]
+    return [
+        *_rates(results),
+        *_latencies(results),
+        *_overhead(results),
+        *_waiting(results),
+        *_waiters(results),
+    ]
 
 
 def _rates(results: Results) -> list[Target]:
@@ -76,6 +83,18 @@ def _latencies(results: Results) -> list[Target]:
             / results.throughput_of(other, operation, 1).p50_ms,
         )
         for operation, other, limit in _LATENCIES
+    ]
+
+
+def _overhead(results: Results) -> list[Target]:
+    return [
+        Target(
+            f"set_result, {CALLERS} callers, 200 B, with {what}: calls/s beside those without",
+            "at least",
+            0.9,
+            results.overhead_of(variant).ratio,
+        )
+        for variant, what in ((TTL, "TTL"), (METADATA, "metadata"), (BOTH, "TTL and metadata"))
     ]
 
 
