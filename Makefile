@@ -73,6 +73,10 @@ test-pgbouncer: .venv/.test  ## run the integration tests through a PgBouncer in
 bench: .venv/.bench  ## compare the speed with taskiq-postgres; ARGS=--quick for a short look
 	.venv/bin/python -m benchmarks $(ARGS)
 
+.PHONY: bench-large
+bench-large: .venv/.bench  ## measure on a million rows, and prune them; ARGS=--quick for a short look
+	.venv/bin/python -m benchmarks.large $(ARGS)
+
 .PHONY: soak
 soak: .venv/.test  ## ten minutes of load with a fault every few seconds; ARGS="--seconds 60"
 	.venv/bin/python -m tests.faults.soak $(ARGS)

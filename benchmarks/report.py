@@ -23,7 +23,7 @@ def as_json(results: Results) -> str:
     document = asdict(results) | {
         "targets": [asdict(each) | {"is_met": each.is_met} for each in targets(results)]
     }
-    return json.dumps(_rounded(document), indent=2) + "\n"
+    return json.dumps(rounded(document), indent=2) + "\n"
 
 
 def as_markdown(results: Results) -> str:
@@ -225,11 +225,11 @@ def _precise(value: float) -> str:
     return number(value) if value >= 0.1 else f"{value:.2g}"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
+        return {name: rounded(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     return value

@@ -1,0 +1,1 @@
+"""What a million results cost: `make bench-large`."""
