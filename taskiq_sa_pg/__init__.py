@@ -5,6 +5,7 @@ from taskiq_sa_pg.config import TableConfig
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
     InvalidTaskIdError,
+    MissingColumnsError,
     NotStartedError,
     PayloadTooLargeError,
     ResultDecodeError,
@@ -23,6 +24,7 @@ from taskiq_sa_pg.tracking import TaskStatus
 __all__ = [
     "ConfigurationError",
     "InvalidTaskIdError",
+    "MissingColumnsError",
     "Models",
     "NotStartedError",
     "PayloadTooLargeError",

@@ -10,8 +10,10 @@ from taskiq import AsyncResultBackend, AsyncTaskiqTask, TaskiqResult
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.depends.progress_tracker import TaskProgress
 
+from taskiq_sa_pg.asking import DEFAULT_BATCH_SIZE, Asking, OrderBy, Where, find_results
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
+from taskiq_sa_pg.decoding import RowDecoder
 from taskiq_sa_pg.engines import DsnSource
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
@@ -55,6 +57,7 @@ class _Parts(NamedTuple):
     tracking: Tracking
     waiting: Waiting
     results: Results
+    asking: Asking
     pruning: Pruning
     pruner: Pruner | None
 
@@ -193,6 +196,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         self._codec: Final = Codec(
             self._config, serializer, max_payload_bytes, Retention(result_ttl, failure_ttl)
         )
+        self._decoder: Final = RowDecoder(self._codec, self.models)
         self._progress_ttl: Final = check_seconds("progress_ttl", progress_ttl)
         self._prune_interval: Final = check_seconds("prune_interval", prune_interval)
         if listen_dsn is not None and not notify:
@@ -533,6 +537,83 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         column_id = self._config.to_column_task_id(status.task_id)
         await self._started.tracking.write(column_id, status)
 
+    def decode(self, row: object, with_logs: bool = False) -> TaskiqResult[Any]:
+        """The result in a row that you have selected yourself, whether it has expired or not.
+
+        It asks nothing and needs no startup(), so it works with a synchronous Session too.
+
+        Args:
+            row: An instance of models.Result, a Row with one in it, or a Row or mapping of its
+                columns by their names. `is_err`, `return_value`, `error` and `execution_time` must
+                be there, and are as SQLAlchemy's types give them; without `labels` there are none.
+            with_logs: Whether to fill the deprecated field `log`, which then must be there too.
+
+        Raises:
+            MissingColumnsError: The select has left columns out.
+            ResultDecodeError: A value cannot be read back.
+            TypeError: It is no row, or one with several results.
+        """
+        return self._decoder.decode(row, with_logs=with_logs)
+
+    def iter_results(
+        self,
+        where: Where = (),
+        *,
+        order_by: OrderBy = (),
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        with_logs: bool = False,
+    ) -> AsyncGenerator[tuple[str, TaskiqResult[_ReturnType]], None]:
+        """Iterates over the results that meet conditions, with their task ids.
+
+            async for task_id, result in backend.iter_results(models.Result.is_err): ...
+
+        They are those of one moment, without the expired ones, and none is deleted. A server-side
+        cursor gives them a batch at a time, so that memory does not grow with their number. Until
+        the end it has a connection of its own, beside max_connections, and a transaction, which
+        keeps PostgreSQL from cleaning up: do not dawdle, and where you stop before the end, close
+        the generator (`contextlib.aclosing`).
+
+        A result that cannot be read back comes as a failure whose `error` is the
+        ResultDecodeError, so that those behind it come too.
+
+        Args:
+            where: A condition on the attributes of models.Result, or several, which all must hold.
+            order_by: What to order by, one expression or several; without, it is any order.
+            batch_size: How many rows are fetched and kept in memory at once.
+            with_logs: Whether to fill the deprecated field `log`.
+
+        Raises:
+            TypeError: where or order_by is no SQLAlchemy expression.
+            ConfigurationError: They are about another class or table, or batch_size is below 1.
+            NotStartedError: Before startup(), or the backend was shut down meanwhile.
+            StorageError: PostgreSQL refused it or could not be reached. Before the first result
+                it is tried again; later, when the connection is lost, the rest does not come.
+        """
+        statement = find_results(self.models, where, order_by, batch_size)
+        return self._started.asking.iterate(statement, batch_size, with_logs)
+
+    async def forget(self, task_ids: Iterable[str]) -> int:
+        """Deletes results, unread, with progress and status of these tasks.
+
+        In a statement for every 200 ids, each committed by itself. It tells nobody: whoever waits
+        for one of them waits on.
+
+        Args:
+            task_ids: Any number of tasks.
+
+        Returns:
+            How many results there were, expired ones that were not yet pruned included.
+
+        Raises:
+            NotStartedError: Before startup().
+            InvalidTaskIdError: The task-id column cannot hold one of the ids; nothing is deleted.
+            StorageError: PostgreSQL refused it or could not be reached. What was deleted stays so.
+            TypeError: task_ids is one str, whose letters would be taken for ids.
+        """
+        _refuse_str("forget", task_ids)
+        column_ids = {self._config.to_column_task_id(task_id) for task_id in task_ids}
+        return await self._started.asking.forget(column_ids)
+
     async def prune(self, limit: int | None = None, time_budget: Seconds | None = None) -> Pruned:
         """Deletes expired results with their progress, and what is older than progress_ttl.
 
@@ -561,9 +642,12 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         results = Results(
             operations, waiting, self._codec, self._config, keep_results=self.keep_results
         )
+        asking = Asking(self._store, self._codec, layout)
         pruning = Pruning(self._store, layout, self._progress_ttl, is_exclusive=False)
         pruner = self._make_pruner(layout)
-        return _Parts(layout, notifier, operations, tracking, waiting, results, pruning, pruner)
+        return _Parts(
+            *(layout, notifier, operations, tracking, waiting, results, asking, pruning, pruner)
+        )
 
     def _make_pruner(self, layout: Layout) -> Pruner | None:
         if self._prune_interval is None:

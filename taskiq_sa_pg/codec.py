@@ -145,9 +145,11 @@ class Codec:
         )
 
     def decode_result(
-        self, task_id: str, row: StoredResult, *, with_logs: bool = False
+        self, task_id: str | None, row: StoredResult, *, with_logs: bool = False
     ) -> TaskiqResult[Any]:
         """The result of a row; without its log unless with_logs is true.
+
+        The task id is for errors; None is one that nobody knows.
 
         Raises:
             ResultDecodeError: A value of the row cannot be read back.
@@ -163,7 +165,12 @@ class Codec:
                 error=None if row.error is None else self._decode_exception(row.error),
             )
         except Exception as exc:
-            raise self._decode_error(f"the result of task {task_id!r}", exc) from exc
+            raise self.decode_error(task_id, exc) from exc
+
+    def decode_error(self, task_id: str | None, exc: Exception) -> ResultDecodeError:
+        """The error of a result that cannot be read back for this reason."""
+        what = "a result" if task_id is None else f"the result of task {task_id!r}"
+        return self._decode_error(what, exc)
 
     def encode_progress(self, task_id: Any, progress: TaskProgress[Any]) -> ProgressRow:
         """The row of a progress; task_id as the column has it.

@@ -154,24 +154,29 @@ class Connections:
                 _note_answer(connection)
 
     @asynccontextmanager
-    async def detached(self) -> AsyncIterator[Any]:
-        """A connection of the driver's own that the pool no longer knows; closed at the end."""
+    async def detached(self, level: IsolationLevel) -> AsyncIterator[tuple[AsyncConnection, Any]]:
+        """A connection that the pool no longer knows, and the driver's; closed at the end.
+
+        It takes no place from statements, however long it is open.
+        """
         async with AsyncExitStack() as stack:
             async with self._slots:
                 await self._make_room()
                 connection = await stack.enter_async_context(self._engine.connect())
                 driver = await _open_driver_of(connection, self._distrusted_at)
-                await _set_isolation_level(connection, "AUTOCOMMIT")
+                await _set_isolation_level(connection, level)
                 assert connection.sync_connection is not None
                 connection.sync_connection.detach()
             try:
-                yield driver
+                yield connection, driver
             finally:
                 # SQLAlchemy would not close it for psycopg, and roll back even where it is lost.
-                await connection.invalidate()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_MAX_SECONDS_TO_CLOSE):
-                        await driver.close()
+                try:
+                    await connection.invalidate()
+                finally:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_MAX_SECONDS_TO_CLOSE):
+                            await driver.close()
 
     def distrust(self) -> None:
         """Replaces every connection that has not answered since, as it would be used next.

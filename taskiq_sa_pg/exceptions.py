@@ -101,6 +101,23 @@ class ResultDecodeError(TaskiqSaPgError, ResultGetError):
         )
 
 
+class MissingColumnsError(TaskiqSaPgError, LookupError):
+    """A row from which no result can be decoded, because its select left columns out.
+
+    Its args: the names of the columns, the table.
+    """
+
+    @property
+    def message(self) -> str:
+        """Which columns, of which table, and what to select."""
+        names, table = self.args
+        return (
+            f"the row has no {', '.join(names)} of table {table}: select the whole model or these "
+            "columns too. Columns that are deferred, or expired by a commit, count as left out; "
+            "and an outer join has none where there is no result"
+        )
+
+
 class PayloadTooLargeError(TaskiqSaPgError, ResultSetError):
     """A serialized value beyond max_payload_bytes.
 

@@ -2,27 +2,33 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from sqlalchemy import (
     Boolean,
+    ColumnElement,
     DateTime,
     Double,
     Index,
     Integer,
+    Interval,
     LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
+    SQLColumnExpression,
     Table,
     Text,
     Uuid,
     column,
     func,
+    literal_column,
     text,
+    type_coerce,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import Mapped, MappedColumn, declared_attr, mapped_column, registry
 from sqlalchemy.sql.elements import conv, quoted_name
 from sqlalchemy.types import String, TypeEngine
@@ -38,6 +44,8 @@ from taskiq_sa_pg.exceptions import ConfigurationError
 # Marks the columns that TaskMetadataMiddleware fills: a model may have others of these names, which
 # are older than ours.
 METADATA: Final[Mapping[str, Any]] = MappingProxyType({"taskiq_sa_pg": "metadata"})
+
+_A_SECOND: Final = literal_column("interval '1 second'", Interval())
 
 # Negative, so that the columns which a subclass adds follow ours.
 _FIRST = -100
@@ -65,6 +73,11 @@ def _quoted(name: str) -> quoted_name:
 def _final(name: str) -> conv:
     # Beyond the reach of the metadata's naming_convention, which may rewrite given names too.
     return conv(_quoted(name))
+
+
+def as_interval(seconds: SQLColumnExpression[float]) -> ColumnElement[timedelta]:
+    """A number of seconds as PostgreSQL's INTERVAL."""
+    return _A_SECOND.op("*", return_type=Interval())(seconds)
 
 
 class ResultMixin:
@@ -150,6 +163,39 @@ class ResultMixin:
     started_at: Mapped[datetime | None] = mapped_column(
         DateTime(timezone=True), sort_order=_FIRST + 17, info=dict(METADATA)
     )
+
+    @hybrid_property
+    def is_expired(self) -> bool:
+        """Whether it is missing for every read; in SQL by the database's clock, else by ours."""
+        return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
+
+    @is_expired.inplace.expression
+    @classmethod
+    def _is_expired(cls) -> ColumnElement[bool]:
+        # Never NULL, so that ~is_expired finds those that are kept for ever.
+        return cls.expires_at.is_not(None) & (cls.expires_at <= func.now())
+
+    @hybrid_property
+    def duration(self) -> timedelta:
+        """execution_time as a timedelta; in SQL as an INTERVAL."""
+        return timedelta(seconds=self.execution_time)
+
+    @duration.inplace.expression
+    @classmethod
+    def _duration(cls) -> ColumnElement[timedelta]:
+        return as_interval(cls.execution_time)
+
+    @hybrid_property
+    def waited(self) -> timedelta | None:
+        """From queued_at to started_at; None where TaskMetadataMiddleware did not see both."""
+        if self.started_at is None or self.queued_at is None:
+            return None
+        return self.started_at - self.queued_at
+
+    @waited.inplace.expression
+    @classmethod
+    def _waited(cls) -> ColumnElement[timedelta | None]:
+        return type_coerce(cls.started_at - cls.queued_at, Interval())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(task_id={self.task_id!r}, is_err={self.is_err!r})"

@@ -1,4 +1,4 @@
-"""What people ask of the tables, as SQLAlchemy Core statements; the command line runs them."""
+"""What people ask of the tables, as SQLAlchemy Core statements."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -96,6 +96,15 @@ def select_list(
     if task_name is not None:
         listed = listed.where(results.c.task_name == task_name)
     return listed.order_by(results.c.finished_at.desc(), results.c.task_id).limit(limit)
+
+
+def select_matching(
+    models: Models, where: Sequence[ColumnElement[bool]], order_by: Sequence[ColumnElement[Any]]
+) -> Select[Any]:
+    """The results that meet all the conditions, as StoredResult."""
+    results = models.results_table
+    columns = readable(results, StoredResult._fields)
+    return select(*columns).where(is_live(results), *where).order_by(*order_by)
 
 
 def select_counts(models: Models) -> Select[Any]:

@@ -4,7 +4,7 @@ JSON travels as text in both directions, so that neither the driver's nor the ap
 codec has a say in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -105,6 +105,29 @@ def take_results(models: Models, *, is_tracked: bool = False) -> Select[Any]:
         others.append(models.status_table)
     return select(*taken.c).add_cte(
         *[deletion(other, locked(other, other.c.task_id == taken.c.task_id)) for other in others]
+    )
+
+
+def forget_results(models: Models, others: Iterable[Table]) -> Select[Any]:
+    """Deletes results of the task ids; returns how many, expired ones too.
+
+    Args:
+        models: The tables.
+        others: Tables of which rows with these task ids are deleted, too.
+    """
+    results = models.results_table
+    found = locked(results, _is_asked_for(results)).cte("found")
+    gone = (
+        delete(results)
+        .where(results.c.task_id == found.c.task_id)
+        .returning(results.c.task_id)
+        .cte("gone")
+    )
+    count = select(func.count()).select_from(gone)
+    # Nothing of the others before the results are gone: other statements lock them in this order.
+    are_gone = count.scalar_subquery().is_not(None)
+    return count.add_cte(
+        *[deletion(other, locked(other, _is_asked_for(other) & are_gone)) for other in others]
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Executable, NullPool
+from sqlalchemy import Executable, NullPool, Select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskiq_sa_pg.config import TableConfig
@@ -16,6 +16,7 @@ from taskiq_sa_pg.engines import DsnSource, check_dsn, make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, StorageError
 from taskiq_sa_pg.faults import condemns_connections, describe, errors_of, is_lost_connection
 from taskiq_sa_pg.retries import Retries
+from taskiq_sa_pg.streams import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Store:
         self._errors: tuple[type[Exception], ...] = ()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._disposal: AsyncGenerator[None, None] | None = None
+        self._streams: set[Stream] = set()
 
     @property
     def is_open(self) -> bool:
@@ -126,6 +128,7 @@ class Store:
         engine, self._engine = self._engine, None
         connections, self._connections = self._connections, None
         disposal, self._disposal = self._disposal, None
+        streams, self._streams = self._streams, set()
         if engine is None or connections is None:
             return
         if self._loop is not asyncio.get_running_loop():
@@ -133,7 +136,10 @@ class Store:
             connections.abandon()
             if disposal is not None:
                 await engine.dispose(close=False)
-        elif disposal is not None:
+            return
+        for stream in streams:
+            await stream.close()
+        if disposal is not None:
             await disposal.aclose()
         else:
             await connections.close()
@@ -225,6 +231,42 @@ class Store:
         except self._errors as exc:
             raise StorageError(*describe(exc, purpose)) from exc
 
+    async def stream(
+        self, statement: Select[Any], size: int, purpose: str
+    ) -> AsyncGenerator[Sequence[Any], None]:
+        """Yields the rows of a statement in batches, which a server-side cursor holds back.
+
+        It has a connection of its own, beside those that statements share: whoever takes the rows
+        may be slow. Close the generator, so that the connection is closed.
+
+        Args:
+            statement: What to run; again where a fault that passes leaves it without a first batch.
+            size: How many rows a batch has at most.
+            purpose: What errors say could not be done.
+
+        Raises:
+            NotStartedError: The store is not open, or was closed meanwhile.
+            StorageError: PostgreSQL refused the statement or could not be reached in time, or the
+                connection was lost between two batches.
+        """
+
+        async def attempt() -> tuple[Stream, Sequence[Any]]:
+            stream = Stream(self._running(purpose), size, self._command_timeout)
+            return stream, await self._watching(stream.open(statement))
+
+        try:
+            stream, rows = await self._retries.run(attempt)
+            self._streams.add(stream)
+            try:
+                while rows:
+                    yield rows
+                    rows = await self._watching(stream.next())
+            finally:
+                self._streams.discard(stream)
+                await stream.close()
+        except self._errors as exc:
+            raise StorageError(*describe(exc, purpose)) from exc
+
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[Any]:
         """A connection of the driver's own, outside of every pool; closed at the end.
@@ -244,13 +286,22 @@ class Store:
         try:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(self._command_timeout):
-                    connection = await stack.enter_async_context(connections.detached())
-                yield connection
+                    detached = connections.detached("AUTOCOMMIT")
+                    _, driver = await stack.enter_async_context(detached)
+                yield driver
         except errors as exc:
             raise StorageError(*describe(exc, purpose)) from exc
         finally:
             if engine is not None:
                 await engine.dispose()
+
+    async def _watching(self, answer: Awaitable[_T]) -> _T:
+        try:
+            return await answer
+        except self._errors as exc:
+            if self._connections is not None and condemns_connections(exc):
+                self._connections.distrust()
+            raise
 
     def _make_engine(self) -> AsyncEngine:
         assert self._dsn is not None

@@ -4,7 +4,6 @@ JSON travels as text, so that neither the driver's nor the application's JSON co
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -16,7 +15,6 @@ from sqlalchemy import (
     Enum,
     FromClause,
     Insert,
-    Interval,
     Select,
     String,
     Table,
@@ -29,7 +27,6 @@ from sqlalchemy import (
     column,
     delete,
     func,
-    literal_column,
     or_,
     select,
     types,
@@ -39,7 +36,7 @@ from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from taskiq_sa_pg.models import METADATA, Models
+from taskiq_sa_pg.models import METADATA, Models, as_interval
 from taskiq_sa_pg.rows import (
     FIRST_FIELDS,
     METADATA_COLUMNS,
@@ -58,7 +55,6 @@ _OF_ALL: Final = "__of_all"
 # They travel as seconds since 1970, which asyncpg encodes at a third of what a datetime takes.
 _TIMES: Final = frozenset({"queued_at", "started_at"})
 
-_A_SECOND: Final = literal_column("interval '1 second'", Interval)
 
 # The execution option that names the parameters to be converted; others come as drivers take them.
 CONVERTED: Final = "taskiq_sa_pg_converted"
@@ -279,11 +275,6 @@ def _on_conflict(
         set_={name: statement.excluded[name] for name in overwritten},
         where=where,
     )
-
-
-def as_interval(seconds: ColumnElement[float]) -> ColumnElement[timedelta]:
-    """A number of seconds as PostgreSQL's INTERVAL."""
-    return _A_SECOND.op("*", return_type=Interval())(seconds)
 
 
 def _has_expired(results: Table, statement: PostgresInsert) -> ColumnElement[bool]:

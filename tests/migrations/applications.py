@@ -16,7 +16,14 @@ from tests.conftest import Database
 MODELS = """
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
-from taskiq_sa_pg import Models, ProgressMixin, ResultMixin, TableConfig, build_models
+from taskiq_sa_pg import (
+    Models,
+    ProgressMixin,
+    ResultMixin,
+    StatusMixin,
+    TableConfig,
+    build_models,
+)
 
 class Base(DeclarativeBase):
     metadata = sa.MetaData(
