@@ -48,7 +48,7 @@ class RowDecoder:
         required = (*_REQUIRED, "log") if with_logs else _REQUIRED
         missing = [name for name in required if _is_missing(name, value_of(name))]
         if missing:
-            raise MissingColumnsError(tuple(missing), self._models.config.qualified_name)
+            raise MissingColumnsError(", ".join(missing), self._models.config.qualified_name)
         column_id = value_of("task_id")
         task_id = None if column_id is _MISSING else str(column_id)
         try:
@@ -78,22 +78,18 @@ class RowDecoder:
         raise TypeError(f"{name} is a {type(value).__qualname__}, and not bytes")
 
     def _lookup(self, row: object) -> _Lookup:
-        if isinstance(row, Row):
-            entities = [value for value in row if isinstance(value, ResultMixin)]
-            if len(entities) > 1:
-                raise TypeError(
-                    f"the row holds {len(entities)} results: decode each of them by itself"
-                )
-            if not entities:
-                return self._lookup_in(row._mapping)
-            [row] = entities
+        mapping = row._mapping if isinstance(row, Row) else row
+        if isinstance(mapping, Mapping):
+            found = [value for value in mapping.values() if isinstance(value, ResultMixin)]
+            if not found:
+                return self._lookup_in(mapping)
+            if len(found) > 1:
+                raise TypeError(f"the row holds {len(found)} results: decode them one by one")
+            [row] = found
         if isinstance(row, ResultMixin):
             # What is not loaded would be asked for: an expired instance, a deferred column.
             loaded: Mapping[str, Any] = inspect(row).dict
             return lambda name: loaded.get(name, _MISSING)
-        if isinstance(row, Mapping):
-            entities = [value for value in row.values() if isinstance(value, ResultMixin)]
-            return self._lookup(entities[0]) if len(entities) == 1 else self._lookup_in(row)
         raise TypeError(
             "decode() takes a row of a select, a mapping of columns or an instance of "
             f"models.Result, not {type(row).__qualname__}"

@@ -112,7 +112,7 @@ class MissingColumnsError(TaskiqSaPgError, LookupError):
         """Which columns, of which table, and what to select."""
         names, table = self.args
         return (
-            f"the row has no {', '.join(names)} of table {table}: select the whole model or these "
+            f"the row has no {names} of table {table}: select the whole model or these "
             "columns too. Columns that are deferred, or expired by a commit, count as left out; "
             "and an outer join has none where there is no result"
         )

@@ -293,6 +293,7 @@ OWN = [
     *(exceptions.SchemaError("a"), exceptions.StorageError("a", "53300")),
     *(exceptions.StorageError("a", None), exceptions.ResultIsMissingError("t1", "jobs")),
     exceptions.PayloadTooLargeError("the return value", 2, 1),
+    exceptions.MissingColumnsError("is_err, error", "taskiq_results"),
     exceptions.ResultDecodeError("the result", "jobs", "why"),
     exceptions.ResultSerializationError("the value", "function", "why"),
 ]
