@@ -1,6 +1,7 @@
 """Checked by the type checker and never run: the public API as its users write it."""
 
 from contextlib import aclosing
+from datetime import timedelta
 from typing import Any, assert_type
 
 from sqlalchemy import URL, select
@@ -78,6 +79,29 @@ async def waiting(backend: SQLAlchemyResultBackend[int], task: AsyncTaskiqTask[s
         assert_type(progress, TaskProgress[Any])
     async with aclosing(backend.watch_progress("id")), aclosing(backend.as_completed(["id"])):
         pass
+
+
+async def asking(backend: SQLAlchemyResultBackend[int], session: AsyncSession) -> None:
+    models = backend.models
+    assert_type(backend.decode((await session.execute(select(Result))).one()), TaskiqResult[Any])
+    assert_type(
+        backend.decode(await session.get_one(Result, "id"), with_logs=True).labels, dict[str, Any]
+    )
+    async for task_id, result in backend.iter_results(models.Result.is_err, batch_size=10):
+        assert_type(task_id, str)
+        assert_type(result, TaskiqResult[int])
+    where = [~models.Result.is_expired, Result.tenant == "acme", Result.duration > timedelta(1)]
+    async with aclosing(backend.iter_results(where=where, order_by=Result.duration.desc())):
+        pass
+    backend.iter_results(order_by=[Result.finished_at, Result.waited.desc()])
+    backend.iter_results(True)  # type: ignore[arg-type]  # no condition
+    assert_type(await backend.forget(["id"]), int)
+
+
+def properties(result: Result) -> None:
+    assert_type(result.is_expired, bool)
+    assert_type(result.duration, timedelta)
+    assert_type(result.waited, timedelta | None)
 
 
 def errors(error: StorageError) -> None:
