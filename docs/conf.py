@@ -36,7 +36,8 @@ autodoc_typehints_description_target = "documented_params"
 nitpicky = True
 # What others document: there is no inventory of theirs without a network. And our type variables.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(asyncio|collections|pathlib|sqlalchemy|taskiq|typing)(\..+)?"),
+    (r"py:.*", r"(asyncio|collections|datetime|pathlib|sqlalchemy|taskiq|typing)(\..+)?"),
+    (r"py:class", r"ColumnElement|LambdaElement|SQLCoreOperations"),  # as SQLAlchemy abbreviates
     (r"py:exc", r"TaskiqResultTimeoutError"),
     (r"py:class", r".*\b_(T|ReturnType)"),
 ]
