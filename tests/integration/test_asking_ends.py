@@ -2,11 +2,13 @@
 
 import asyncio
 import gc
+import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from taskiq_sa_pg import NotStartedError, SQLAlchemyResultBackend, StorageError
 from taskiq_sa_pg.engines import make_engine
@@ -126,7 +128,7 @@ async def test_a_connection_that_is_cut_ends_it_with_an_error(
 
     with pytest.raises(StorageError, match="cannot read results in table taskiq_results: ") as e:
         await consume()
-    assert "terminating connection" in str(e.value) or "closed" in str(e.value)
+    assert re.search("terminating connection|closed|connection was lost", str(e.value))
     assert len(found) == len(set(found)) == 200
     await backend.set_result("after", result_of(7))
     assert len([task_id async for task_id, _ in backend.iter_results()]) == 1001
@@ -167,8 +169,6 @@ async def test_shutdown_ends_it(backend: Backend, database: Database) -> None:
 async def test_shutdown_waits_for_the_batch_that_is_under_way(
     backend: Backend, database: Database
 ) -> None:
-    import sqlalchemy as sa
-
     slowly = sa.func.pg_sleep(0.05).cast(sa.Text) == ""
     results = backend.iter_results(slowly, batch_size=10)
     await anext(results)
