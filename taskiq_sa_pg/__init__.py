@@ -16,7 +16,8 @@ from taskiq_sa_pg.exceptions import (
     TaskiqSaPgError,
 )
 from taskiq_sa_pg.middleware import TaskMetadataMiddleware
-from taskiq_sa_pg.models import Models, ProgressMixin, ResultMixin, StatusMixin, build_models
+from taskiq_sa_pg.mixins import ProgressMixin, ResultMixin, StatusMixin
+from taskiq_sa_pg.models import Models, build_models
 from taskiq_sa_pg.pruning import Pruned
 from taskiq_sa_pg.signing import SignedSerializer
 from taskiq_sa_pg.tracking import TaskStatus

@@ -11,7 +11,8 @@ from taskiq import TaskiqResult
 
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.exceptions import MissingColumnsError
-from taskiq_sa_pg.models import Models, ResultMixin
+from taskiq_sa_pg.mixins import ResultMixin
+from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.rows import StoredResult
 
 # What a TaskiqResult cannot do without; labels and log have defaults there.

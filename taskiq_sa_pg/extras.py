@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from taskiq import TaskiqResult
 
 from taskiq_sa_pg.exceptions import ConfigurationError
-from taskiq_sa_pg.models import METADATA, Models
+from taskiq_sa_pg.mixins import METADATA
+from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.rows import RESULT_COLUMNS, Features, ResultRow
 from taskiq_sa_pg.upserts import ALL_FEATURES, Call, ResultUpserts
 

@@ -1,37 +1,10 @@
-"""The declarative models: column mixins, and build_models(), which makes classes of them."""
+"""The declarative models of one configuration, and build_models(), which makes them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from types import MappingProxyType
-from typing import Any, ClassVar, Final
+from typing import Any
 
-from sqlalchemy import (
-    Boolean,
-    ColumnElement,
-    DateTime,
-    Double,
-    Index,
-    Integer,
-    Interval,
-    LargeBinary,
-    MetaData,
-    PrimaryKeyConstraint,
-    SQLColumnExpression,
-    Table,
-    Text,
-    Uuid,
-    column,
-    func,
-    literal_column,
-    text,
-    type_coerce,
-)
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.ext.hybrid import hybrid_property
-from sqlalchemy.orm import Mapped, MappedColumn, declared_attr, mapped_column, registry
-from sqlalchemy.sql.elements import conv, quoted_name
-from sqlalchemy.types import String, TypeEngine
+from sqlalchemy import MetaData, Table
+from sqlalchemy.orm import MappedColumn, declared_attr, registry
 
 from taskiq_sa_pg.config import (
     DEFAULT_TABLE_NAME,
@@ -40,255 +13,13 @@ from taskiq_sa_pg.config import (
     TaskIdField,
 )
 from taskiq_sa_pg.exceptions import ConfigurationError
-
-# Marks the columns that TaskMetadataMiddleware fills: a model may have others of these names, which
-# are older than ours.
-METADATA: Final[Mapping[str, Any]] = MappingProxyType({"taskiq_sa_pg": "metadata"})
-
-_A_SECOND: Final = literal_column("interval '1 second'", Interval())
-
-# Negative, so that the columns which a subclass adds follow ours.
-_FIRST = -100
-
-
-def _task_id_type(field: TaskIdField) -> TypeEngine[Any]:
-    types: dict[TaskIdField, TypeEngine[Any]] = {
-        "VarChar": String(),
-        "Text": Text(),
-        "Uuid": Uuid(),
-    }
-    return types[field]
-
-
-def _payload_type(field: PayloadField) -> TypeEngine[Any]:
-    # none_as_null: a None that an application writes itself is SQL's NULL and not JSON's null.
-    return LargeBinary() if field == "Bytea" else JSONB(none_as_null=True)
-
-
-def _quoted(name: str) -> quoted_name:
-    # Always quoted: the list of reserved words grows from one PostgreSQL to the next.
-    return quoted_name(name, quote=True)
-
-
-def _final(name: str) -> conv:
-    # Beyond the reach of the metadata's naming_convention, which may rewrite given names too.
-    return conv(_quoted(name))
-
-
-def as_interval(seconds: SQLColumnExpression[float]) -> ColumnElement[timedelta]:
-    """A number of seconds as PostgreSQL's INTERVAL."""
-    return _A_SECOND.op("*", return_type=Interval())(seconds)
-
-
-class ResultMixin:
-    """The columns and indexes of a results table.
-
-    Subclass it beside your own Base to add columns; `__table_config__` says which types and
-    names the table has, and nothing else has to be set:
-
-        class Result(ResultMixin, Base):
-            __table_config__ = TableConfig(table_name="results")
-            tenant: Mapped[str | None]
-    """
-
-    __table_config__: ClassVar[TableConfig] = TableConfig()
-
-    @declared_attr.directive
-    def __tablename__(cls) -> str:
-        return _quoted(cls.__table_config__.table_name)
-
-    @declared_attr.directive
-    def __table_args__(cls) -> tuple[Any, ...]:
-        config = cls.__table_config__
-        return (
-            PrimaryKeyConstraint("task_id", name=_final(config.primary_key_name)),
-            Index(
-                _final(config.finished_at_index_name),
-                "finished_at",
-                postgresql_using="brin",
-            ),
-            Index(
-                _final(config.expires_at_index_name),
-                "expires_at",
-                postgresql_where=column("expires_at").is_not(None),
-            ),
-            _table_options(config),
-        )
-
-    @declared_attr
-    def task_id(cls) -> Mapped[Any]:
-        """A str, or a uuid.UUID where the column is UUID."""
-        column_type = _task_id_type(cls.__table_config__.field_for_task_id)
-        return mapped_column(column_type, sort_order=_FIRST)
-
-    is_err: Mapped[bool] = mapped_column(Boolean, sort_order=_FIRST + 1)
-
-    @declared_attr
-    def return_value(cls) -> Mapped[Any]:
-        """The serialized return value: bytes, or JSON where the column is JSONB."""
-        column_type = _payload_type(cls.__table_config__.field_for_payload)
-        return mapped_column(column_type, nullable=False, sort_order=_FIRST + 2)
-
-    @declared_attr
-    def error(cls) -> Mapped[Any]:
-        """The serialized exception, or None."""
-        column_type = _payload_type(cls.__table_config__.field_for_payload)
-        return mapped_column(column_type, nullable=True, sort_order=_FIRST + 3)
-
-    error_type: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 4)
-    traceback: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 5)
-    execution_time: Mapped[float] = mapped_column(Double, sort_order=_FIRST + 6)
-    labels: Mapped[dict[str, Any]] = mapped_column(JSONB, sort_order=_FIRST + 7)
-    log: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 8)
-    task_name: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 9)
-    attempt: Mapped[int] = mapped_column(
-        Integer, default=0, server_default=text("0"), sort_order=_FIRST + 10
-    )
-    finished_at: Mapped[datetime] = mapped_column(
-        DateTime(timezone=True), server_default=func.now(), sort_order=_FIRST + 11
-    )
-    expires_at: Mapped[datetime | None] = mapped_column(
-        DateTime(timezone=True), sort_order=_FIRST + 12
-    )
-    args: Mapped[list[Any] | None] = mapped_column(
-        JSONB(none_as_null=True), sort_order=_FIRST + 13, info=dict(METADATA)
-    )
-    kwargs: Mapped[dict[str, Any] | None] = mapped_column(
-        JSONB(none_as_null=True), sort_order=_FIRST + 14, info=dict(METADATA)
-    )
-    worker: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 15, info=dict(METADATA))
-    queued_at: Mapped[datetime | None] = mapped_column(
-        DateTime(timezone=True), sort_order=_FIRST + 16, info=dict(METADATA)
-    )
-    started_at: Mapped[datetime | None] = mapped_column(
-        DateTime(timezone=True), sort_order=_FIRST + 17, info=dict(METADATA)
-    )
-
-    @hybrid_property
-    def is_expired(self) -> bool:
-        """Whether it is missing for every read; in SQL by the database's clock, else by ours."""
-        return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
-
-    @is_expired.inplace.expression
-    @classmethod
-    def _is_expired(cls) -> ColumnElement[bool]:
-        # Never NULL, so that ~is_expired finds those that are kept for ever.
-        return cls.expires_at.is_not(None) & (cls.expires_at <= func.now())
-
-    @hybrid_property
-    def duration(self) -> timedelta:
-        """execution_time as a timedelta; in SQL as an INTERVAL."""
-        return timedelta(seconds=self.execution_time)
-
-    @duration.inplace.expression
-    @classmethod
-    def _duration(cls) -> ColumnElement[timedelta]:
-        return as_interval(cls.execution_time)
-
-    @hybrid_property
-    def waited(self) -> timedelta | None:
-        """From queued_at to started_at; None where TaskMetadataMiddleware did not see both."""
-        if self.started_at is None or self.queued_at is None:
-            return None
-        return self.started_at - self.queued_at
-
-    @waited.inplace.expression
-    @classmethod
-    def _waited(cls) -> ColumnElement[timedelta | None]:
-        return type_coerce(cls.started_at - cls.queued_at, Interval())
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(task_id={self.task_id!r}, is_err={self.is_err!r})"
-
-
-class ProgressMixin:
-    """The columns of a progress table; subclass it as you subclass ResultMixin."""
-
-    __table_config__: ClassVar[TableConfig] = TableConfig()
-
-    @declared_attr.directive
-    def __tablename__(cls) -> str:
-        return _quoted(cls.__table_config__.progress_table_name)
-
-    @declared_attr.directive
-    def __table_args__(cls) -> tuple[Any, ...]:
-        config = cls.__table_config__
-        return (
-            PrimaryKeyConstraint("task_id", name=_final(config.progress_primary_key_name)),
-            # Half-empty pages and no further index keep the frequent updates HOT.
-            # `postgresql_with` would say it better, and came with SQLAlchemy 2.1.
-            _table_options(config, postgresql_using="heap WITH (fillfactor = 50)"),
-        )
-
-    @declared_attr
-    def task_id(cls) -> Mapped[Any]:
-        """A str, or a uuid.UUID where the column is UUID."""
-        column_type = _task_id_type(cls.__table_config__.field_for_task_id)
-        return mapped_column(column_type, sort_order=_FIRST)
-
-    state: Mapped[str] = mapped_column(Text, sort_order=_FIRST + 1)
-
-    @declared_attr
-    def meta(cls) -> Mapped[Any]:
-        """The serialized metadata of the progress, or None."""
-        column_type = _payload_type(cls.__table_config__.field_for_payload)
-        return mapped_column(column_type, nullable=True, sort_order=_FIRST + 2)
-
-    updated_at: Mapped[datetime] = mapped_column(
-        DateTime(timezone=True), server_default=func.now(), sort_order=_FIRST + 3
-    )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(task_id={self.task_id!r}, state={self.state!r})"
-
-
-class StatusMixin:
-    """The columns of a status table; subclass it as you subclass ResultMixin."""
-
-    __table_config__: ClassVar[TableConfig] = TableConfig()
-
-    @declared_attr.directive
-    def __tablename__(cls) -> str:
-        return _quoted(cls.__table_config__.status_table_name)
-
-    @declared_attr.directive
-    def __table_args__(cls) -> tuple[Any, ...]:
-        config = cls.__table_config__
-        return (
-            PrimaryKeyConstraint("task_id", name=_final(config.status_primary_key_name)),
-            # As in ProgressMixin.
-            _table_options(config, postgresql_using="heap WITH (fillfactor = 50)"),
-        )
-
-    @declared_attr
-    def task_id(cls) -> Mapped[Any]:
-        """A str, or a uuid.UUID where the column is UUID."""
-        column_type = _task_id_type(cls.__table_config__.field_for_task_id)
-        return mapped_column(column_type, sort_order=_FIRST)
-
-    state: Mapped[str] = mapped_column(Text, sort_order=_FIRST + 1)
-    task_name: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 2)
-    attempt: Mapped[int] = mapped_column(
-        Integer, default=0, server_default=text("0"), sort_order=_FIRST + 3
-    )
-    queued_at: Mapped[datetime | None] = mapped_column(
-        DateTime(timezone=True), sort_order=_FIRST + 4
-    )
-    started_at: Mapped[datetime | None] = mapped_column(
-        DateTime(timezone=True), sort_order=_FIRST + 5
-    )
-    worker: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 6)
-    updated_at: Mapped[datetime] = mapped_column(
-        DateTime(timezone=True), server_default=func.now(), sort_order=_FIRST + 7
-    )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(task_id={self.task_id!r}, state={self.state!r})"
-
-
-def _table_options(config: TableConfig, **options: Any) -> dict[str, Any]:
-    schema = None if config.schema is None else _quoted(config.schema)
-    return {"schema": schema, **options}
+from taskiq_sa_pg.mixins import (
+    ProgressMixin,
+    ResultMixin,
+    StatusMixin,
+    payload_type,
+    task_id_type,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,8 +92,8 @@ class Models:
 
 def _require_columns_of(mixin: type[Any], table: Table, config: TableConfig) -> None:
     # Of these columns values go to the driver as they are, past the types of SQLAlchemy.
-    payload = _payload_type(config.field_for_payload)
-    types = {"task_id": _task_id_type(config.field_for_task_id)}
+    payload = payload_type(config.field_for_payload)
+    types = {"task_id": task_id_type(config.field_for_task_id)}
     types |= dict.fromkeys(("return_value", "error", "meta"), payload)
     for name in _columns_of(mixin):
         if name not in table.c:

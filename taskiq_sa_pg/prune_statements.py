@@ -30,7 +30,8 @@ from sqlalchemy import (
     true,
 )
 
-from taskiq_sa_pg.models import Models, as_interval
+from taskiq_sa_pg.mixins import as_interval
+from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.upserts import locked
 
 _TIME: Final = DateTime(timezone=True)

@@ -36,7 +36,8 @@ from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from taskiq_sa_pg.models import METADATA, Models, as_interval
+from taskiq_sa_pg.mixins import METADATA, as_interval
+from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.rows import (
     FIRST_FIELDS,
     METADATA_COLUMNS,
