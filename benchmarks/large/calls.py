@@ -27,6 +27,7 @@ class Calls:
     """An operation with so many callers; medians of the rounds.
 
     Attributes:
+        shared_buffers: The server's setting.
         operation: What is called.
         callers: How many call at once.
         small_p50_ms: The median latency on the table with few rows.
@@ -36,6 +37,7 @@ class Calls:
         large_per_second: The same on the other.
     """
 
+    shared_buffers: str
     operation: str
     callers: int
     small_p50_ms: float
@@ -68,9 +70,11 @@ async def measure_calls(tables: Tables, plan: LargePlan) -> list[Calls]:
             for callers, calls in plan.calls
         ]
         rounds = await _measure_rounds(tables, plan, scenarios, {_SMALL: small, _LARGE: large})
-    await tables.drop(small.models)
-    await tables.drop(large.models)
-    return [_summarize(scenario, [each[scenario] for each in rounds]) for scenario in scenarios]
+    shared_buffers = await tables.connection.fetchval("SHOW shared_buffers")
+    return [
+        _summarize(shared_buffers, scenario, [each[scenario] for each in rounds])
+        for scenario in scenarios
+    ]
 
 
 async def _open(stack: AsyncExitStack, tables: Tables, name: str) -> _Table:
@@ -130,11 +134,14 @@ def _ids_of(numbers: range, count: int) -> list[str]:
     return [id_of(number) for number in random.sample(numbers, count)]
 
 
-def _summarize(scenario: _Scenario, rounds: Sequence[Mapping[str, Sample]]) -> Calls:
+def _summarize(
+    shared_buffers: str, scenario: _Scenario, rounds: Sequence[Mapping[str, Sample]]
+) -> Calls:
     def median(name: str, figure: Callable[[Sample], float]) -> float:
         return statistics.median(figure(samples[name]) for samples in rounds)
 
     return Calls(
+        shared_buffers,
         scenario.operation,
         scenario.callers,
         small_p50_ms=median(_SMALL, lambda sample: sample.p50_ms),

@@ -18,7 +18,7 @@ class LargePlan:
 
     rows: int = 1_000_000
     few_rows: int = 5000
-    rounds: int = 25
+    rounds: int = 20
     calls: tuple[tuple[int, int], ...] = ((1, 300), (100, 5000))
     window: float = 0.5
 

@@ -30,7 +30,8 @@ def targets(results: LargeResults) -> list[Target]:
     return [
         *[
             Target(
-                f"{each.operation}, {_callers(each)}: p50 on {results.plan.rows:,} rows beside few",
+                f"{each.operation}, {_callers(each)}, shared_buffers={each.shared_buffers}: p50 on "
+                f"{results.plan.rows:,} rows beside few",
                 "at most",
                 1.5,
                 each.ratio,
@@ -80,6 +81,7 @@ def _calls(results: LargeResults) -> str:
     plan = results.plan
     rows = [
         [
+            each.shared_buffers,
             each.operation,
             f"{each.callers:,}",
             *(number(each.small_p50_ms), number(each.large_p50_ms), f"{number(each.ratio)}x"),
@@ -87,11 +89,12 @@ def _calls(results: LargeResults) -> str:
         ]
         for each in results.calls
     ]
-    headers = ["operation", "callers:", "few: p50 ms:", "many: p50 ms:", "ratio:"]
+    headers = ["shared_buffers", "operation", "callers:", "few: p50 ms:", "many: p50 ms:", "ratio:"]
     return (
         f"On a table with {plan.rows:,} rows beside one with few, by turns: `set_result` begins "
         f"with an empty table each time, and the others find {plan.few_rows:,} rows there. What is "
-        f"read is anywhere in the table. {plan.rounds} rounds; figures are medians, ratios those "
+        f"read is anywhere in the table, which takes more than 128 MB, PostgreSQL's default for "
+        f"`shared_buffers`: 1 GB holds it. {plan.rounds} rounds; figures are medians, ratios those "
         "of the rounds' ratios.\n\n" + table([*headers, "few: calls/s:", "many: calls/s:"], rows)
     )
 
