@@ -16,6 +16,7 @@ from benchmarks.large.plan import LargePlan
 from benchmarks.large.tables import HALF_EXPIRED, PAYLOAD_BYTES, Tables
 from benchmarks.measure import percentile
 from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.pruning import Pruning
 from taskiq_sa_pg.store import Store
 
@@ -98,7 +99,7 @@ async def measure_pruning(tables: Tables, plan: LargePlan) -> PruningCost:
     await asyncio.sleep(plan.window)  # its connections are open then
     latencies.clear()
     print("pruning", flush=True)
-    pruning = Pruning(store, models, None, is_exclusive=False)
+    pruning = Pruning(store, Layout(models), None, is_exclusive=False)
     pruned = await _by_turns(asyncio.create_task(pruning.run()), store.may_run, plan.window)
     for writer in writers:
         writer.cancel()

@@ -29,8 +29,8 @@ from taskiq_sa_pg import Models, SQLAlchemyResultBackend
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.engines import make_engine
 from taskiq_sa_pg.metadata import Metadata, attach
+from taskiq_sa_pg.mixins import as_interval
 from taskiq_sa_pg.rows import METADATA_COLUMNS, ResultRow
-from taskiq_sa_pg.upserts import as_interval
 
 PAYLOAD_BYTES: Final = 200
 SECONDS_BETWEEN: Final = 0.001  # from one result to the next
