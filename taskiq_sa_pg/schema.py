@@ -181,12 +181,7 @@ async def check(
         StorageError: PostgreSQL could not be reached.
     """
     config = store.located(models.config)
-    purpose = f"check the schema of table {config.qualified_name}"
-
-    async def describe(connection: AsyncConnection) -> list[sa.Row[Any]]:
-        return list((await connection.execute(describe_tables(config))).all())
-
-    rows = await store.transact(describe, purpose, retry_timeout=timeout)
+    rows = await _describe(store, config, timeout)
     results, progress = models.results_table, models.progress_table
     commands = _upgrade_commands(config)
     if not rows:
@@ -195,9 +190,9 @@ async def check(
             f"make them with {commands} or run_migrations=True"
         )
     may_fill = {column.name for column in extra_columns.values()}
-    names = {row.column_name for row in rows if row.table_name == results.name}
+    features = _features(models, rows)
     has_columns = has_metadata_columns(models)
-    is_step_1 = has_columns and not names.issuperset(METADATA_COLUMNS)
+    is_step_1 = has_columns and not features.has_metadata
     fields = ResultRow._fields if has_columns and not is_step_1 else FIRST_FIELDS
     differences = [
         *_differences(
@@ -207,10 +202,8 @@ async def check(
         ),
         *_differences(progress, ProgressRow._fields, "updated_at", rows),
     ]
-    status = models.status_table
-    unfit = [] if status is None else _differences(status, StatusRow._fields, "updated_at", rows)
     if is_tracked:
-        differences.extend(unfit)
+        differences.extend(_differences_of_status(models, rows))
     if differences:
         raise SchemaError(
             f"the results backend cannot use its tables: {'; '.join(differences)}. Make them, "
@@ -224,7 +217,37 @@ async def check(
             "TaskMetadataMiddleware has for them is left out; %s or run_migrations=True adds them",
             *(config.qualified_name, ", ".join(METADATA_COLUMNS), commands),
         )
-    return Features(has_metadata=not is_step_1, has_status=status is not None and not unfit)
+    return features
+
+
+async def find_features(store: Store, models: Models) -> Features:
+    """What the tables have of the later steps, whatever is the matter with them else.
+
+    Raises:
+        StorageError: PostgreSQL could not be reached.
+    """
+    return _features(models, await _describe(store, store.located(models.config), None))
+
+
+async def _describe(
+    store: Store, config: TableConfig, timeout: float | None
+) -> Sequence[sa.Row[Any]]:
+    async def describe(connection: AsyncConnection) -> list[sa.Row[Any]]:
+        return list((await connection.execute(describe_tables(config))).all())
+
+    purpose = f"check the schema of table {config.qualified_name}"
+    return await store.transact(describe, purpose, retry_timeout=timeout)
+
+
+def _features(models: Models, rows: Sequence[sa.Row[Any]]) -> Features:
+    names = {row.column_name for row in rows if row.table_name == models.config.table_name}
+    has_status = models.status_table is not None and not _differences_of_status(models, rows)
+    return Features(names.issuperset(METADATA_COLUMNS), has_status)
+
+
+def _differences_of_status(models: Models, rows: Sequence[sa.Row[Any]]) -> list[str]:
+    assert models.status_table is not None
+    return _differences(models.status_table, StatusRow._fields, "updated_at", rows)
 
 
 def _differences(

@@ -2,7 +2,7 @@
 
 import typer
 
-from taskiq_sa_pg.cli import importing, listing, provisioning, pruning, watching
+from taskiq_sa_pg.cli import importing, listing, provisioning, pruning, tracking, watching
 from taskiq_sa_pg.cli.target import command
 
 _HELP = """Provisions and shows the tables in which taskiq_sa_pg keeps task results.
@@ -29,6 +29,8 @@ app.command("sql")(command(provisioning.sql))
 app.command("show")(command(listing.show))
 app.command("list")(command(listing.list_results))
 app.command("stats")(command(listing.stats))
+app.command("status")(command(tracking.status))
+app.command("running")(command(tracking.running))
 app.command("prune")(command(pruning.prune))
 app.command("watch")(command(watching.watch))
 app.command("import-results")(

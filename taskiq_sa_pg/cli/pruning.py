@@ -12,7 +12,7 @@ from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.prune_statements import count_expired, count_stale
 from taskiq_sa_pg.pruning import Pruned, Pruning
 from taskiq_sa_pg.retention import check_seconds
-from taskiq_sa_pg.schema import check
+from taskiq_sa_pg.schema import find_features
 from taskiq_sa_pg.store import Store
 
 
@@ -44,7 +44,7 @@ async def prune(
     check_seconds("--progress-ttl", progress_ttl)
     layout = Layout(target.models)
     async with target.store() as store:
-        layout.expect(await check(store, target.models))
+        layout.expect(await find_features(store, target.models))
         if dry_run:
             pruned = await _count(store, layout, progress_ttl)
         else:

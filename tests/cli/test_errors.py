@@ -124,6 +124,7 @@ def test_without_the_extra_the_remedy_is_told(missing: str, tmp_path: Path) -> N
 
 def test_the_program_is_installed() -> None:
     run = subprocess.run([PROGRAM, "--help"], capture_output=True, text=True, check=True)
-    commands = "upgrade downgrade current check sql show list stats watch import-results"
+    commands = "upgrade downgrade current check sql show list stats status running prune watch "
+    commands += "import-results"
     for command in commands.split():
         assert f"  {command} " in run.stdout

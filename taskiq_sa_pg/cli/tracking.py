@@ -1,0 +1,77 @@
+"""The commands that tell what tasks are at."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from taskiq_sa_pg.cli.output import JsonOption, say, say_json, say_table
+from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.layout import Layout
+from taskiq_sa_pg.schema import find_features
+from taskiq_sa_pg.tracking import TaskStatus, Tracking
+
+
+async def status(
+    target: Target,
+    task_id: Annotated[str, typer.Argument(help="The task.")],
+    json: JsonOption = False,
+) -> None:
+    """Says what a task is at: queued, started, retrying, succeeded, failed, expired, unknown."""
+    column_id = target.config.to_column_task_id(task_id)
+    async with _tracking(target) as tracking:
+        found = await tracking.read(column_id, task_id)
+    if json:
+        say_json(asdict(found))
+        return
+    for name, value in asdict(found).items():
+        if value is not None:
+            say(f"{name + ':':<16}{value}")
+
+
+async def running(
+    target: Target,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
+    json: JsonOption = False,
+) -> None:
+    """Lists the tasks that are being executed, the longest running first.
+
+    Those of brokers with track="started" and TaskMetadataMiddleware; one whose worker was killed
+    stays until it is started again or pruned.
+    """
+    async with _tracking(target) as tracking:
+        found = await tracking.read_running(limit)
+    if json:
+        say_json([asdict(each) for each in found])
+        return
+    now = datetime.now(UTC)
+    say_table(
+        ["started at", "seconds", "attempt", "task", "worker", "task id"],
+        [[*_times(each, now), *_names(each)] for each in found],
+    )
+
+
+@asynccontextmanager
+async def _tracking(target: Target) -> AsyncIterator[Tracking]:
+    layout = Layout(target.models)
+    async with target.store() as store:
+        layout.expect(await find_features(store, target.models))
+        tracking = Tracking(store, layout)
+        try:
+            yield tracking
+        finally:
+            await tracking.close()
+
+
+def _times(status: TaskStatus, now: datetime) -> list[str]:
+    if status.started_at is None:
+        return ["", ""]
+    started_at = status.started_at.isoformat(sep=" ", timespec="seconds")
+    return [started_at, f"{(now - status.started_at).total_seconds():.1f}"]
+
+
+def _names(status: TaskStatus) -> list[str]:
+    return [str(status.attempt), status.task_name or "", status.worker or "", status.task_id]
