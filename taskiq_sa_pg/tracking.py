@@ -104,20 +104,25 @@ class Tracking:
 
     async def read_running(self, limit: int) -> list[TaskStatus]:
         """The tasks that are executed, the longest first."""
-        if not self._layout.features.has_status:
-            return []
-        purpose = f"list the running tasks of table {self._table}"
-        rows = await self._layout.adapting(
-            lambda: self._store.fetch(self._running, {"limit": limit}, purpose), uses_status=True
-        )
+
+        async def read() -> Sequence[Any]:
+            if not self._layout.features.has_status:
+                return []
+            purpose = f"list the running tasks of table {self._table}"
+            return await self._store.fetch(self._running, {"limit": limit}, purpose)
+
+        rows = await self._layout.adapting(read, uses_status=True)
         return [_status_of(str(row[0]), StoredStatus._make(row)) for row in rows]
 
     async def _write(self, batch: Mapping[Any, Entry[StatusRow]]) -> Mapping[Any, None]:
-        if not self._layout.features.has_status:
-            return {}
         rows = [entry.row for entry in batch.values()]
-        await self._upsert_all([row for row in rows if row.state != "unknown"])
-        await self._delete_all([row for row in rows if row.state == "unknown"])
+
+        async def write() -> None:
+            if self._layout.features.has_status:
+                await self._upsert_all([row for row in rows if row.state != "unknown"])
+                await self._delete_all([row for row in rows if row.state == "unknown"])
+
+        await self._layout.adapting(write, uses_status=True)
         return {}
 
     async def _upsert_all(self, rows: Sequence[StatusRow]) -> None:

@@ -379,6 +379,17 @@ async def test_a_result_that_is_read_once_takes_its_status_along(
     assert await backend.get_status("1") == TaskStatus("1", "unknown")
 
 
+async def test_what_is_forgotten_takes_its_status_along(
+    backend: Backend, database: Database
+) -> None:
+    ids = [new_id() for _ in range(3)]
+    for task_id in ids:
+        await backend.set_status(TaskStatus(task_id, "started"))
+    assert await backend.forget(ids[:2]) == 0
+    assert await running(backend) == ids[2:]
+    assert await rows_of_status(database) == 1
+
+
 async def test_pruning_deletes_old_statuses_too(
     database: Database, start_backend: BackendFactory
 ) -> None:
@@ -528,14 +539,32 @@ async def test_without_the_table_no_result_is_lost(
     assert (await backend.prune()).is_complete
 
 
+async def test_a_sender_without_the_table_is_told_once(
+    backend: Backend, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    await database.fetch("DROP TABLE taskiq_results_status")
+    broker = broker_of(backend)
+
+    @broker.task
+    async def nothing() -> None: ...
+
+    for _ in range(3):
+        await nothing.kiq()
+    [message] = caplog.messages
+    assert "lacks the status table of step 3" in message
+    assert len(broker.held) == 3
+
+
 async def test_who_asks_without_the_table_gets_what_results_tell(
     backend: Backend, database: Database
 ) -> None:
     task_id = new_id()
     await backend.set_result(task_id, result_of(1))
     await database.fetch("DROP TABLE taskiq_results_status")
+    assert await backend.get_running() == []
     assert await state_of(backend, task_id) == "succeeded"
     assert await state_of(backend, new_id()) == "unknown"
+    assert await backend.forget([task_id]) == 1
 
 
 async def test_startup_wants_the_table_where_tasks_are_tracked(
