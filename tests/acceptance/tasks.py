@@ -4,6 +4,7 @@ ACCEPTANCE_PAYLOAD chooses the payload's column type, and with it the serializer
 """
 
 import os
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -14,15 +15,17 @@ from taskiq import Context, SimpleRetryMiddleware, TaskiqDepends
 from taskiq.depends.progress_tracker import ProgressTracker, TaskState
 from taskiq_pg.asyncpg import AsyncpgBroker
 
-from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg import SQLAlchemyResultBackend, TaskMetadataMiddleware
 
 dsn = os.environ["TASKIQ_SA_PG_DSN"]
 payload: Any = os.environ["ACCEPTANCE_PAYLOAD"]
-backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(dsn, field_for_payload=payload)
+backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
+    dsn, field_for_payload=payload, track="started"
+)
 broker = (
     AsyncpgBroker(dsn)
     .with_result_backend(backend)
-    .with_middlewares(SimpleRetryMiddleware(default_retry_count=3))
+    .with_middlewares(SimpleRetryMiddleware(default_retry_count=3), TaskMetadataMiddleware())
 )
 
 
@@ -85,3 +88,12 @@ async def fail_until_attempt(attempt: int, context: Context = TaskiqDepends()) -
     if current < attempt:
         raise RuntimeError(f"attempt {current}")
     return current
+
+
+@broker.task
+async def hold(gate: str) -> int:
+    """Runs until there is progress of the gate."""
+    async with aclosing(backend.watch_progress(gate)) as opened:
+        async for _ in opened:
+            break
+    return os.getpid()

@@ -1,7 +1,9 @@
 """Tasks that real worker processes run, seen by their client through public names alone."""
 
 import asyncio
-from datetime import UTC, datetime
+import socket
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from types import ModuleType
 
@@ -12,6 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from taskiq_sa_pg import ResultSerializationError
 from taskiq_sa_pg.engines import make_engine
+from tests.conftest import eventually
+from tests.tasks import new_id, progress_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -85,3 +89,25 @@ async def test_two_clients_wait_for_one_result(tasks: ModuleType) -> None:
         task.wait_result(timeout=TIMEOUT), task.wait_result(timeout=TIMEOUT)
     )
     assert first == second
+
+
+async def test_what_runs_is_known_with_its_worker(tasks: ModuleType) -> None:
+    gate = new_id()
+    sent = [await tasks.hold.kiq(gate) for _ in range(6)]
+    ids = {task.task_id for task in sent}
+
+    async def all_run() -> bool:
+        return {status.task_id for status in await tasks.backend.get_running()} == ids
+
+    await eventually(all_run, TIMEOUT)
+    running = {status.task_id: status for status in await tasks.backend.get_running()}
+    await tasks.backend.set_progress(gate, progress_of(None))
+    for task in sent:
+        result = await task.wait_result(timeout=TIMEOUT)
+        status = await tasks.backend.get_status(task.task_id)
+        assert status.state == "succeeded"
+        assert status.worker == f"{socket.gethostname()}:{result.return_value}"
+        assert status.queued_at <= status.started_at
+        assert status.started_at - status.finished_at < timedelta(seconds=1)  # of two clocks
+        assert running[task.task_id] == replace(status, state="started", finished_at=None)
+    assert await tasks.backend.get_running() == []
