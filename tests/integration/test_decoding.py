@@ -83,7 +83,7 @@ def selects_of(model: Any) -> dict[str, sa.Select[Any]]:
         "an entity beside others": sa.select(model.task_id, sa.literal(1).label("error"), model),
         "columns of an alias": sa.select(*(getattr(other, column.key) for column in columns)),
         "columns beside others of their names": sa.select(
-            *columns, other.error, sa.literal("x").label("is_err"), other.return_value
+            *(model.task_id, sa.literal("x").label("is_err"), other.error, *columns[1:])
         ).where(other.task_id == model.task_id),
         "columns of a subquery": sa.select(sa.select(*columns).subquery()),
         "columns of the table": sa.select(*[model.__table__.c[c.key] for c in columns]),

@@ -5,6 +5,7 @@ import random
 from typing import Any, get_args
 
 import pytest
+import sqlalchemy as sa
 from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg import (
@@ -14,7 +15,13 @@ from taskiq_sa_pg import (
     SQLAlchemyResultBackend,
 )
 from taskiq_sa_pg.config import TaskIdField
-from tests.conftest import BackendFactory, Database, assert_comes_to_rest
+from tests.conftest import (
+    BackendFactory,
+    Database,
+    assert_comes_to_rest,
+    engine_of,
+    eventually,
+)
 from tests.tasks import new_id, progress_of, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -145,11 +152,35 @@ async def test_it_deadlocks_with_nobody(
         await assert_comes_to_rest(backend)
 
 
+async def test_results_are_locked_before_progress(
+    dsn: str, database: Database, start_backend: BackendFactory
+) -> None:
+    """As the others do it: else the two could wait for each other."""
+    backend: Backend = await start_backend(dsn)
+    await store(backend, "a")
+    async with engine_of(backend).connect() as connection:
+        await connection.execute(sa.text("SELECT FROM taskiq_results FOR UPDATE"))
+        forgetting = asyncio.ensure_future(backend.forget(["a"]))
+
+        async def is_waiting() -> bool:
+            rows = await database.fetch(
+                "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
+                "AND application_name = 'ours'"
+            )
+            return len(rows) == 1
+
+        await eventually(is_waiting)
+        await database.fetch("SELECT FROM taskiq_results_progress FOR UPDATE NOWAIT")
+    assert await forgetting == 1
+
+
 async def test_it_is_one_statement(start_backend: BackendFactory) -> None:
     backend: Backend = await start_backend()
     await store(backend, "a", "b")
-    texts = backend._store._connections._texts  # type: ignore[union-attr]  # it is started
-    before = len(texts)
+    connections = backend._store._connections
+    assert connections is not None
+    before = len(connections._texts)
     for _ in range(3):
         await backend.forget(["a", "b"])
-    assert len(texts) == before + 1
+    assert len(connections._texts) == before + 1
+    assert all(connection.is_direct for connection in connections._kept)
