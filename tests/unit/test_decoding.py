@@ -195,7 +195,7 @@ def test_bytes_may_come_in_a_view() -> None:
     assert backend.decode(columns).return_value == "seen"
 
 
-@pytest.mark.parametrize("row", [None, ("a", "tuple"), "text", 5, object()])
+@pytest.mark.parametrize("row", [None, ("a", "tuple"), "text", 5, object()], ids=type)
 def test_what_is_no_row_is_refused(row: Any) -> None:
     with pytest.raises(TypeError, match=rf"decode\(\) takes .* not {type(row).__name__}$"):
         JSONB.decode(row)
