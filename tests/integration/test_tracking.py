@@ -336,7 +336,7 @@ async def test_a_task_id_that_is_used_again_is_queued_again(backend: Backend) ->
     task_id = new_id()
     await backend.set_result(task_id, result_of(1))
     await backend.set_status(TaskStatus(task_id, "queued"))
-    assert await state_of(backend, task_id) == "queued"
+    assert await backend.get_status(task_id) == TaskStatus(task_id, "queued")
     await backend.set_status(TaskStatus(task_id, "started"))
     assert await running(backend) == [task_id]
     await backend.set_result(task_id, result_of(2))
