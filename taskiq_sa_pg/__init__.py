@@ -20,9 +20,11 @@ from taskiq_sa_pg.mixins import ProgressMixin, ResultMixin, StatusMixin
 from taskiq_sa_pg.models import Models, build_models
 from taskiq_sa_pg.pruning import Pruned
 from taskiq_sa_pg.signing import SignedSerializer
+from taskiq_sa_pg.telemetry import BatchStats, Stats
 from taskiq_sa_pg.tracking import TaskStatus
 
 __all__ = [
+    "BatchStats",
     "ConfigurationError",
     "InvalidTaskIdError",
     "MissingColumnsError",
@@ -38,6 +40,7 @@ __all__ = [
     "SQLAlchemyResultBackend",
     "SchemaError",
     "SignedSerializer",
+    "Stats",
     "StatusMixin",
     "StorageError",
     "TableConfig",

@@ -37,6 +37,7 @@ from taskiq_sa_pg.store import (
     DEFAULT_RETRY_TIMEOUT,
     Store,
 )
+from taskiq_sa_pg.telemetry import ListenerState, Stats, Telemetry
 from taskiq_sa_pg.tracking import TaskStatus, Track, Tracking, check_status
 from taskiq_sa_pg.waiting import Waiting
 
@@ -208,6 +209,9 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             raise ConfigurationError(f"startup_timeout must be 0 or more, not {startup_timeout}")
         self._startup_timeout: Final = startup_timeout
         self._parts: _Parts | None = None
+        self._telemetry: Final = Telemetry(self._table)
+        self._telemetry.listener = self._listener_state
+        self._telemetry.waiters = self._count_waiters
         self._store: Final = Store(
             dsn,
             engine=engine,
@@ -216,6 +220,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             listen_dsn=listen_dsn,
             retry_timeout=retry_timeout,
             command_timeout=command_timeout,
+            on_retry=self._telemetry.note_retry,
         )
 
     async def startup(self) -> None:
@@ -633,17 +638,30 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         seconds = check_limits(limit, time_budget)
         return await self._started.pruning.run(limit, seconds)
 
+    def stats(self) -> Stats:
+        """What this backend has done since it was made; asks nobody, and may be called any time.
+
+        The same goes to OpenTelemetry, where `opentelemetry-api` is installed (the extra `otel`)
+        and the application has set up an SDK.
+        """
+        return self._telemetry.stats
+
     def _make_parts(self) -> "_Parts":
         layout = Layout(self.models, is_tracked=self.track is not None)
         notifier = Notifier(self._store) if self._notify else None
-        operations = Operations(self._store, self._codec, layout, notifier, self._extra_values)
-        tracking = Tracking(self._store, layout)
+        operations = Operations(
+            *(self._store, self._codec, layout, notifier),
+            extra_values=self._extra_values,
+            telemetry=self._telemetry,
+        )
+        tracking = Tracking(self._store, layout, self._telemetry)
         waiting = Waiting(self._config, operations.find_ready, self._store.listening, notifier)
         results = Results(
             operations, waiting, self._codec, self._config, keep_results=self.keep_results
         )
         asking = Asking(self._store, self._codec, layout)
-        pruning = Pruning(self._store, layout, self._progress_ttl, is_exclusive=False)
+        pruned = self._store, layout, self._progress_ttl, self._telemetry
+        pruning = Pruning(*pruned, is_exclusive=False)
         pruner = self._make_pruner(layout)
         return _Parts(
             *(layout, notifier, operations, tracking, waiting, results, asking, pruning, pruner)
@@ -652,8 +670,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
     def _make_pruner(self, layout: Layout) -> Pruner | None:
         if self._prune_interval is None:
             return None
-        pruning = Pruning(self._store, layout, self._progress_ttl, is_exclusive=True)
-        return Pruner(pruning, self._prune_interval)
+        pruned = self._store, layout, self._progress_ttl, self._telemetry
+        return Pruner(Pruning(*pruned, is_exclusive=True), self._prune_interval)
 
     async def _look_at_schema(self) -> None:
         if self._check_schema == "off":
@@ -672,6 +690,14 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             logger.warning("%s", exc)
         else:
             self._started.layout.expect(features)
+
+    def _listener_state(self) -> ListenerState:
+        if self._parts is not None:
+            return self._parts.waiting.listener_state
+        return "idle" if self._notify else "off"
+
+    def _count_waiters(self) -> int:
+        return 0 if self._parts is None else self._parts.waiting.waiters
 
     def _look_for_middleware(self, task_id: str, result: TaskiqResult[Any]) -> None:
         if metadata_of(result) is NO_METADATA:

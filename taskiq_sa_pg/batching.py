@@ -6,6 +6,7 @@ a lone call waits for nobody, and a busy backend sends ever larger batches.
 """
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -13,6 +14,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from taskiq_sa_pg.exceptions import NotStartedError, ResultDecodeError, StorageError
 from taskiq_sa_pg.faults import is_unfit_value
+from taskiq_sa_pg.telemetry import BatchMeter
 
 _Key = TypeVar("_Key", bound=Hashable)
 _Item = TypeVar("_Item")
@@ -32,14 +34,14 @@ _MIN_SHARED: Final = 32
 _BLAMING_A_ROW: Final = frozenset({"21", "22", "23", "27", "44", "54", "P0"})
 
 
-# What a caller brought, and the future that it awaits.
-_Call = tuple[Any, "asyncio.Future[Any]"]
+# What a caller brought, the future that it awaits, and who it is where that is traced.
+_Call = tuple[Any, "asyncio.Future[Any]", Any]
 
 
 class Entry(Generic[_Row]):
     """The calls for one key, and the row that stands for them in a flush."""
 
-    __slots__ = ("calls", "chosen", "row", "size")
+    __slots__ = ("calls", "chosen", "row", "since", "size")
 
     row: _Row
     size: int
@@ -47,11 +49,12 @@ class Entry(Generic[_Row]):
 
     def __init__(self, call: _Call) -> None:
         self.calls = [call]
+        self.since = time.perf_counter()
 
     @property
     def is_wanted(self) -> bool:
         """Whether a caller is still there."""
-        return any(not future.done() for _, future in self.calls)
+        return any(not future.done() for _, future, _ in self.calls)
 
 
 class Batcher(Generic[_Key, _Item, _Row, _Answer]):
@@ -76,6 +79,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         lanes: The most flushes at a time.
         is_shared: Whether all callers of a key get its answer; else the first alone gets it, and
             the others None.
+        meter: Counts calls and batches.
     """
 
     def __init__(
@@ -88,8 +92,11 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         max_rows: int = MAX_ROWS,
         lanes: int = 2,
         is_shared: bool = True,
+        meter: BatchMeter | None = None,
     ) -> None:
         self._flush = flush
+        self._meter = meter or BatchMeter()
+        self._meter.watch(self)
         self._encode = encode
         self._size = size
         self._rank = rank
@@ -109,6 +116,11 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         self._loop = asyncio.get_running_loop()
         self._is_closed = False
 
+    @property
+    def pending(self) -> int:
+        """How many keys have calls that are not answered yet."""
+        return len(self._pending) + len(self._in_flight)
+
     async def submit(self, key: _Key, item: _Item) -> _Answer | None:
         """The answer for the key, once the item has been flushed.
 
@@ -118,15 +130,17 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         if self._is_closed:
             raise NotStartedError("the result backend was shut down: call startup() again")
         future: asyncio.Future[_Answer | None] = self._loop.create_future()
+        self._meter.calls += 1
+        call = (item, future, self._meter.caller())
         if self._is_quiet and not self._in_flight and not self._pending:
-            await self._flush_alone(key, (item, future))
+            await self._flush_alone(key, call)
             return future.result()
         entries = self._held if key in self._in_flight else self._pending
         entry = entries.get(key)
         if entry is None:
-            entries[key] = Entry((item, future))
+            entries[key] = Entry(call)
         else:
-            entry.calls.append((item, future))
+            entry.calls.append(call)
         self._start_lane()
         return await future
 
@@ -202,9 +216,9 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         """Chooses a call and encodes its row; False where no caller is left."""
         while calls := [call for call in entry.calls if not call[1].done()]:
             entry.calls = calls
-            item, entry.chosen = calls[0]
+            item, entry.chosen, _ = calls[0]
             if len(calls) > 1:
-                item, entry.chosen = max(reversed(calls), key=lambda call: self._rank(call[0]))
+                item, entry.chosen, _ = max(reversed(calls), key=lambda call: self._rank(call[0]))
             try:
                 entry.row = self._encode(item)
                 entry.size = self._size(entry.row)
@@ -231,7 +245,8 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     async def _settle(self, batch: dict[_Key, Entry[_Row]]) -> None:
         while batch:
             try:
-                answers = await self._flush(batch)
+                with self._meter.flushing(batch.values()):
+                    answers = await self._flush(batch)
             except Exception as exc:  # noqa: BLE001 - it is the callers'
                 if not blames_a_row(exc):
                     _fail(_futures_of(batch), exc)
@@ -255,7 +270,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     ) -> None:
         for key, entry in batch.items():
             answer = answers.get(key)
-            for _, future in entry.calls:
+            for _, future, _ in entry.calls:
                 if not future.done():
                     future.set_result(answer)
                     if not self._is_shared:
@@ -283,7 +298,7 @@ def blames_a_row(exc: BaseException) -> bool:
 
 
 def _futures_of(batch: Mapping[Any, Entry[Any]]) -> Iterator["asyncio.Future[Any]"]:
-    return (future for entry in batch.values() for _, future in entry.calls)
+    return (future for entry in batch.values() for _, future, _ in entry.calls)
 
 
 def _fail(futures: Iterable["asyncio.Future[Any]"], exc: Exception) -> None:

@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
 from taskiq_sa_pg.exceptions import StorageError
+from taskiq_sa_pg.telemetry import ListenerState
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,13 @@ class Listener:
         self._limit: asyncio.Timeout | None = None
         self._is_warned = False
         self.is_healthy = False
+
+    @property
+    def state(self) -> ListenerState:
+        """Whether it hears, tries to, or has nothing to do."""
+        if self.is_healthy:
+            return "listening"
+        return "idle" if self._task is None or self._task.done() else "connecting"
 
     def start(self) -> None:
         """Begins to listen, unless it does already."""

@@ -19,6 +19,7 @@ from taskiq_sa_pg.notifications import Notifier
 from taskiq_sa_pg.rows import Features, ProgressRow, ResultRow, StoredProgress, StoredResult
 from taskiq_sa_pg.statements import MAX_IDS_PER_READ, Statements
 from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.telemetry import BatchMeter, Telemetry
 from taskiq_sa_pg.upserts import Call
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Operations:
         layout: The tables.
         notifier: Told of what was committed.
         extra_values: Asked for the values of the application's own columns.
+        telemetry: Counts what is done.
     """
 
     def __init__(
@@ -48,8 +50,11 @@ class Operations:
         codec: Codec,
         layout: Layout,
         notifier: Notifier | None,
-        extra_values: ExtraValues | None = None,
+        *,
+        extra_values: ExtraValues | None,
+        telemetry: Telemetry,
     ) -> None:
+        meters = telemetry.meters
         self._store = store
         self._codec = codec
         self._layout = layout
@@ -60,6 +65,7 @@ class Operations:
         self._results: Batcher[Any, tuple[Any, TaskiqResult[Any]], ResultRow, None] = Batcher(
             self._store_results,
             encode=lambda item: codec.encode_result(item[0], item[1]),
+            meter=meters["set_result"],
             size=_size_of,
             rank=lambda item: attempt_of(getattr(item[1], "labels", None)),
         )
@@ -68,20 +74,28 @@ class Operations:
         self._extended: Batcher[Any, _Extended, ExtendedRow, None] = Batcher(
             self._store_extended,
             encode=lambda item: ExtendedRow(codec.encode_result(item[0], item[1]), item[2]),
+            meter=meters["set_result"],
             size=lambda row: _size_of(row.result) + sum(map(_length_of, row.extra.values())),
             rank=lambda item: attempt_of(getattr(item[1], "labels", None)),
         )
         self._progress: Batcher[Any, tuple[Any, TaskProgress[Any]], ProgressRow, None] = Batcher(
             self._store_progress,
             encode=lambda item: codec.encode_progress(item[0], item[1]),
+            meter=meters["set_progress"],
             size=lambda row: len(row.meta or ""),
         )
-        self._ready: Batcher[Any, str, str, bool] = _reader(self._find_ready)
-        self._results_read: Batcher[Any, str, str, StoredResult] = _reader(self._read_results)
-        self._results_taken: Batcher[Any, str, str, TaskiqResult[Any]] = _reader(
-            self._take_results, is_shared=False
+        self._ready: Batcher[Any, str, str, bool] = _reader(
+            self._find_ready, meters["is_result_ready"]
         )
-        self._progress_read: Batcher[Any, str, str, StoredProgress] = _reader(self._read_progress)
+        self._results_read: Batcher[Any, str, str, StoredResult] = _reader(
+            self._read_results, meters["get_result"]
+        )
+        self._results_taken: Batcher[Any, str, str, TaskiqResult[Any]] = _reader(
+            self._take_results, meters["get_result"], is_shared=False
+        )
+        self._progress_read: Batcher[Any, str, str, StoredProgress] = _reader(
+            self._read_progress, meters["get_progress"]
+        )
 
     @property
     def _statements(self) -> Statements:
@@ -286,10 +300,11 @@ class Operations:
 
 def _reader(
     flush: Callable[[Mapping[Any, Entry[str]]], Awaitable[Mapping[Any, _T]]],
+    meter: BatchMeter,
     *,
     is_shared: bool = True,
 ) -> Batcher[Any, str, str, _T]:
-    return Batcher(flush, encode=str, max_rows=MAX_IDS_PER_READ, is_shared=is_shared)
+    return Batcher(flush, encode=str, max_rows=MAX_IDS_PER_READ, is_shared=is_shared, meter=meter)
 
 
 def _size_of(row: ResultRow) -> int:

@@ -21,6 +21,7 @@ from taskiq_sa_pg.prune_statements import (
 )
 from taskiq_sa_pg.retention import Seconds, check_seconds
 from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +54,24 @@ class Pruning:
         layout: The tables.
         progress_ttl: After how many seconds progress and status are deleted of a task that has no
             result; None keeps them.
+        telemetry: Counts what is deleted.
         is_exclusive: Whether to leave everything to another process that is at it.
     """
 
     def __init__(
-        self, store: Store, layout: Layout, progress_ttl: float | None, *, is_exclusive: bool
+        self,
+        store: Store,
+        layout: Layout,
+        progress_ttl: float | None,
+        telemetry: Telemetry,
+        *,
+        is_exclusive: bool,
     ) -> None:
         models = layout.models
         self._store = store
         self._layout = layout
         self._progress_ttl = progress_ttl
+        self._telemetry = telemetry
         others = [models.progress_table]
         self._prune_results_before_step_3 = prune_results(models, others, is_exclusive=is_exclusive)
         self._prune_results = self._prune_results_before_step_3
@@ -85,13 +94,16 @@ class Pruning:
         Raises:
             StorageError: PostgreSQL refused it or could not be reached.
         """
-        rest = _Rest(limit, time_budget)
+        with self._telemetry.pruning():
+            return await self._run(_Rest(limit, time_budget))
+
+    async def _run(self, rest: "_Rest") -> Pruned:
         results = await self._prune_all_results(rest)
         progress = statuses = 0
         if self._progress_ttl is not None:
-            progress = await self._prune_all_stale(rest, self._prune_progress)
+            progress = await self._prune_all_stale(rest, self._prune_progress, "progress")
             if self._layout.features.has_status:
-                statuses = await self._prune_all_stale(rest, self._prune_statuses)
+                statuses = await self._prune_all_stale(rest, self._prune_statuses, "status")
         return Pruned(results, progress, statuses, not rest.was_too_little)
 
     async def _prune_all_results(self, rest: "_Rest") -> int:
@@ -99,6 +111,7 @@ class Pruning:
         while size := rest.next_slice():
             parameters = {"size": size, "start": start}
             done = ResultsSlice._make(await self._prune_some_results(parameters))
+            self._telemetry.note_pruned("results", done.deleted)
             rest.take(done.deleted)
             deleted += done.deleted
             start = done.last
@@ -114,7 +127,7 @@ class Pruning:
 
         return await self._layout.adapting(prune, uses_status=True)
 
-    async def _prune_all_stale(self, rest: "_Rest", statement: Select[Any]) -> int:
+    async def _prune_all_stale(self, rest: "_Rest", statement: Select[Any], rows_of: str) -> int:
         deleted, start = 0, None
         while most := rest.next_slice():
             parameters = {
@@ -124,6 +137,7 @@ class Pruning:
                 "start": start,
             }
             done = StaleSlice._make(await self._one(statement, parameters))
+            self._telemetry.note_pruned(rows_of, done.deleted)
             rest.take(done.deleted)
             deleted += done.deleted
             start = done.last

@@ -27,10 +27,12 @@ class Retries:
 
     Args:
         timeout: How many seconds after its start an attempt is repeated; 0 for never.
+        on_retry: Called for every repetition.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, on_retry: Callable[[], None] = lambda: None) -> None:
         self.timeout = timeout
+        self._on_retry = on_retry
         self._trouble_since: float | None = None
 
     async def run(self, attempt: Callable[[], Awaitable[_T]], timeout: float | None = None) -> _T:
@@ -63,7 +65,12 @@ class Retries:
             stop=stop_after_delay(left),
             reraise=True,
         )
-        result = await repeat(attempt)
+
+        async def again() -> _T:
+            self._on_retry()
+            return await attempt()
+
+        result = await repeat(again)
         self._note_recovery()
         return result
 

@@ -43,6 +43,7 @@ class Store:
         listen_dsn: Where to listen; None for the same place.
         retry_timeout: For how many seconds a statement is tried again.
         command_timeout: How many seconds one attempt may take, the way to a connection included.
+        on_retry: Called for every statement that is tried again.
 
     Raises:
         ConfigurationError: Neither a DSN nor an engine, both, a DSN that cannot work, or an
@@ -59,6 +60,7 @@ class Store:
         listen_dsn: DsnSource | None = None,
         retry_timeout: float = DEFAULT_RETRY_TIMEOUT,
         command_timeout: float = DEFAULT_COMMAND_TIMEOUT,
+        on_retry: Callable[[], None] = lambda: None,
     ) -> None:
         _check_source(dsn, engine, engine_kwargs)
         if listen_dsn is not None:
@@ -74,7 +76,7 @@ class Store:
         self._engine_kwargs = dict(engine_kwargs or {})
         self._max_connections = max_connections
         self._listen_dsn = listen_dsn
-        self._retries = Retries(retry_timeout)
+        self._retries = Retries(retry_timeout, on_retry)
         self._command_timeout = command_timeout
         self._engine: AsyncEngine | None = None
         self._connections: Connections | None = None

@@ -12,6 +12,7 @@ from taskiq_sa_pg.rows import StatusRow, StoredStatus
 from taskiq_sa_pg.statements import MAX_IDS_PER_READ
 from taskiq_sa_pg.status_statements import delete_statuses, select_running
 from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.telemetry import Telemetry
 from taskiq_sa_pg.upserts import arrays_of, upsert_status
 
 Track = Literal["started"]
@@ -61,9 +62,10 @@ class Tracking:
     Args:
         store: Where the statements run.
         layout: The tables.
+        telemetry: Counts what is done.
     """
 
-    def __init__(self, store: Store, layout: Layout) -> None:
+    def __init__(self, store: Store, layout: Layout, telemetry: Telemetry) -> None:
         self._store = store
         self._layout = layout
         self._table = layout.models.config.qualified_name
@@ -73,10 +75,16 @@ class Tracking:
             self._delete = delete_statuses(status)
             self._running = select_running(layout.models, status)
         self._written: Batcher[Any, StatusRow, StatusRow, None] = Batcher(
-            self._write, encode=lambda row: row, rank=lambda row: row.attempt
+            self._write,
+            encode=lambda row: row,
+            rank=lambda row: row.attempt,
+            meter=telemetry.meters["set_status"],
         )
         self._read: Batcher[Any, str, str, StoredStatus] = Batcher(
-            self._read_batch, encode=str, max_rows=MAX_IDS_PER_READ
+            self._read_batch,
+            encode=str,
+            max_rows=MAX_IDS_PER_READ,
+            meter=telemetry.meters["get_status"],
         )
 
     async def close(self) -> None:

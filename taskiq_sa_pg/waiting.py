@@ -18,6 +18,7 @@ from taskiq_sa_pg.exceptions import NotStartedError
 from taskiq_sa_pg.listener import Listener, end
 from taskiq_sa_pg.notifications import Notifier
 from taskiq_sa_pg.polls import Polls
+from taskiq_sa_pg.telemetry import ListenerState
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +109,18 @@ class Waiting:
                 on_healthy=self._look_at_once,
             )
         self._subscriptions: defaultdict[Topic, set[Subscription]] = defaultdict(set)
+        self.waiters = 0
         self._polls = Polls()
         self._looker: asyncio.Task[None] | None = None
         self._is_look_due = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._is_warned = False
         self._is_closed = False
+
+    @property
+    def listener_state(self) -> ListenerState:
+        """What is known of the listening connection."""
+        return "off" if self._listener is None else self._listener.state
 
     @contextmanager
     def subscribe(self, topics: Iterable[Topic]) -> Iterator[Subscription]:
@@ -125,12 +132,14 @@ class Waiting:
         if self._is_closed:
             raise NotStartedError("the result backend was shut down: call startup() again")
         subscription = Subscription(topics)
+        self.waiters += 1
         for topic in subscription.topics:
             self._subscriptions[topic].add(subscription)
         self._start()
         try:
             yield subscription
         finally:
+            self.waiters -= 1
             for topic in subscription.topics:
                 self._subscriptions[topic].discard(subscription)
                 if not self._subscriptions[topic]:

@@ -19,6 +19,7 @@ from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.pruning import Pruning
 from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.telemetry import Telemetry
 
 WRITERS: Final = 10
 PAUSE: Final = 0.002
@@ -99,7 +100,7 @@ async def measure_pruning(tables: Tables, plan: LargePlan) -> PruningCost:
     await asyncio.sleep(plan.window)  # its connections are open then
     latencies.clear()
     print("pruning", flush=True)
-    pruning = Pruning(store, Layout(models), None, is_exclusive=False)
+    pruning = Pruning(store, Layout(models), None, Telemetry("bench"), is_exclusive=False)
     pruned = await _by_turns(asyncio.create_task(pruning.run()), store.may_run, plan.window)
     for writer in writers:
         writer.cancel()

@@ -14,6 +14,7 @@ from taskiq_sa_pg.pruning import Pruned, Pruning
 from taskiq_sa_pg.retention import check_seconds
 from taskiq_sa_pg.schema import find_features
 from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.telemetry import Telemetry
 
 
 async def prune(
@@ -48,7 +49,8 @@ async def prune(
         if dry_run:
             pruned = await _count(store, layout, progress_ttl)
         else:
-            pruning = Pruning(store, layout, progress_ttl, is_exclusive=False)
+            telemetry = Telemetry(target.config.qualified_name)
+            pruning = Pruning(store, layout, progress_ttl, telemetry, is_exclusive=False)
             pruned = await pruning.run(limit, time_budget)
     if json:
         say_json(asdict(pruned))

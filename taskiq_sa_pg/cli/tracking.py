@@ -12,6 +12,7 @@ from taskiq_sa_pg.cli.output import JsonOption, say, say_json, say_table
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.schema import find_features
+from taskiq_sa_pg.telemetry import Telemetry
 from taskiq_sa_pg.tracking import TaskStatus, Tracking
 
 
@@ -59,7 +60,7 @@ async def _tracking(target: Target) -> AsyncIterator[Tracking]:
     layout = Layout(target.models)
     async with target.store() as store:
         layout.expect(await find_features(store, target.models))
-        tracking = Tracking(store, layout)
+        tracking = Tracking(store, layout, Telemetry(target.config.qualified_name))
         try:
             yield tracking
         finally:

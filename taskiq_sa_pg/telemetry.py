@@ -1,0 +1,296 @@
+"""What a backend does, in figures: always counted, and told to OpenTelemetry where it is installed.
+
+Of OpenTelemetry only the API is used, which does nothing until the application sets up an SDK.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Final, Literal, Protocol, get_args
+from weakref import WeakSet
+
+try:
+    from opentelemetry import context, metrics, trace
+except ImportError:  # without the extra otel
+    _HAS_OPENTELEMETRY = False
+else:
+    _HAS_OPENTELEMETRY = True
+
+Operation = Literal[
+    "set_result",
+    "set_progress",
+    "is_result_ready",
+    "get_result",
+    "get_progress",
+    "set_status",
+    "get_status",
+]
+
+ListenerState = Literal["off", "idle", "connecting", "listening"]
+
+_SCOPE: Final = "taskiq_sa_pg"
+
+# What OpenTelemetry's SDK keeps of a span's links.
+_MAX_LINKS: Final = 128
+
+_NOTHING: Final = nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStats:
+    """The calls of one operation, and the batches in which they were sent.
+
+    Attributes:
+        calls: How many calls there were.
+        batches: How many batches went to PostgreSQL, those that failed included.
+        largest: How many tasks the largest batch had.
+        waited: For how many seconds the first calls of all batches together waited for theirs.
+        longest_wait: For how many seconds a call waited for its batch at most.
+        pending: How many tasks have calls now that are not answered yet.
+    """
+
+    calls: int
+    batches: int
+    largest: int
+    waited: float
+    longest_wait: float
+    pending: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a backend has done since it was made, in this process.
+
+    Attributes:
+        operations: The calls by operation: "set_result", "get_result" and so on.
+        retries: How often a statement was tried again.
+        pruned: Deleted rows by table: "results", "progress", "status".
+        listener: "listening" while waiters are woken by push, "connecting" before that, "idle"
+            where nobody waits, "off" with notify=False.
+        waiters: How many wait for results or progress now.
+    """
+
+    operations: Mapping[str, BatchStats]
+    retries: int
+    pruned: Mapping[str, int]
+    listener: ListenerState
+    waiters: int
+
+
+class _Queue(Protocol):
+    @property
+    def pending(self) -> int: ...
+
+
+class _Entry(Protocol):
+    calls: list[tuple[Any, Any, Any]]
+    since: float
+
+
+class BatchMeter:
+    """Counts the calls and batches of one operation, and makes spans of the batches.
+
+    Args:
+        operation: Its name.
+        table: The results table, as messages name it.
+    """
+
+    def __init__(self, operation: str = "", table: str = "") -> None:
+        self.calls = 0
+        self.is_tracing = False
+        self._name = f"{operation} {table}"
+        self._attributes: dict[str, Any] = {
+            "db.system.name": "postgresql",
+            "db.operation.name": operation,
+            "db.collection.name": table,
+        }
+        self._batches = self._largest = 0
+        self._waited = self._longest_wait = 0.0
+        self._queues: WeakSet[_Queue] = WeakSet()
+
+    def watch(self, queue: _Queue) -> None:
+        """Asks it, as long as it is there, how many tasks have calls in it."""
+        self._queues.add(queue)
+
+    def caller(self) -> Any:
+        """Who calls now: what its span is known by, None where nothing is traced."""
+        return trace.get_current_span().get_span_context() if self.is_tracing else None
+
+    def flushing(self, entries: Collection[_Entry]) -> AbstractContextManager[Any]:
+        """Counts a batch, and has a span for as long as it takes."""
+        waited = time.perf_counter() - next(iter(entries)).since
+        self._batches += 1
+        self._largest = max(self._largest, len(entries))
+        self._waited += waited
+        self._longest_wait = max(self._longest_wait, waited)
+        if not _HAS_OPENTELEMETRY:
+            return _NOTHING
+        _BATCH_SIZE.record(len(entries), self._attributes)
+        _QUEUE_WAIT.record(waited, self._attributes)
+        self.is_tracing = _is_tracing()
+        if not self.is_tracing:
+            return _NOTHING
+        attributes = self._attributes
+        if len(entries) > 1:
+            attributes = {**attributes, "db.operation.batch.size": len(entries)}
+        return _span(self._name, attributes, _callers(entries))
+
+    @property
+    def pending(self) -> int:
+        """How many tasks have calls that are not answered yet."""
+        return sum(queue.pending for queue in list(self._queues))
+
+    @property
+    def stats(self) -> BatchStats:
+        """What was counted."""
+        return BatchStats(
+            *(self.calls, self._batches, self._largest, self._waited, self._longest_wait),
+            self.pending,
+        )
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """What its figures are told by."""
+        return self._attributes
+
+
+class Telemetry:
+    """All the figures of one backend.
+
+    Args:
+        table: The results table, as messages name it.
+    """
+
+    def __init__(self, table: str) -> None:
+        self._attributes: Final = {"db.system.name": "postgresql", "db.collection.name": table}
+        self.meters: Final[Mapping[Operation, BatchMeter]] = {
+            operation: BatchMeter(operation, table) for operation in get_args(Operation)
+        }
+        self._retries = 0
+        self._pruned = {"results": 0, "progress": 0, "status": 0}
+        # Of a backend that is not started.
+        self.listener: Callable[[], ListenerState] = lambda: "idle"
+        self.waiters: Callable[[], int] = lambda: 0
+        _LIVE.add(self)
+
+    @property
+    def stats(self) -> Stats:
+        """What was counted until now."""
+        return Stats(
+            {operation: meter.stats for operation, meter in self.meters.items()},
+            self._retries,
+            dict(self._pruned),
+            self.listener(),
+            self.waiters(),
+        )
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """What its figures are told by."""
+        return self._attributes
+
+    def note_retry(self) -> None:
+        """Counts a statement that is tried again."""
+        self._retries += 1
+        if _HAS_OPENTELEMETRY:
+            _RETRIES.add(1, self._attributes)
+
+    def note_pruned(self, rows_of: str, number: int) -> None:
+        """Counts deleted rows of "results", "progress" or "status"."""
+        self._pruned[rows_of] += number
+        if _HAS_OPENTELEMETRY and number:
+            _PRUNED.add(number, {**self._attributes, "taskiq_sa_pg.rows": rows_of})
+
+    def pruning(self) -> AbstractContextManager[Any]:
+        """Has a span for as long as a pruning takes, below that of whoever calls."""
+        if not (_HAS_OPENTELEMETRY and _is_tracing()):
+            return _NOTHING
+        attributes = {**self._attributes, "db.operation.name": "prune"}
+        name = f"prune {self._attributes['db.collection.name']}"
+        caller = trace.get_current_span().get_span_context()
+        return _span(name, attributes, [caller] if caller.is_valid else [])
+
+
+# Those that gauges are asked of; OpenTelemetry's API never lets go of a callback.
+_LIVE: Final[WeakSet[Telemetry]] = WeakSet()
+
+
+def _is_tracing() -> bool:
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
+def _callers(entries: Iterable[_Entry]) -> list[Any]:
+    callers = (caller for entry in entries for _, _, caller in entry.calls)
+    known = (caller for caller in callers if caller is not None and caller.is_valid)
+    return list(islice(known, _MAX_LINKS))
+
+
+def _span(
+    name: str, attributes: Mapping[str, Any], callers: list[Any]
+) -> AbstractContextManager[Any]:
+    if len(callers) == 1:
+        parent = trace.set_span_in_context(trace.NonRecordingSpan(callers[0]))
+    else:  # of no caller more than of the others
+        parent = context.Context()
+    span = trace.get_tracer(_SCOPE).start_span(
+        name,
+        parent,
+        kind=trace.SpanKind.CLIENT,
+        attributes=attributes,
+        links=[trace.Link(caller) for caller in callers] if len(callers) > 1 else [],
+    )
+    return trace.use_span(span, end_on_exit=True)
+
+
+def _observe(
+    observed: Callable[[Telemetry], Iterable[tuple[float, Mapping[str, Any]]]], _options: Any
+) -> "Iterator[metrics.Observation]":
+    for telemetry in list(_LIVE):
+        for value, attributes in observed(telemetry):
+            yield metrics.Observation(value, attributes)
+
+
+def _pending(telemetry: Telemetry) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    for meter in telemetry.meters.values():
+        yield meter.pending, meter.attributes
+
+
+def _listening(telemetry: Telemetry) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    yield int(telemetry.listener() == "listening"), telemetry.attributes
+
+
+def _waiting(telemetry: Telemetry) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    yield telemetry.waiters(), telemetry.attributes
+
+
+if _HAS_OPENTELEMETRY:
+    _meter = metrics.get_meter(_SCOPE)
+    _BATCH_SIZE = _meter.create_histogram("taskiq_sa_pg.batch.size", "{task}", "Tasks in one batch")
+    _QUEUE_WAIT = _meter.create_histogram(
+        "taskiq_sa_pg.queue.wait", "s", "For how long the first call of a batch waited for it"
+    )
+    _RETRIES = _meter.create_counter(
+        "taskiq_sa_pg.retries", "{retry}", "Statements that were tried again"
+    )
+    _PRUNED = _meter.create_counter("taskiq_sa_pg.pruned", "{row}", "Rows that were deleted")
+    _meter.create_observable_gauge(
+        "taskiq_sa_pg.pending",
+        [partial(_observe, _pending)],
+        "{task}",
+        "Tasks with calls that are not answered yet",
+    )
+    _meter.create_observable_gauge(
+        "taskiq_sa_pg.listener",
+        [partial(_observe, _listening)],
+        "1",
+        "1 while waiters are woken by push, else 0",
+    )
+    _meter.create_observable_gauge(
+        "taskiq_sa_pg.waiters",
+        [partial(_observe, _waiting)],
+        "{waiter}",
+        "Those that wait for results or progress",
+    )
