@@ -176,17 +176,8 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         self._extra_values: Final = (
             None if extra_values is None else ExtraValues(extra_values, self.models)
         )
-        if check_schema not in get_args(SchemaCheck):
-            raise ConfigurationError(
-                f'check_schema must be "error", "warn" or "off", not {check_schema!r}'
-            )
-        if track not in {None, *get_args(Track)}:
-            raise ConfigurationError(f'track must be "started" or None, not {track!r}')
-        if track is not None and self.models.status_table is None:
-            raise ConfigurationError(
-                "track needs a status table: subclass StatusMixin on your Base, and pass "
-                "models=Models(Result, Progress, Status)"
-            )
+        _check_choices(check_schema, track, self.models)
+        _check_waiting(notify, listen_dsn, startup_timeout)
         self.track: Final = track
         self._lacks_middleware = False
         self.keep_results: Final = keep_results
@@ -200,13 +191,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         self._decoder: Final = RowDecoder(self._codec, self.models)
         self._progress_ttl: Final = check_seconds("progress_ttl", progress_ttl)
         self._prune_interval: Final = check_seconds("prune_interval", prune_interval)
-        if listen_dsn is not None and not notify:
-            raise ConfigurationError(
-                "listen_dsn is for notify=True; with notify=False leave it out"
-            )
         self._notify: Final = notify
-        if startup_timeout < 0:
-            raise ConfigurationError(f"startup_timeout must be 0 or more, not {startup_timeout}")
         self._startup_timeout: Final = startup_timeout
         self._parts: _Parts | None = None
         self._telemetry: Final = Telemetry(self._table)
@@ -729,6 +714,29 @@ def _choose_models(models: Models | None, config: TableConfig) -> Models:
             "names and types to the models alone"
         )
     return models
+
+
+def _check_choices(check_schema: object, track: object, models: Models) -> None:
+    if check_schema not in get_args(SchemaCheck):
+        raise ConfigurationError(
+            f'check_schema must be "error", "warn" or "off", not {check_schema!r}'
+        )
+    if track is None:
+        return
+    if track not in get_args(Track):
+        raise ConfigurationError(f'track must be "started" or None, not {track!r}')
+    if models.status_table is None:
+        raise ConfigurationError(
+            "track needs a status table: subclass StatusMixin on your Base, and pass "
+            "models=Models(Result, Progress, Status)"
+        )
+
+
+def _check_waiting(notify: bool, listen_dsn: DsnSource | None, startup_timeout: float) -> None:
+    if listen_dsn is not None and not notify:
+        raise ConfigurationError("listen_dsn is for notify=True; with notify=False leave it out")
+    if startup_timeout < 0:
+        raise ConfigurationError(f"startup_timeout must be 0 or more, not {startup_timeout}")
 
 
 def _refuse_str(name: str, tasks: object) -> None:
