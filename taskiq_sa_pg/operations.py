@@ -1,4 +1,4 @@
-"""The operations on one pair of tables, gathered: what is asked for at once shares a statement."""
+"""The operations on one results table, gathered: what is asked for at once shares a statement."""
 
 import asyncio
 import logging

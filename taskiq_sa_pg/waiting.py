@@ -77,7 +77,7 @@ class Subscription:
 
 
 class Waiting:
-    """Wakes those who wait for the tasks of one pair of tables.
+    """Wakes those who wait for the tasks of one results table.
 
     Nothing is asked and no connection is opened before somebody waits.
 
