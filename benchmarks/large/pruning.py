@@ -43,7 +43,7 @@ class PruningCost:
 
     Attributes:
         deleted: How many rows were.
-        seconds: That its statements took.
+        seconds: That it worked, its pauses included.
         statements: How many there were.
         statement_p50_ms: What one of them took.
         statement_max_ms: The longest.
@@ -61,11 +61,10 @@ class PruningCost:
 
 
 class _WatchedStore(Store):
-    """Notes how long statements take, and begins none while it has to rest."""
+    """Notes how long statements take."""
 
     def __init__(self, dsn: str) -> None:
         super().__init__(dsn)
-        self.may_run = asyncio.Event()
         self.seconds: list[float] = []
 
     async def fetch(
@@ -76,7 +75,6 @@ class _WatchedStore(Store):
         *,
         retry_timeout: float | None = None,
     ) -> Sequence[Any]:
-        await self.may_run.wait()
         started = time.perf_counter()
         rows = await super().fetch(statement, parameters, purpose, retry_timeout=retry_timeout)
         self.seconds.append(time.perf_counter() - started)
@@ -93,25 +91,24 @@ async def measure_pruning(tables: Tables, plan: LargePlan) -> PruningCost:
     store = _WatchedStore(tables.dsn)
     await backend.startup()
     await store.open()
+    is_at_work = asyncio.Event()
     latencies: defaultdict[bool, list[float]] = defaultdict(list)
-    writers = [
-        asyncio.create_task(_write(backend, store.may_run, latencies)) for _ in range(WRITERS)
-    ]
+    writers = [asyncio.create_task(_write(backend, is_at_work, latencies)) for _ in range(WRITERS)]
     await asyncio.sleep(plan.window)  # its connections are open then
     latencies.clear()
     print("pruning", flush=True)
     pruning = Pruning(store, Layout(models), None, Telemetry("bench"), is_exclusive=False)
-    pruned = await _by_turns(asyncio.create_task(pruning.run()), store.may_run, plan.window)
+    deleted, seconds = await _prune_by_turns(pruning, is_at_work, plan.window)
     for writer in writers:
         writer.cancel()
     await asyncio.gather(*writers, return_exceptions=True)
     await store.close()
     await backend.shutdown()
     await tables.drop(models)
-    assert pruned.results == plan.rows // 2
+    assert deleted == plan.rows // 2
     return PruningCost(
-        pruned.results,
-        seconds=sum(store.seconds),
+        deleted,
+        seconds,
         statements=len(store.seconds),
         statement_p50_ms=statistics.median(store.seconds) * 1000,
         statement_max_ms=max(store.seconds) * 1000,
@@ -120,21 +117,29 @@ async def measure_pruning(tables: Tables, plan: LargePlan) -> PruningCost:
     )
 
 
-async def _by_turns(run: asyncio.Task[Any], may_run: asyncio.Event, window: float) -> Any:
-    while not run.done():
+async def _prune_by_turns(
+    pruning: Pruning, is_at_work: asyncio.Event, window: float
+) -> tuple[int, float]:
+    """How many rows were deleted, and in how many seconds of work."""
+    deleted, seconds = 0, 0.0
+    while True:
         await asyncio.sleep(window)
-        may_run.set()
-        await asyncio.wait([run], timeout=window)
-        may_run.clear()
-    return await run
+        is_at_work.set()
+        started = time.perf_counter()
+        pruned = await pruning.run(time_budget=window)
+        seconds += time.perf_counter() - started
+        is_at_work.clear()
+        deleted += pruned.results
+        if pruned.is_complete:
+            return deleted, seconds
 
 
 async def _write(
-    backend: Backend, is_pruning: asyncio.Event, latencies: Mapping[bool, list[float]]
+    backend: Backend, is_at_work: asyncio.Event, latencies: Mapping[bool, list[float]]
 ) -> None:
     result = make_result(make_payload(PAYLOAD_BYTES))
     while True:
-        kind, started = is_pruning.is_set(), time.perf_counter()
+        kind, started = is_at_work.is_set(), time.perf_counter()
         await backend.set_result(uuid4().hex, result)
         latencies[kind].append(time.perf_counter() - started)
         await asyncio.sleep(PAUSE)

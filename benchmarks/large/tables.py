@@ -111,7 +111,8 @@ class Tables:
 
     async def drop(self, models: Models) -> None:
         name = models.config.table_name
-        await self.connection.execute(f"DROP TABLE {name}, {name}_progress, {name}_version")
+        tables = [f"{name}{suffix}" for suffix in ("", "_progress", "_status", "_version")]
+        await self.connection.execute(f"DROP TABLE {', '.join(tables)}")
 
 
 @asynccontextmanager
