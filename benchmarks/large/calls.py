@@ -16,7 +16,18 @@ from benchmarks.large.tables import PAYLOAD_BYTES, Tables, id_of
 from benchmarks.measure import Load, Sample, Server, measure
 from taskiq_sa_pg import Models, SQLAlchemyResultBackend
 
-OPERATIONS: Final = ("set_result", "is_result_ready", "get_result")
+NEW: Final = "new"
+RECENT: Final = "recent"
+ANY: Final = "any"
+
+# Operations, and which results they are about.
+OPERATIONS: Final = (
+    ("set_result", NEW),
+    ("is_result_ready", RECENT),
+    ("get_result", RECENT),
+    ("is_result_ready", ANY),
+    ("get_result", ANY),
+)
 
 _SMALL: Final = "small"
 _LARGE: Final = "large"
@@ -29,6 +40,7 @@ class Calls:
     Attributes:
         shared_buffers: The server's setting.
         operation: What is called.
+        results: Which results of the large table it is about.
         callers: How many call at once.
         small_p50_ms: The median latency on the table with few rows.
         large_p50_ms: The same on the other.
@@ -39,6 +51,7 @@ class Calls:
 
     shared_buffers: str
     operation: str
+    results: str
     callers: int
     small_p50_ms: float
     large_p50_ms: float
@@ -49,6 +62,7 @@ class Calls:
 
 class _Scenario(NamedTuple):
     operation: str
+    results: str
     callers: int
     calls: int
 
@@ -65,8 +79,8 @@ async def measure_calls(tables: Tables, plan: LargePlan) -> list[Calls]:
         print(f"calls: a table of {plan.rows:,} rows", flush=True)
         await tables.fill(large.models, range(plan.rows))
         scenarios = [
-            _Scenario(operation, callers, calls)
-            for operation in OPERATIONS
+            _Scenario(operation, results, callers, calls)
+            for operation, results in OPERATIONS
             for callers, calls in plan.calls
         ]
         rounds = await _measure_rounds(tables, plan, scenarios, {_SMALL: small, _LARGE: large})
@@ -97,6 +111,7 @@ async def _measure_rounds(
     server = Server(tables.connection.get_server_pid())
     # Always others: who asks again soon is taken for one who waits.
     fresh = itertools.count(0, plan.few_rows)
+    oldest_recent = plan.rows
     rounds = []
     for number in range(-1, plan.rounds):
         print(f"calls: round {number + 1} of {plan.rounds}", flush=True)
@@ -105,6 +120,10 @@ async def _measure_rounds(
             samples[scenario] = {}
             start = next(fresh)
             numbers = {_SMALL: range(start, start + plan.few_rows), _LARGE: range(plan.rows)}
+            if scenario.results == RECENT:
+                numbers[_LARGE] = range(oldest_recent - scenario.calls, oldest_recent)
+                oldest_recent -= scenario.calls
+                await tables.warm(both[_LARGE].models, numbers[_LARGE])
             await tables.truncate(both[_SMALL].models)
             if scenario.operation != "set_result":
                 await tables.fill(both[_SMALL].models, numbers[_SMALL])
@@ -143,6 +162,7 @@ def _summarize(
     return Calls(
         shared_buffers,
         scenario.operation,
+        scenario.results,
         scenario.callers,
         small_p50_ms=median(_SMALL, lambda sample: sample.p50_ms),
         large_p50_ms=median(_LARGE, lambda sample: sample.p50_ms),

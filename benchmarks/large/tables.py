@@ -31,6 +31,7 @@ from taskiq_sa_pg.engines import make_engine
 from taskiq_sa_pg.metadata import Metadata, attach
 from taskiq_sa_pg.mixins import as_interval
 from taskiq_sa_pg.rows import METADATA_COLUMNS, ResultRow
+from taskiq_sa_pg.statements import select_results
 
 PAYLOAD_BYTES: Final = 200
 SECONDS_BETWEEN: Final = 0.001  # from one result to the next
@@ -105,6 +106,12 @@ class Tables:
             await connection.execute(_fill(models, variant), ends)
         await self.connection.execute(f"VACUUM (ANALYZE) {models.config.table_name}")
         await self.connection.execute("CHECKPOINT")
+
+    async def warm(self, models: Models, numbers: range) -> None:
+        """Has PostgreSQL hold these results in its memory, as those that were stored just now."""
+        async with self.engine.connect() as connection:
+            task_ids = [id_of(number) for number in numbers]
+            await connection.execute(select_results(models), {"task_ids": task_ids})
 
     async def truncate(self, models: Models) -> None:
         await self.connection.execute(f"TRUNCATE {models.config.table_name}")
