@@ -20,7 +20,6 @@ _Key = TypeVar("_Key", bound=Hashable)
 _Item = TypeVar("_Item")
 _Row = TypeVar("_Row")
 _Answer = TypeVar("_Answer")
-_T = TypeVar("_T")
 
 MAX_ROWS: Final = 500
 MAX_BYTES: Final = 8_000_000
@@ -121,28 +120,40 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         """How many keys have calls that are not answered yet."""
         return len(self._pending) + len(self._in_flight)
 
-    async def submit(self, key: _Key, item: _Item) -> _Answer | None:
+    async def submit(self, key: _Key, item: _Item, task_id: str | None = None) -> _Answer | None:
         """The answer for the key, once the item has been flushed.
+
+        Args:
+            key: Whose item it is.
+            item: What is flushed.
+            task_id: What a StorageError is to name.
 
         Raises:
             NotStartedError: After close().
+            StorageError: Of the flush.
         """
         if self._is_closed:
             raise NotStartedError("the result backend was shut down: call startup() again")
         future: asyncio.Future[_Answer | None] = self._loop.create_future()
         self._meter.calls += 1
         call = (item, future, self._meter.caller())
-        if self._is_quiet and not self._in_flight and not self._pending:
-            await self._flush_alone(key, call)
-            return future.result()
-        entries = self._held if key in self._in_flight else self._pending
-        entry = entries.get(key)
-        if entry is None:
-            entries[key] = Entry(call)
-        else:
-            entry.calls.append(call)
-        self._start_lane()
-        return await future
+        try:
+            if self._is_quiet and not self._in_flight and not self._pending:
+                await self._flush_alone(key, call)
+                return future.result()
+            entries = self._held if key in self._in_flight else self._pending
+            entry = entries.get(key)
+            if entry is None:
+                entries[key] = Entry(call)
+            else:
+                entry.calls.append(call)
+            self._start_lane()
+            return await future
+        except StorageError as exc:
+            if task_id is None:
+                raise
+            # Those of one batch share the error, and each is about another task.
+            raise StorageError(f"task {task_id!r}: {exc}", exc.sqlstate) from exc.__cause__
 
     async def close(self) -> None:
         """Refuses further calls, and returns when all earlier ones have been flushed."""
@@ -167,8 +178,9 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
 
     def _start_lane(self) -> None:
         # One at a time: it may find little to do, once the calls of this turn are all there.
-        busy = len(self._lanes) + len(self._alone)
-        if self._starting is None and self._pending and busy < self._max_lanes:
+        if self._starting is not None or not self._pending:
+            return
+        if len(self._lanes) + len(self._alone) < self._max_lanes:
             self._starting = lane = self._loop.create_task(self._run_lane())
             self._lanes.add(lane)
             lane.add_done_callback(self._end_lane)
@@ -214,7 +226,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
 
     def _prepare(self, entry: Entry[_Row]) -> bool:
         """Chooses a call and encodes its row; False where no caller is left."""
-        while calls := [call for call in entry.calls if not call[1].done()]:
+        while calls := _waiting(entry.calls):
             entry.calls = calls
             item, entry.chosen, _ = calls[0]
             if len(calls) > 1:
@@ -277,24 +289,18 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                         answer = None
 
 
-async def naming(task_id: str, answer: Awaitable[_T]) -> _T:
-    """The answer to a task's call; errors say which task it is.
-
-    Raises:
-        StorageError: As the call.
-    """
-    try:
-        return await answer
-    except StorageError as exc:
-        # Those of one batch share the error, and each is about another task.
-        raise StorageError(f"task {task_id!r}: {exc}", exc.sqlstate) from exc.__cause__
-
-
 def blames_a_row(exc: BaseException) -> bool:
     """Whether one row may be at fault, and the others could be stored without it."""
     if isinstance(exc, StorageError):
         return (exc.sqlstate or "")[:2] in _BLAMING_A_ROW or is_unfit_value(exc.__cause__)
     return isinstance(exc, ResultDecodeError)
+
+
+def _waiting(calls: list[_Call]) -> list[_Call]:
+    """The calls of those who are still there."""
+    if len(calls) == 1:  # nearly always, and a comprehension would take longer than all the rest
+        return [] if calls[0][1].done() else calls
+    return [call for call in calls if not call[1].done()]
 
 
 def _futures_of(batch: Mapping[Any, Entry[Any]]) -> Iterator["asyncio.Future[Any]"]:

@@ -139,7 +139,7 @@ class Codec:
             self._encode_labels(labels) if labels else "{}",
             None if result.log is None else storable_text(result.log),
             metadata.task_name,
-            attempt_of(labels),
+            attempt_of(labels) if labels else 0,
             self._retention.seconds_for(is_err=is_err, labels=labels),
             *metadata[1:],
         )

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
-from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row, naming
+from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row
 from taskiq_sa_pg.codec import Codec, attempt_of
 from taskiq_sa_pg.exceptions import StorageError, TaskiqSaPgError
 from taskiq_sa_pg.extras import ExtendedRow, ExtendedUpserts, ExtraValues
@@ -127,32 +127,32 @@ class Operations:
     ) -> Awaitable[None]:
         """Stores a result, with the values that the application has for its own columns."""
         if self._extra_values is None:
-            return naming(task_id, self._results.submit(column_id, (column_id, result)))
+            return self._results.submit(column_id, (column_id, result), task_id)
         # Here, where the caller's context is.
         extra = self._extra_values.of(task_id, result)
-        return naming(task_id, self._extended.submit(column_id, (column_id, result, extra)))
+        return self._extended.submit(column_id, (column_id, result, extra), task_id)
 
     def set_progress(
         self, column_id: Any, task_id: str, progress: TaskProgress[Any]
     ) -> Awaitable[None]:
         """Stores progress."""
-        return naming(task_id, self._progress.submit(column_id, (column_id, progress)))
+        return self._progress.submit(column_id, (column_id, progress), task_id)
 
     async def is_ready(self, column_id: Any, task_id: str) -> bool:
         """Whether there is a result."""
-        return bool(await naming(task_id, self._ready.submit(column_id, task_id)))
+        return bool(await self._ready.submit(column_id, task_id, task_id))
 
     def read(self, column_id: Any, task_id: str) -> Awaitable[StoredResult | None]:
         """The row of a result."""
-        return naming(task_id, self._results_read.submit(column_id, task_id))
+        return self._results_read.submit(column_id, task_id, task_id)
 
     def take(self, column_id: Any, task_id: str) -> Awaitable[TaskiqResult[Any] | None]:
         """A result with its log, deleted as it was read; of several callers one gets it."""
-        return naming(task_id, self._results_taken.submit(column_id, task_id))
+        return self._results_taken.submit(column_id, task_id, task_id)
 
     def read_progress(self, column_id: Any, task_id: str) -> Awaitable[StoredProgress | None]:
         """The row of a progress."""
-        return naming(task_id, self._progress_read.submit(column_id, task_id))
+        return self._progress_read.submit(column_id, task_id, task_id)
 
     async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]

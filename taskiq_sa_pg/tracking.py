@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, get_args
 
-from taskiq_sa_pg.batching import Batcher, Entry, naming
+from taskiq_sa_pg.batching import Batcher, Entry
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.rows import StatusRow, StoredStatus
@@ -103,11 +103,11 @@ class Tracking:
             _seconds(status.started_at),
             status.worker,
         )
-        await naming(status.task_id, self._written.submit(column_id, row))
+        await self._written.submit(column_id, row, status.task_id)
 
     async def read(self, column_id: Any, task_id: str) -> TaskStatus:
         """What a task is at."""
-        stored = await naming(task_id, self._read.submit(column_id, task_id))
+        stored = await self._read.submit(column_id, task_id, task_id)
         return TaskStatus(task_id, "unknown") if stored is None else _status_of(task_id, stored)
 
     async def read_running(self, limit: int) -> list[TaskStatus]:
