@@ -24,8 +24,9 @@ _Answer = TypeVar("_Answer")
 MAX_ROWS: Final = 500
 MAX_BYTES: Final = 8_000_000
 
-# From this many keys on a batch leaves some of them to the lanes that are free: the client then
-# encodes the one while the server stores the other. Below, a second statement costs more.
+# From this many keys on a batch leaves to the other lanes their share of all that are under way: the
+# client then encodes the one while the server stores the other, and no lane is left with crumbs, of
+# which it would send many while another is busy. Below, a second statement costs more.
 _MIN_SHARED: Final = 32
 
 # Classes of SQLSTATE that blame a row: a refused batch is worth trying in parts. "P0" are the
@@ -33,8 +34,9 @@ _MIN_SHARED: Final = 32
 _BLAMING_A_ROW: Final = frozenset({"21", "22", "23", "27", "44", "54", "P0"})
 
 
-# What a caller brought, the future that it awaits, and who it is where that is traced.
-_Call = tuple[Any, "asyncio.Future[Any]", Any]
+# What a caller brought, the future that it awaits, who it is where that is traced, and the task
+# that its errors name.
+_Call = tuple[Any, "asyncio.Future[Any]", Any, str | None]
 
 
 class Entry(Generic[_Row]):
@@ -53,7 +55,7 @@ class Entry(Generic[_Row]):
     @property
     def is_wanted(self) -> bool:
         """Whether a caller is still there."""
-        return any(not future.done() for _, future, _ in self.calls)
+        return any(not future.done() for _, future, *_ in self.calls)
 
 
 class Batcher(Generic[_Key, _Item, _Row, _Answer]):
@@ -120,8 +122,12 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         """How many keys have calls that are not answered yet."""
         return len(self._pending) + len(self._in_flight)
 
-    async def submit(self, key: _Key, item: _Item, task_id: str | None = None) -> _Answer | None:
-        """The answer for the key, once the item has been flushed.
+    def submit(
+        self, key: _Key, item: _Item, task_id: str | None = None
+    ) -> Awaitable[_Answer | None]:
+        """The answer for the key, once the item has been flushed; to be awaited at once.
+
+        No coroutine of its own, which would cost every call more than its place in the batch.
 
         Args:
             key: Whose item it is.
@@ -130,30 +136,29 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
 
         Raises:
             NotStartedError: After close().
-            StorageError: Of the flush.
+            StorageError: Of the flush, as it is awaited.
         """
         if self._is_closed:
             raise NotStartedError("the result backend was shut down: call startup() again")
+        meter = self._meter
+        meter.calls += 1
         future: asyncio.Future[_Answer | None] = self._loop.create_future()
-        self._meter.calls += 1
-        call = (item, future, self._meter.caller())
-        try:
-            if self._is_quiet and not self._in_flight and not self._pending:
-                await self._flush_alone(key, call)
-                return future.result()
-            entries = self._held if key in self._in_flight else self._pending
-            entry = entries.get(key)
-            if entry is None:
-                entries[key] = Entry(call)
-            else:
-                entry.calls.append(call)
+        call = (item, future, meter.caller() if meter.is_tracing else None, task_id)
+        if self._is_quiet and not self._lanes and not self._in_flight and not self._pending:
+            lone: Entry[_Row] = Entry(call)
+            lone.chosen, lone.row = future, self._encode(item)
+            self._in_flight.add(key)
+            self._alone.append(future)
+            return self._flush_alone({key: lone})
+        entries = self._held if key in self._in_flight else self._pending
+        entry = entries.get(key)
+        if entry is None:
+            entries[key] = Entry(call)
+        else:
+            entry.calls.append(call)
+        if self._starting is None:
             self._start_lane()
-            return await future
-        except StorageError as exc:
-            if task_id is None:
-                raise
-            # Those of one batch share the error, and each is about another task.
-            raise StorageError(f"task {task_id!r}: {exc}", exc.sqlstate) from exc.__cause__
+        return future
 
     async def close(self) -> None:
         """Refuses further calls, and returns when all earlier ones have been flushed."""
@@ -162,18 +167,20 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             self._start_lane()
             await asyncio.wait([*self._lanes, *self._alone])
 
-    async def _flush_alone(self, key: _Key, call: _Call) -> None:
+    async def _flush_alone(self, batch: dict[_Key, Entry[_Row]]) -> _Answer | None:
         # In the caller's own task, which spares two turns of the event loop and touches nobody
         # else when it is cancelled.
-        entry: Entry[_Row] = Entry(call)
-        if not self._prepare(entry):
-            return
-        self._in_flight.add(key)
-        self._alone.append(entry.chosen)
+        [(key, entry)] = batch.items()
         try:
-            await self._carry_out({key: entry})
+            with self._meter.flushing(batch.values()):
+                return (await self._flush(batch)).get(key)
+        except StorageError as exc:
+            [(_, _, _, task_id)] = entry.calls
+            raise _about(task_id, exc) from exc.__cause__
         finally:
             self._alone.clear()
+            entry.chosen.cancel()  # close() may wait for it
+            self._release(batch)
             self._start_lane()
 
     def _start_lane(self) -> None:
@@ -198,6 +205,8 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             while batch := self._next_batch():
                 self._start_lane()
                 await self._carry_out(batch)
+                if len(batch) > 1:
+                    await asyncio.sleep(0)  # who was answered may call again, and goes along
         finally:
             # Not left to the callback, which comes a turn later: a call may come before it.
             self._end_lane(lane)
@@ -205,8 +214,8 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     def _next_batch(self) -> dict[_Key, Entry[_Row]]:
         pending, limit = self._pending, self._max_rows
         if len(pending) >= _MIN_SHARED:
-            free_lanes = self._max_lanes - len(self._lanes) - len(self._alone) + 1
-            limit = min(limit, -(-len(pending) // free_lanes))
+            share = -(-(len(pending) + len(self._in_flight)) // self._max_lanes)
+            limit = min(limit, share)
         batch: dict[_Key, Entry[_Row]] = {}
         room = MAX_BYTES
         while pending and len(batch) < limit:
@@ -228,9 +237,9 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         """Chooses a call and encodes its row; False where no caller is left."""
         while calls := _waiting(entry.calls):
             entry.calls = calls
-            item, entry.chosen, _ = calls[0]
+            item, entry.chosen, *_ = calls[0]
             if len(calls) > 1:
-                item, entry.chosen, _ = max(reversed(calls), key=lambda call: self._rank(call[0]))
+                item, entry.chosen, *_ = max(reversed(calls), key=lambda call: self._rank(call[0]))
             try:
                 entry.row = self._encode(item)
                 entry.size = self._size(entry.row)
@@ -244,15 +253,18 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         try:
             await self._settle(batch)
         except BaseException:  # the flush was cancelled
-            for future in _futures_of(batch):
+            for _, future, *_ in _calls_of(batch):
                 future.cancel()
             raise
         finally:
-            self._in_flight.difference_update(batch)
-            if self._held:
-                for key in batch:
-                    if key in self._held:
-                        self._pending[key] = self._held.pop(key)
+            self._release(batch)
+
+    def _release(self, keys: Iterable[_Key]) -> None:
+        self._in_flight.difference_update(keys)
+        if self._held:
+            for key in keys:
+                if key in self._held:
+                    self._pending[key] = self._held.pop(key)
 
     async def _settle(self, batch: dict[_Key, Entry[_Row]]) -> None:
         while batch:
@@ -261,14 +273,14 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                     answers = await self._flush(batch)
             except Exception as exc:  # noqa: BLE001 - it is the callers'
                 if not blames_a_row(exc):
-                    _fail(_futures_of(batch), exc)
+                    _fail(_calls_of(batch), exc)
                     return
                 if len(batch) > 1:
                     for half in _halves(batch):
                         await self._settle(half)
                     return
                 [entry] = batch.values()
-                _fail([entry.chosen], exc)
+                _fail([call for call in entry.calls if call[1] is entry.chosen], exc)
                 if not self._prepare(entry):
                     return
             else:
@@ -282,7 +294,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     ) -> None:
         for key, entry in batch.items():
             answer = answers.get(key)
-            for _, future, _ in entry.calls:
+            for _, future, *_ in entry.calls:
                 if not future.done():
                     future.set_result(answer)
                     if not self._is_shared:
@@ -303,14 +315,23 @@ def _waiting(calls: list[_Call]) -> list[_Call]:
     return [call for call in calls if not call[1].done()]
 
 
-def _futures_of(batch: Mapping[Any, Entry[Any]]) -> Iterator["asyncio.Future[Any]"]:
-    return (future for entry in batch.values() for _, future, _ in entry.calls)
+def _calls_of(batch: Mapping[Any, Entry[Any]]) -> Iterator[_Call]:
+    return (call for entry in batch.values() for call in entry.calls)
 
 
-def _fail(futures: Iterable["asyncio.Future[Any]"], exc: Exception) -> None:
-    for future in futures:
+def _fail(calls: Iterable[_Call], exc: Exception) -> None:
+    for _, future, _, task_id in calls:
         if not future.done():
-            future.set_exception(exc)
+            future.set_exception(_about(task_id, exc))
+
+
+def _about(task_id: str | None, exc: Exception) -> Exception:
+    """The error that a batch met, as it is told to the caller who asked about this task."""
+    if task_id is None or not isinstance(exc, StorageError):
+        return exc
+    error = StorageError(f"task {task_id!r}: {exc}", exc.sqlstate)
+    error.__cause__ = exc.__cause__
+    return error
 
 
 def _halves(batch: dict[_Key, Any]) -> Iterator[dict[_Key, Any]]:

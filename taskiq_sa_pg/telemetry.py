@@ -86,7 +86,7 @@ class _Queue(Protocol):
 
 
 class _Entry(Protocol):
-    calls: list[tuple[Any, Any, Any]]
+    calls: list[tuple[Any, Any, Any, Any]]
     since: float
 
 
@@ -116,8 +116,8 @@ class BatchMeter:
         self._queues.add(queue)
 
     def caller(self) -> Any:
-        """Who calls now: what its span is known by, None where nothing is traced."""
-        return trace.get_current_span().get_span_context() if self.is_tracing else None
+        """Who calls now: what its span is known by; to be asked while is_tracing."""
+        return trace.get_current_span().get_span_context()
 
     def flushing(self, entries: Collection[_Entry]) -> AbstractContextManager[Any]:
         """Counts a batch, and has a span for as long as it takes."""
@@ -223,7 +223,7 @@ def _is_tracing() -> bool:
 
 
 def _callers(entries: Iterable[_Entry]) -> list[Any]:
-    callers = (caller for entry in entries for _, _, caller in entry.calls)
+    callers = (caller for entry in entries for _, _, caller, _ in entry.calls)
     known = (caller for caller in callers if caller is not None and caller.is_valid)
     return list(islice(known, _MAX_LINKS))
 

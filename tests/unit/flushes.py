@@ -56,9 +56,18 @@ class Flushes:
         return [list(flush.rows) for flush in self.begun]
 
 
+def call(batcher: AnyBatcher, key: Any, item: Any) -> asyncio.Task[Any]:
+    """A caller in a task of its own."""
+
+    async def caller() -> Any:
+        return await batcher.submit(key, item)
+
+    return asyncio.create_task(caller())
+
+
 def submit(batcher: AnyBatcher, keys: Iterable[Any]) -> list[asyncio.Task[Any]]:
     """A caller for each key, with the key as its item."""
-    return [asyncio.create_task(batcher.submit(key, key)) for key in keys]
+    return [call(batcher, key, key) for key in keys]
 
 
 async def turns_of_the_loop(number: int = 10) -> None:

@@ -14,6 +14,7 @@ from tests.unit.flushes import (
     Batch,
     Flushes,
     assert_at_rest,
+    call,
     outcomes_of,
     same,
     submit,
@@ -92,14 +93,40 @@ async def test_calls_that_find_all_lanes_busy_go_together(flushes: Flushes, lane
     await assert_at_rest(batcher)
 
 
-async def test_a_large_batch_leaves_the_free_lanes_their_part(flushes: Flushes) -> None:
+async def test_a_large_batch_leaves_every_other_lane_its_share(flushes: Flushes) -> None:
     batcher: AnyBatcher = Batcher(flushes, encode=same, lanes=3)
     calls = submit(batcher, range(101))
     await turns_of_the_loop()
-    assert flushes.keys == [[0], [*range(1, 51)], [*range(51, 101)]]
-    for flush in flushes.begun:
+    assert flushes.keys == [[0], [*range(1, 35)], [*range(35, 69)]]
+    flushes.begun[0].end()
+    assert list((await flushes.number(4)).rows) == [*range(69, 101)]
+    for flush in flushes.begun[1:]:
         flush.end()
     await asyncio.gather(*calls)
+    await assert_at_rest(batcher)
+
+
+async def test_who_is_answered_and_calls_again_goes_with_those_who_wait(flushes: Flushes) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same, lanes=1)
+
+    async def call_twice(number: int) -> None:
+        await batcher.submit(number, "first")
+        await batcher.submit(number, "second")
+
+    calls = submit(batcher, ["blocker"])
+    await turns_of_the_loop()
+    calls += [asyncio.create_task(call_twice(number)) for number in range(10)]
+    await turns_of_the_loop()
+    flushes.begun[0].end()
+    second = await flushes.number(2)
+    calls += submit(batcher, ["late"])
+    await turns_of_the_loop()
+    second.end()
+    third = await flushes.number(3)
+    assert third.rows == {"late": "late"} | dict.fromkeys(range(10), "second")
+    third.end()
+    await asyncio.gather(*calls)
+    await assert_at_rest(batcher)
 
 
 async def test_a_batch_has_no_more_keys_than_its_limit(flushes: Flushes) -> None:
@@ -116,7 +143,7 @@ async def test_a_batch_has_no_more_bytes_than_its_limit_but_for_one_row(flushes:
     batcher: AnyBatcher = Batcher(flushes, encode=same, size=same, lanes=1)
     sizes = [0, MAX_BYTES - 2, 1, 1, 1, MAX_BYTES + 1, MAX_BYTES + 2, 0, 3]
     calls = [
-        asyncio.create_task(batcher.submit(key, size))
+        call(batcher, key, size)
         for key, size in zip("abcdefghi", sizes, strict=True)
     ]
     expected = ["a", "bcd", "e", "f", "g", "hi"]
@@ -139,7 +166,7 @@ async def test_of_the_calls_for_a_key_the_last_of_the_highest_rank_is_flushed(
     batcher: AnyBatcher = Batcher(flushes, encode=same, rank=lambda item: item[0])
     [blocker] = submit(batcher, [(0, "blocker")])
     calls = [
-        asyncio.create_task(batcher.submit("key", item))
+        call(batcher, "key", item)
         for item in zip(ranks, range(3), strict=True)
     ]
     flush = await flushes.number(2)
@@ -263,7 +290,7 @@ async def test_of_many_pending_calls_few_rows_are_encoded_before_their_turn() ->
         return {}
 
     batcher: AnyBatcher = Batcher(flush, encode=encode, max_rows=500, lanes=2)
-    await asyncio.gather(*[batcher.submit(i, i) for i in range(100_000)])
+    await asyncio.gather(*submit(batcher, range(100_000)))
     assert encoded == flushed == 100_000
     assert most <= 2 * 500
     await assert_at_rest(batcher)

@@ -13,6 +13,7 @@ from tests.unit.flushes import (
     Flushes,
     Table,
     assert_at_rest,
+    call,
     outcomes_of,
     refusal,
     same,
@@ -68,8 +69,8 @@ async def test_where_the_chosen_call_is_refused_the_one_before_has_its_turn() ->
     table = Table({"bad", "worse"})
     batcher: AnyBatcher = Batcher(table, encode=same)
     items = ["first", "good", "bad", "worse"]
-    calls = [batcher.submit("key", item) for item in items]
-    [_, *outcomes] = await outcomes_of([batcher.submit("blocker", 0), *calls])
+    calls = [call(batcher, *pair) for pair in [("blocker", 0), *[("key", item) for item in items]]]
+    [_, *outcomes] = await outcomes_of(calls)
     assert outcomes[:2] == ["good", "good"]
     assert [type(outcome) for outcome in outcomes[2:]] == [StorageError, StorageError]
     assert table.stored == {"blocker": 0, "key": "good"}
@@ -81,16 +82,23 @@ def encode_or_refuse(item: Any) -> Any:
     return item
 
 
+async def test_a_lone_item_that_makes_no_row_fails_its_caller() -> None:
+    table = Table()
+    batcher: AnyBatcher = Batcher(table, encode=encode_or_refuse)
+    with pytest.raises(ValueError, match="bad"):
+        await batcher.submit("lone", "bad")
+    assert table.statements == 0
+    await assert_at_rest(batcher)
+
+
 @pytest.mark.parametrize("argument", ["encode", "size"])
 async def test_an_item_that_makes_no_row_fails_its_own_caller(argument: str) -> None:
     table = Table()
     functions: dict[str, Any] = {"encode": same, argument: encode_or_refuse}
     batcher: AnyBatcher = Batcher(table, **functions)
-    with pytest.raises(ValueError, match="bad"):
-        await batcher.submit("lone", "bad")
     pairs = [("a", 1), ("key", 2), ("key", "bad"), ("other", "bad"), ("b", 3)]
     async with asyncio.timeout(10):
-        outcomes = await outcomes_of([batcher.submit(*pair) for pair in pairs])
+        outcomes = await outcomes_of([call(batcher, *pair) for pair in pairs])
     assert [type(outcome) for outcome in outcomes] == [int, int, ValueError, ValueError, int]
     assert table.stored == {"a": 1, "key": 2, "b": 3}
     await assert_at_rest(batcher)
@@ -99,7 +107,7 @@ async def test_an_item_that_makes_no_row_fails_its_own_caller(argument: str) -> 
 async def test_a_call_that_is_cancelled_before_its_flush_is_left_out(flushes: Flushes) -> None:
     batcher: AnyBatcher = Batcher(flushes, encode=same, lanes=1)
     calls = [
-        asyncio.create_task(batcher.submit(key, item))
+        call(batcher, key, item)
         for key, item in [("blocker", 0), ("a", 1), ("a", 2), ("b", 3), ("c", 4), ("blocker", 5)]
     ]
     await flushes.number(1)
@@ -151,7 +159,7 @@ async def test_of_many_calls_with_every_second_cancelled_the_others_are_stored(s
     batcher: AnyBatcher = Batcher(table, encode=same, max_rows=50)
     calls = []
     for number in range(1000):
-        calls.append(asyncio.create_task(batcher.submit(number % 400, number)))
+        calls.append(call(batcher, number % 400, number))
         await turns_of_the_loop(chance.choice([0] * 9 + [1]))
         if number % 2:
             chance.choice(calls[-50:]).cancel()
