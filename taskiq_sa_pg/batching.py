@@ -24,9 +24,9 @@ _Answer = TypeVar("_Answer")
 MAX_ROWS: Final = 500
 MAX_BYTES: Final = 8_000_000
 
-# From this many keys on a batch leaves to the other lanes their share of all that are under way: the
-# client then encodes the one while the server stores the other, and no lane is left with crumbs, of
-# which it would send many while another is busy. Below, a second statement costs more.
+# From this many keys on a batch leaves the other lanes their share of all that are under way: the
+# client then encodes the one while the server stores the other, and no lane is left with crumbs,
+# of which it would send many while another is busy. Below, a second statement costs more.
 _MIN_SHARED: Final = 32
 
 # Classes of SQLSTATE that blame a row: a refused batch is worth trying in parts. "P0" are the
@@ -214,8 +214,9 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     def _next_batch(self) -> dict[_Key, Entry[_Row]]:
         pending, limit = self._pending, self._max_rows
         if len(pending) >= _MIN_SHARED:
-            share = -(-(len(pending) + len(self._in_flight)) // self._max_lanes)
-            limit = min(limit, share)
+            lone = len(self._alone)
+            under_way = len(pending) + len(self._in_flight) - lone
+            limit = min(limit, -(-under_way // (self._max_lanes - lone)))
         batch: dict[_Key, Entry[_Row]] = {}
         room = MAX_BYTES
         while pending and len(batch) < limit:

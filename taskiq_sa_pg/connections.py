@@ -132,7 +132,8 @@ class Connections:
             closing = self._close(connection, connection.is_unusable_after(exc))
             await asyncio.wait([closing], timeout=_SECONDS_TO_GIVE_UP)
             raise
-        if self._keep and not connection.is_old:
+        # By the time of its answer, which is now: no look at the clock for it.
+        if self._keep and connection.answered_at < connection.expires_at:
             self._kept.append(connection)
             if self._sweeper is None:
                 self._schedule_sweep()
@@ -218,7 +219,7 @@ class Connections:
         return self._kept[-1].is_direct and self._is_trusted(self._kept[-1])
 
     def _is_trusted(self, connection: "_Connection") -> bool:
-        return not connection.is_closed and connection.answered_at >= self._distrusted_at
+        return connection.answered_at >= self._distrusted_at and not connection.is_closed
 
     async def _checkout(self) -> "_Connection":
         while self._kept:
@@ -234,7 +235,8 @@ class Connections:
 
     def _sweep(self) -> None:
         self._sweeper = None
-        for connection in [connection for connection in self._kept if connection.is_old]:
+        now = asyncio.get_running_loop().time()
+        for connection in [connection for connection in self._kept if connection.expires_at <= now]:
             self._kept.remove(connection)
             _ = self._close(connection)
         if self._kept:
@@ -257,18 +259,14 @@ class _Connection:
         self._connection = connection
         self._driver = driver
         self._texts = texts
-        self.answered_at = asyncio.get_running_loop().time()
-        self._expires_at = self.answered_at + _MAX_SECONDS_KEPT
+        self._loop = asyncio.get_running_loop()
+        self.answered_at = self._loop.time()
+        self.expires_at: Final = self.answered_at + _MAX_SECONDS_KEPT
 
     @property
     def is_closed(self) -> bool:
         """Whether the server or the driver has closed it."""
         return _is_closed(self._driver)
-
-    @property
-    def is_old(self) -> bool:
-        """Whether it has been checked out for long enough."""
-        return asyncio.get_running_loop().time() >= self._expires_at
 
     @property
     def is_direct(self) -> bool:
@@ -285,35 +283,35 @@ class _Connection:
     async def fetch(
         self, statement: Executable, parameters: Mapping[str, Any], timeout: float | None
     ) -> Sequence[Any]:
-        """The rows of a statement whose parameters are all given; with a timeout if direct."""
-        rows = await self._fetch(statement, parameters, timeout)
-        self.answered_at = asyncio.get_running_loop().time()
-        return rows
+        """The rows of a statement whose parameters are all given; with a timeout if direct.
 
-    async def _fetch(
-        self, statement: Executable, parameters: Mapping[str, Any], timeout: float | None
-    ) -> Sequence[Any]:
+        Raises:
+            StatementError: A value of a user's own column cannot be converted.
+        """
         if self._texts is None:
             result = await self._connection.execute(statement, parameters)
-            return result.all() if result.returns_rows else ()
+            rows: Sequence[Any] = result.all() if result.returns_rows else ()
+            self.answered_at = self._loop.time()
+            return rows
         compiled = self._texts.get(statement)
         if compiled is None:
             compiled = self._texts[statement] = _compile(statement, self._connection.dialect)
         try:
-            values = [parameters[name] for name in compiled.names]
+            values = list(map(parameters.__getitem__, compiled.names))
         except KeyError:
             # The default of a column of the user's own, which SQLAlchemy works out.
             async with asyncio.timeout(timeout):
                 await _set_isolation_level(self._connection, "AUTOCOMMIT")
                 self._texts = None
-                return await self._fetch(statement, parameters, None)
+                return await self.fetch(statement, parameters, None)
         for position, convert in compiled.conversions:
             try:
                 values[position] = convert(values[position])
             except Exception as exc:
                 # As where SQLAlchemy executes.
                 raise StatementError(str(exc), compiled.text, None, exc) from exc
-        rows: Sequence[Any] = await self._driver.fetch(compiled.text, *values, timeout=timeout)
+        rows = await self._driver.fetch(compiled.text, *values, timeout=timeout)
+        self.answered_at = self._loop.time()
         return rows
 
     async def close(self, invalidate: bool = False) -> None:

@@ -137,8 +137,10 @@ class ResultUpserts:
 
     def of(self, rows: Sequence[ResultRow]) -> Sequence[Call]:
         """What stores rows, as Upsert.of()."""
-        is_filled = any(row.started_at is not None for row in rows)
-        return (self.with_metadata if is_filled else self.without_metadata).of(rows)
+        for row in rows:
+            if row.started_at is not None:
+                return self.with_metadata.of(rows)
+        return self.without_metadata.of(rows)
 
 
 def has_metadata_columns(models: Models) -> bool:

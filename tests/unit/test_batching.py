@@ -93,14 +93,32 @@ async def test_calls_that_find_all_lanes_busy_go_together(flushes: Flushes, lane
     await assert_at_rest(batcher)
 
 
-async def test_a_large_batch_leaves_every_other_lane_its_share(flushes: Flushes) -> None:
+async def test_a_large_batch_leaves_the_free_lanes_their_part(flushes: Flushes) -> None:
     batcher: AnyBatcher = Batcher(flushes, encode=same, lanes=3)
     calls = submit(batcher, range(101))
     await turns_of_the_loop()
-    assert flushes.keys == [[0], [*range(1, 35)], [*range(35, 69)]]
+    assert flushes.keys == [[0], [*range(1, 51)], [*range(51, 101)]]
+    for flush in flushes.begun:
+        flush.end()
+    await asyncio.gather(*calls)
+
+
+async def test_a_lane_with_a_heap_shares_it_with_one_that_has_crumbs(flushes: Flushes) -> None:
+    """Else the other would send many small batches while it is busy, and so for ever."""
+    batcher: AnyBatcher = Batcher(flushes, encode=same, lanes=2)
+    calls = submit(batcher, range(100))
+    await turns_of_the_loop()
+    calls += submit(batcher, ["crumb"])
     flushes.begun[0].end()
-    assert list((await flushes.number(4)).rows) == [*range(69, 101)]
-    for flush in flushes.begun[1:]:
+    await turns_of_the_loop()
+    assert flushes.keys == [[0], [*range(1, 100)], ["crumb"]]
+    calls += submit(batcher, range(100, 199))
+    await turns_of_the_loop()
+    flushes.begun[1].end()
+    assert list((await flushes.number(4)).rows) == [*range(100, 150)]
+    flushes.begun[2].end()
+    assert list((await flushes.number(5)).rows) == [*range(150, 199)]
+    for flush in flushes.begun[3:]:
         flush.end()
     await asyncio.gather(*calls)
     await assert_at_rest(batcher)
@@ -142,10 +160,7 @@ async def test_a_batch_has_no_more_keys_than_its_limit(flushes: Flushes) -> None
 async def test_a_batch_has_no_more_bytes_than_its_limit_but_for_one_row(flushes: Flushes) -> None:
     batcher: AnyBatcher = Batcher(flushes, encode=same, size=same, lanes=1)
     sizes = [0, MAX_BYTES - 2, 1, 1, 1, MAX_BYTES + 1, MAX_BYTES + 2, 0, 3]
-    calls = [
-        call(batcher, key, size)
-        for key, size in zip("abcdefghi", sizes, strict=True)
-    ]
+    calls = [call(batcher, key, size) for key, size in zip("abcdefghi", sizes, strict=True)]
     expected = ["a", "bcd", "e", "f", "g", "hi"]
     for number, keys in enumerate(expected, start=1):
         flush = await flushes.number(number)
@@ -165,10 +180,7 @@ async def test_of_the_calls_for_a_key_the_last_of_the_highest_rank_is_flushed(
 ) -> None:
     batcher: AnyBatcher = Batcher(flushes, encode=same, rank=lambda item: item[0])
     [blocker] = submit(batcher, [(0, "blocker")])
-    calls = [
-        call(batcher, "key", item)
-        for item in zip(ranks, range(3), strict=True)
-    ]
+    calls = [call(batcher, "key", item) for item in zip(ranks, range(3), strict=True)]
     flush = await flushes.number(2)
     assert flush.rows == {"key": (ranks[chosen], chosen)}
     await turns_of_the_loop()
