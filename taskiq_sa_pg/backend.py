@@ -607,7 +607,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
     async def prune(self, limit: int | None = None, time_budget: Seconds | None = None) -> Pruned:
         """Deletes expired results with their progress, and what is older than progress_ttl.
 
-        In statements of at most 1,000 rows, each committed by itself, that wait for nobody: what
+        In statements of at most 100 rows, each committed by itself, that wait for nobody: what
         somebody else has locked is left for the next time.
 
         Args:

@@ -238,9 +238,10 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         """Chooses a call and encodes its row; False where no caller is left."""
         while calls := _waiting(entry.calls):
             entry.calls = calls
-            item, entry.chosen, *_ = calls[0]
+            call = calls[0]
             if len(calls) > 1:
-                item, entry.chosen, *_ = max(reversed(calls), key=lambda call: self._rank(call[0]))
+                call = max(reversed(calls), key=lambda call: self._rank(call[0]))
+            item, entry.chosen, _, _ = call  # not *_, which makes a list for every call
             try:
                 entry.row = self._encode(item)
                 entry.size = self._size(entry.row)
@@ -295,7 +296,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     ) -> None:
         for key, entry in batch.items():
             answer = answers.get(key)
-            for _, future, *_ in entry.calls:
+            for _, future, _, _ in entry.calls:
                 if not future.done():
                     future.set_result(answer)
                     if not self._is_shared:
