@@ -7,8 +7,14 @@ execution where the driver is asyncpg and nothing listens to the engine.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+    suppress,
+)
 from math import inf
 from typing import Any, Final, NamedTuple
 
@@ -23,6 +29,7 @@ from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from taskiq_sa_pg.limits import SECONDS_TO_GIVE_UP, Slots, Watch, time_limit
 from taskiq_sa_pg.upserts import CONVERTED
 
 # Afterwards the pool's own care, such as pool_recycle and pool_pre_ping, has its turn.
@@ -30,10 +37,6 @@ _MAX_SECONDS_KEPT: Final = 5.0
 
 # A server that does not answer would keep us for as long as it likes.
 _MAX_SECONDS_TO_CLOSE: Final = 2.0
-
-# The drivers ask the server to cancel a statement and wait for its answer: psycopg for 10 s, unless
-# it is interrupted again.
-_SECONDS_TO_GIVE_UP: Final = 1.0
 
 # In the pool's notes about a connection: when it last answered us, by the event loop's clock.
 _ANSWERED_AT: Final = "taskiq_sa_pg.answered_at"
@@ -51,25 +54,6 @@ _DIALECT_EVENTS: Final = ("do_execute", "do_execute_no_params", "handle_error")
 _POOLS_OF_ONE: Final = (StaticPool, AssertionPool)
 
 
-@asynccontextmanager
-async def time_limit(seconds: float) -> AsyncIterator[Callable[[], None]]:
-    """Cancels what takes longer, and again where it does not end at once; yields how to lift it.
-
-    Raises:
-        TimeoutError: It took longer.
-    """
-    async with (
-        asyncio.timeout(seconds + _SECONDS_TO_GIVE_UP) as last_limit,
-        asyncio.timeout(seconds) as limit,
-    ):
-
-        def lift() -> None:
-            limit.reschedule(None)
-            last_limit.reschedule(None)
-
-        yield lift
-
-
 class Connections:
     """A bounded number of an engine's connections, each for one statement or transaction at a time.
 
@@ -85,8 +69,9 @@ class Connections:
     def __init__(self, engine: AsyncEngine, limit: int, *, keep: bool) -> None:
         self._engine = engine
         self._keep = keep
+        self._loop = asyncio.get_running_loop()
         self._limit = min(limit, _size_of_pool(engine) or limit)
-        self._slots = asyncio.Semaphore(self._limit)
+        self._slots = Slots(self._limit)
         self._kept: list[_Connection] = []
         self._sweeper: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -111,29 +96,35 @@ class Connections:
         Raises:
             TimeoutError: It took longer.
         """
-        if self._has_one_at_hand():
-            # With the driver's own timer: those of asyncio cost a tenth of a small statement.
-            async with self._slots:
-                return await self._run(self._kept.pop(), statement, parameters, timeout)
-        async with time_limit(timeout), self._slots:
-            return await self._run(await self._checkout(), statement, parameters)
+        if not self._has_one_at_hand():
+            async with time_limit(timeout), self._slots:
+                return await self._run(await self._checkout(), statement, parameters, nullcontext())
+        self._slots.take()
+        try:
+            connection = self._kept.pop()
+            return await self._run(
+                connection, statement, parameters, connection.watch.within(timeout)
+            )
+        finally:
+            self._slots.give_back()
 
     async def _run(
         self,
         connection: "_Connection",
         statement: Executable,
         parameters: Mapping[str, Any],
-        timeout: float | None = None,
+        limit: AbstractContextManager[None],
     ) -> Sequence[Any]:
         try:
-            rows = await connection.fetch(statement, parameters, timeout)
+            with limit:
+                rows = await connection.fetch(statement, parameters)
         except BaseException as exc:
             # Neither who is cancelled a second time nor a silent server keeps it from going back.
             closing = self._close(connection, connection.is_unusable_after(exc))
-            await asyncio.wait([closing], timeout=_SECONDS_TO_GIVE_UP)
+            await asyncio.wait([closing], timeout=SECONDS_TO_GIVE_UP)
             raise
-        # By the time of its answer, which is now: no look at the clock for it.
-        if self._keep and connection.answered_at < connection.expires_at:
+        connection.answered_at = now = self._loop.time()
+        if self._keep and now < connection.expires_at:
             self._kept.append(connection)
             if self._sweeper is None:
                 self._schedule_sweep()
@@ -198,7 +189,7 @@ class Connections:
             await self._kept.pop().close()
         # Whoever came earlier has a slot earlier: with all of them, nobody is left.
         for _ in range(self._limit):
-            await self._slots.acquire()
+            await self._slots.wait()
         if self._closing:
             await asyncio.wait(self._closing)
 
@@ -214,7 +205,7 @@ class Connections:
 
     def _has_one_at_hand(self) -> bool:
         """Whether there is nothing to wait for but the driver's answer."""
-        if not self._kept or self._slots.locked():
+        if not self._kept or not self._slots.has_free:
             return False
         return self._kept[-1].is_direct and self._is_trusted(self._kept[-1])
 
@@ -259,8 +250,8 @@ class _Connection:
         self._connection = connection
         self._driver = driver
         self._texts = texts
-        self._loop = asyncio.get_running_loop()
-        self.answered_at = self._loop.time()
+        self.watch = Watch()
+        self.answered_at = asyncio.get_running_loop().time()
         self.expires_at: Final = self.answered_at + _MAX_SECONDS_KEPT
 
     @property
@@ -280,19 +271,16 @@ class _Connection:
         is_known = hasattr(exc, "sqlstate") or isinstance(exc, StatementError)
         return self.is_direct and (self.is_closed or not is_known)
 
-    async def fetch(
-        self, statement: Executable, parameters: Mapping[str, Any], timeout: float | None
-    ) -> Sequence[Any]:
-        """The rows of a statement whose parameters are all given; with a timeout if direct.
+    def fetch(
+        self, statement: Executable, parameters: Mapping[str, Any]
+    ) -> Awaitable[Sequence[Any]]:
+        """The rows of a statement whose parameters are all given; to be awaited at once.
 
         Raises:
             StatementError: A value of a user's own column cannot be converted.
         """
         if self._texts is None:
-            result = await self._connection.execute(statement, parameters)
-            rows: Sequence[Any] = result.all() if result.returns_rows else ()
-            self.answered_at = self._loop.time()
-            return rows
+            return self._execute(statement, parameters)
         compiled = self._texts.get(statement)
         if compiled is None:
             compiled = self._texts[statement] = _compile(statement, self._connection.dialect)
@@ -300,22 +288,32 @@ class _Connection:
             values = list(map(parameters.__getitem__, compiled.names))
         except KeyError:
             # The default of a column of the user's own, which SQLAlchemy works out.
-            async with asyncio.timeout(timeout):
-                await _set_isolation_level(self._connection, "AUTOCOMMIT")
-                self._texts = None
-                return await self.fetch(statement, parameters, None)
+            return self._execute_from_now_on(statement, parameters)
         for position, convert in compiled.conversions:
             try:
                 values[position] = convert(values[position])
             except Exception as exc:
                 # As where SQLAlchemy executes.
                 raise StatementError(str(exc), compiled.text, None, exc) from exc
-        rows = await self._driver.fetch(compiled.text, *values, timeout=timeout)
-        self.answered_at = self._loop.time()
+        rows: Awaitable[Sequence[Any]] = self._driver.fetch(compiled.text, *values)
         return rows
+
+    async def _execute(
+        self, statement: Executable, parameters: Mapping[str, Any]
+    ) -> Sequence[Any]:
+        result = await self._connection.execute(statement, parameters)
+        return result.all() if result.returns_rows else ()
+
+    async def _execute_from_now_on(
+        self, statement: Executable, parameters: Mapping[str, Any]
+    ) -> Sequence[Any]:
+        await _set_isolation_level(self._connection, "AUTOCOMMIT")
+        self._texts = None
+        return await self._execute(statement, parameters)
 
     async def close(self, invalidate: bool = False) -> None:
         """Gives it back to the pool, which may have to forget the driver's connection."""
+        self.watch.stop()
         if invalidate:
             await self._connection.invalidate()
         else:

@@ -69,19 +69,27 @@ class Layout:
             try:
                 return await work()
             except StorageError as exc:
-                used = features if uses_status else features._replace(has_status=False)
-                if not self._do_without(used, exc):
-                    raise
+                self.adapt_to(exc, features, uses_status=uses_status)
 
-    def _do_without(self, used: Features, exc: StorageError) -> bool:
+    def adapt_to(self, exc: StorageError, features: Features, *, uses_status: bool) -> None:
+        """Goes without the feature whose absence made an attempt fail.
+
+        Args:
+            exc: The error.
+            features: What the attempt took the tables to have.
+            uses_status: Whether it needed the status table, if there is one.
+
+        Raises:
+            StorageError: The error, where no feature was missing.
+        """
         # Nobody looked at the tables, or they were downgraded since: no result is lost for it.
         name, consequence = _MISSING.get(exc.sqlstate or "", ("", ""))
+        used = features if uses_status else features._replace(has_status=False)
         if not name or not getattr(used, name):
-            return False
+            raise exc
         if getattr(self.features, name):  # else another batch has met it, too
             logger.warning(
                 "table %s %s until the next startup(): %s",
                 *(self.models.config.qualified_name, consequence, exc),
             )
             self.expect(self.features._replace(**{name: False}))
-        return True

@@ -202,22 +202,27 @@ class Operations:
         return {}
 
     async def _upsert_results(self, calls_for_rows: Callable[[], Sequence[Call]]) -> None:
-        await self._layout.adapting(
-            lambda: self._upsert(calls_for_rows(), self._purpose),
-            uses_status=self._layout.is_tracked,
-        )
+        layout = self._layout
+        while True:  # as Layout.adapting(), in one coroutine instead of three
+            features = layout.features
+            try:
+                await self._upsert(calls_for_rows(), self._purpose)
+            except StorageError as exc:
+                layout.adapt_to(exc, features, uses_status=layout.is_tracked)
+            else:
+                return
 
-    async def _upsert(self, calls: Sequence[Call], purpose: str) -> None:
+    def _upsert(self, calls: Sequence[Call], purpose: str) -> Awaitable[object]:
         if len(calls) == 1:
-            await self._store.fetch(*calls[0], purpose)
-            return
+            [(statement, parameters)] = calls
+            return self._store.fetch(statement, parameters, purpose)
 
         async def upsert(connection: AsyncConnection) -> None:
             for call in calls:
                 await connection.execute(*call)
 
         # All or none: those that are tried again may have been read and deleted meanwhile.
-        await self._store.transact(upsert, purpose)
+        return self._store.transact(upsert, purpose)
 
     def _announce(self, channel: str, column_ids: Iterable[Any]) -> None:
         if self._notifier is not None:

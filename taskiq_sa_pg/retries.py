@@ -45,19 +45,47 @@ class Retries:
         Raises:
             Exception: What the attempt raised, where it does not pass or did not in time.
         """
-        timeout = self.timeout if timeout is None else timeout
         started_at = asyncio.get_running_loop().time()
         try:
-            # The usual case, without the machinery.
             result = await attempt()
         except Exception as exc:
-            if timeout <= 0 or not is_transient(exc):
-                raise
-            self._note_trouble(exc, timeout)
+            self.check(exc, timeout)
         else:
-            if self._trouble_since is not None:
-                self._note_recovery()
+            self.note_success()
             return result
+        return await self.again(attempt, started_at, timeout)
+
+    def check(self, exc: Exception, timeout: float | None = None) -> None:
+        """Notes that a first attempt failed; to be called while its error is handled.
+
+        Args:
+            exc: The error.
+            timeout: Instead of the usual.
+
+        Raises:
+            Exception: The error, where it does not pass.
+        """
+        timeout = self.timeout if timeout is None else timeout
+        if timeout <= 0 or not is_transient(exc):
+            raise exc
+        if self._trouble_since is None and not (sqlstate_of(exc) or "").startswith(_CONFLICTS):
+            self._trouble_since = asyncio.get_running_loop().time()
+            logger.warning("PostgreSQL: %s; trying again for up to %g s", reason_of(exc), timeout)
+
+    async def again(
+        self,
+        attempt: Callable[[], Awaitable[_T]],
+        started_at: float,
+        timeout: float | None = None,
+    ) -> _T:
+        """As run(), after a first attempt that was checked.
+
+        Args:
+            attempt: What is done, once or more.
+            started_at: When the first one was begun, by the event loop's clock.
+            timeout: Instead of the usual.
+        """
+        timeout = self.timeout if timeout is None else timeout
         left = started_at + timeout - asyncio.get_running_loop().time()
         repeat = AsyncRetrying(
             retry=retry_if_exception(_is_transient),
@@ -66,21 +94,16 @@ class Retries:
             reraise=True,
         )
 
-        async def again() -> _T:
+        async def counted() -> _T:
             self._on_retry()
             return await attempt()
 
-        result = await repeat(again)
-        self._note_recovery()
+        result = await repeat(counted)
+        self.note_success()
         return result
 
-    def _note_trouble(self, exc: Exception, timeout: float) -> None:
-        if self._trouble_since is not None or (sqlstate_of(exc) or "").startswith(_CONFLICTS):
-            return
-        self._trouble_since = asyncio.get_running_loop().time()
-        logger.warning("PostgreSQL: %s; trying again for up to %g s", reason_of(exc), timeout)
-
-    def _note_recovery(self) -> None:
+    def note_success(self) -> None:
+        """Says that an attempt succeeded, after which trouble is over."""
         if self._trouble_since is not None:
             seconds = asyncio.get_running_loop().time() - self._trouble_since
             self._trouble_since = None

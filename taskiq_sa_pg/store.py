@@ -5,16 +5,18 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable, NullPool, Select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskiq_sa_pg.config import TableConfig
-from taskiq_sa_pg.connections import Connections, time_limit
+from taskiq_sa_pg.connections import Connections
 from taskiq_sa_pg.engines import DsnSource, check_dsn, make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, StorageError
 from taskiq_sa_pg.faults import condemns_connections, describe, errors_of, is_lost_connection
+from taskiq_sa_pg.limits import time_limit
 from taskiq_sa_pg.retries import Retries
 from taskiq_sa_pg.streams import Stream
 
@@ -167,20 +169,29 @@ class Store:
             NotStartedError: The store is not open.
             StorageError: PostgreSQL refused the statement or could not be reached in time.
         """
-
-        async def attempt() -> Sequence[Any]:
-            connections = self._running(purpose)
-            try:
-                return await connections.fetch(statement, parameters, self._command_timeout)
-            except self._errors as exc:
-                if condemns_connections(exc):
-                    connections.distrust()
-                raise
-
+        started_at = asyncio.get_running_loop().time()
         try:
-            return await self._retries.run(attempt, retry_timeout)
+            try:
+                # In no coroutine of its own: nearly every call waits for nothing but this.
+                rows = await self._running(purpose).fetch(
+                    statement, parameters, self._command_timeout
+                )
+            except self._errors as exc:
+                self._judge(exc)
+                self._retries.check(exc, retry_timeout)
+            else:
+                self._retries.note_success()
+                return rows
+            once_more = partial(self._fetch_once, statement, parameters, purpose)
+            return await self._retries.again(once_more, started_at, retry_timeout)
         except self._errors as exc:
             raise StorageError(*describe(exc, purpose)) from exc
+
+    async def _fetch_once(
+        self, statement: Executable, parameters: Mapping[str, Any], purpose: str
+    ) -> Sequence[Any]:
+        rows = self._running(purpose).fetch(statement, parameters, self._command_timeout)
+        return await self._watching(rows)
 
     async def transact(
         self,
@@ -221,8 +232,7 @@ class Store:
                         lift_limit()
                     answers.append(await work(connection))
             except self._errors as exc:
-                if condemns_connections(exc):
-                    connections.distrust()
+                self._judge(exc)
                 if not (answers and is_answer_final and is_lost_connection(exc)):
                     raise
                 logger.warning("the connection was lost in a COMMIT that was to %s", purpose)
@@ -301,9 +311,12 @@ class Store:
         try:
             return await answer
         except self._errors as exc:
-            if self._connections is not None and condemns_connections(exc):
-                self._connections.distrust()
+            self._judge(exc)
             raise
+
+    def _judge(self, exc: Exception) -> None:
+        if self._connections is not None and condemns_connections(exc):
+            self._connections.distrust()
 
     def _make_engine(self) -> AsyncEngine:
         assert self._dsn is not None

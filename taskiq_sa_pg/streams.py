@@ -9,8 +9,9 @@ from sqlalchemy import Select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncResult
 
-from taskiq_sa_pg.connections import Connections, time_limit
+from taskiq_sa_pg.connections import Connections
 from taskiq_sa_pg.exceptions import NotStartedError
+from taskiq_sa_pg.limits import time_limit
 
 # A server that does not answer would keep us for as long as it likes.
 _MAX_SECONDS_TO_CLOSE: Final = 2.0
