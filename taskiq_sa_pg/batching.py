@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
@@ -72,8 +73,8 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     Args:
         flush: Carries out a batch, of which it gets the entries by key, and returns the answers
             by key; where there is none, the callers get None.
-        encode: Makes an item into a row; only those that are flushed. What it raises, the
-            caller gets.
+        encode: Makes a key and its item into a row; only those that are flushed. What it raises,
+            the caller gets.
         size: The bytes of a row.
         rank: The rank of an item, whatever it is; asked where a key has several calls.
         max_rows: The most keys in a batch.
@@ -87,7 +88,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         self,
         flush: Callable[[Mapping[_Key, Entry[_Row]]], Awaitable[Mapping[_Key, _Answer]]],
         *,
-        encode: Callable[[_Item], _Row],
+        encode: Callable[[_Key, _Item], _Row],
         size: Callable[[_Row], int] = lambda _: 0,
         rank: Callable[[_Item], int] = lambda _: 0,
         max_rows: int = MAX_ROWS,
@@ -146,7 +147,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         call = (item, future, meter.caller() if meter.is_tracing else None, task_id)
         if self._is_quiet and not self._lanes and not self._in_flight and not self._pending:
             lone: Entry[_Row] = Entry(call)
-            lone.chosen, lone.row = future, self._encode(item)
+            lone.chosen, lone.row = future, self._encode(key, item)
             self._in_flight.add(key)
             self._alone.append(future)
             return self._flush_alone({key: lone})
@@ -156,7 +157,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             entries[key] = Entry(call)
         else:
             entry.calls.append(call)
-        if self._starting is None:
+        if self._starting is None and len(self._lanes) < self._max_lanes:
             self._start_lane()
         return future
 
@@ -172,8 +173,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         # else when it is cancelled.
         [(key, entry)] = batch.items()
         try:
-            with self._meter.flushing(batch.values()):
-                return (await self._flush(batch)).get(key)
+            return (await self._measured(batch)).get(key)
         except StorageError as exc:
             [(_, _, _, task_id)] = entry.calls
             raise _about(task_id, exc) from exc.__cause__
@@ -181,7 +181,14 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             self._alone.clear()
             entry.chosen.cancel()  # close() may wait for it
             self._release(batch)
-            self._start_lane()
+            if self._pending:
+                self._start_lane()
+
+    def _measured(
+        self, batch: Mapping[_Key, Entry[_Row]]
+    ) -> Awaitable[Mapping[_Key, _Answer]]:
+        span = self._meter.flushing(batch.values())
+        return self._flush(batch) if span is None else _within(span, self._flush(batch))
 
     def _start_lane(self) -> None:
         # One at a time: it may find little to do, once the calls of this turn are all there.
@@ -221,7 +228,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         room = MAX_BYTES
         while pending and len(batch) < limit:
             key, entry = pending.popitem(last=False)
-            if not self._prepare(entry):
+            if not self._prepare(key, entry):
                 continue
             room -= entry.size
             if room < 0 and batch:
@@ -234,22 +241,25 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             self._is_quiet = len(batch) == 1
         return batch
 
-    def _prepare(self, entry: Entry[_Row]) -> bool:
+    def _prepare(self, key: _Key, entry: Entry[_Row]) -> bool:
         """Chooses a call and encodes its row; False where no caller is left."""
-        while calls := _waiting(entry.calls):
-            entry.calls = calls
-            call = calls[0]
-            if len(calls) > 1:
+        while True:
+            calls = entry.calls
+            if len(calls) > 1 or calls[0][1].done():  # which is rare, and would take longer
+                entry.calls = calls = [call for call in calls if not call[1].done()]
+                if not calls:
+                    return False
                 call = max(reversed(calls), key=lambda call: self._rank(call[0]))
+            else:
+                call = calls[0]
             item, entry.chosen, _, _ = call  # not *_, which makes a list for every call
             try:
-                entry.row = self._encode(item)
+                entry.row = self._encode(key, item)
                 entry.size = self._size(entry.row)
             except Exception as exc:  # noqa: BLE001 - it is the caller's
                 entry.chosen.set_exception(exc)
             else:
                 return True
-        return False
 
     async def _carry_out(self, batch: dict[_Key, Entry[_Row]]) -> None:
         try:
@@ -271,8 +281,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     async def _settle(self, batch: dict[_Key, Entry[_Row]]) -> None:
         while batch:
             try:
-                with self._meter.flushing(batch.values()):
-                    answers = await self._flush(batch)
+                answers = await self._measured(batch)
             except Exception as exc:  # noqa: BLE001 - it is the callers'
                 if not blames_a_row(exc):
                     _fail(_calls_of(batch), exc)
@@ -281,9 +290,9 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                     for half in _halves(batch):
                         await self._settle(half)
                     return
-                [entry] = batch.values()
+                [(key, entry)] = batch.items()
                 _fail([call for call in entry.calls if call[1] is entry.chosen], exc)
-                if not self._prepare(entry):
+                if not self._prepare(key, entry):
                     return
             else:
                 self._answer(batch, answers)
@@ -310,11 +319,9 @@ def blames_a_row(exc: BaseException) -> bool:
     return isinstance(exc, ResultDecodeError)
 
 
-def _waiting(calls: list[_Call]) -> list[_Call]:
-    """The calls of those who are still there."""
-    if len(calls) == 1:  # nearly always, and a comprehension would take longer than all the rest
-        return [] if calls[0][1].done() else calls
-    return [call for call in calls if not call[1].done()]
+async def _within(span: AbstractContextManager[Any], flush: Awaitable[_Answer]) -> _Answer:
+    with span:
+        return await flush
 
 
 def _calls_of(batch: Mapping[Any, Entry[Any]]) -> Iterator[_Call]:

@@ -8,8 +8,9 @@ import dataclasses
 import json
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -49,6 +50,9 @@ from taskiq_sa_pg.rows import ProgressRow, ResultRow, StoredProgress, StoredResu
 from taskiq_sa_pg.signing import SignedSerializer
 
 logger = logging.getLogger(__name__)
+
+# Without the Python code of ResultRow's own constructor, which takes as long as serializing.
+_make_row: Final[Callable[[tuple[Any, ...]], ResultRow]] = partial(tuple.__new__, ResultRow)
 
 _MAX_INTEGER: Final = 2_147_483_647
 _MAX_REASON_CHARACTERS: Final = 500
@@ -127,21 +131,22 @@ class Codec:
             error_type = storable_text(qualified_name(type(error)))
             traceback = storable_text(format_traceback(error))
         metadata = metadata_of(result)
-        # By position, which takes half the time: twelve keywords cost more than all the rest.
-        return ResultRow(
-            task_id,
-            bool(is_err),
-            return_value,
-            encoded_error,
-            error_type,
-            traceback,
-            float(result.execution_time),
-            self._encode_labels(labels) if labels else "{}",
-            None if result.log is None else storable_text(result.log),
-            metadata.task_name,
-            attempt_of(labels) if labels else 0,
-            self._retention.seconds_for(is_err=is_err, labels=labels),
-            *metadata[1:],
+        return _make_row(
+            (
+                task_id,
+                bool(is_err),
+                return_value,
+                encoded_error,
+                error_type,
+                traceback,
+                float(result.execution_time),
+                self._encode_labels(labels) if labels else "{}",
+                None if result.log is None else storable_text(result.log),
+                metadata.task_name,
+                attempt_of(labels) if labels else 0,
+                self._retention.seconds_for(is_err=is_err, labels=labels),
+                *metadata[1:],
+            )
         )
 
     def decode_result(
@@ -219,12 +224,15 @@ class Codec:
         try:
             return self._dump(value)
         except Exception as refusal:  # noqa: BLE001 - serializers raise what they like
-            try:
-                return self._dump(_to_jsonable(value))
-            except Exception as exc:  # noqa: BLE001 - as above
-                raise ResultSerializationError(
-                    what, qualified_name(type(value)), f"{reason_of(refusal)}; {reason_of(exc)}"
-                ) from refusal
+            return self._serialize_jsonable(what, value, refusal)
+
+    def _serialize_jsonable(self, what: str, value: Any, refusal: Exception) -> bytes:
+        try:
+            return self._dump(_to_jsonable(value))
+        except Exception as exc:  # noqa: BLE001 - serializers raise what they like
+            raise ResultSerializationError(
+                what, qualified_name(type(value)), f"{reason_of(refusal)}; {reason_of(exc)}"
+            ) from refusal
 
     def _dump_and_load(self, value: Any) -> bytes:
         dumped = self.serializer.dumpb(value)
@@ -240,7 +248,10 @@ class Codec:
         return True
 
     def _encode_payload(self, what: str, value: Any) -> bytes | str:
-        dumped = self._serialize(what, value)
+        try:  # as _serialize(), without a call of it for every result
+            dumped = self._dump(value)
+        except Exception as refusal:  # noqa: BLE001 - serializers raise what they like
+            dumped = self._serialize_jsonable(what, value, refusal)
         if self._max_payload_bytes is not None and len(dumped) > self._max_payload_bytes:
             raise PayloadTooLargeError(what, len(dumped), self._max_payload_bytes)
         return to_jsonb(dumped) if self._is_jsonb else dumped

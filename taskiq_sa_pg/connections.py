@@ -8,13 +8,7 @@ execution where the driver is asyncpg and nothing listens to the engine.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import (
-    AbstractContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from math import inf
 from typing import Any, Final, NamedTuple
 
@@ -96,41 +90,28 @@ class Connections:
         Raises:
             TimeoutError: It took longer.
         """
-        if not self._has_one_at_hand():
-            async with time_limit(timeout), self._slots:
-                return await self._run(await self._checkout(), statement, parameters, nullcontext())
-        self._slots.take()
+        deadline = self._loop.time() + timeout
+        connection = self._take_one_at_hand() or await self._wait_for_one(deadline)
         try:
-            connection = self._kept.pop()
-            return await self._run(
-                connection, statement, parameters, connection.watch.within(timeout)
-            )
-        finally:
-            self._slots.give_back()
-
-    async def _run(
-        self,
-        connection: "_Connection",
-        statement: Executable,
-        parameters: Mapping[str, Any],
-        limit: AbstractContextManager[None],
-    ) -> Sequence[Any]:
-        try:
-            with limit:
+            connection.watch.deadline = deadline
+            with connection.watch:
                 rows = await connection.fetch(statement, parameters)
+            connection.answered_at = now = self._loop.time()
         except BaseException as exc:
             # Neither who is cancelled a second time nor a silent server keeps it from going back.
             closing = self._close(connection, connection.is_unusable_after(exc))
             await asyncio.wait([closing], timeout=SECONDS_TO_GIVE_UP)
             raise
-        connection.answered_at = now = self._loop.time()
-        if self._keep and now < connection.expires_at:
-            self._kept.append(connection)
-            if self._sweeper is None:
-                self._schedule_sweep()
         else:
-            await asyncio.shield(self._close(connection))
-        return rows
+            if self._keep and now < connection.expires_at:
+                self._kept.append(connection)
+                if self._sweeper is None:
+                    self._schedule_sweep()
+            else:
+                await asyncio.shield(self._close(connection))
+            return rows
+        finally:
+            self._slots.give_back()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -203,23 +184,33 @@ class Connections:
         if self._kept:
             await asyncio.shield(self._close(self._kept.pop()))
 
-    def _has_one_at_hand(self) -> bool:
-        """Whether there is nothing to wait for but the driver's answer."""
-        if not self._kept or not self._slots.has_free:
-            return False
-        return self._kept[-1].is_direct and self._is_trusted(self._kept[-1])
+    def _take_one_at_hand(self) -> "_Connection | None":
+        """A kept connection with its place, where there is nothing to wait for."""
+        if not self._kept or not self._slots.take():
+            return None
+        if self._is_trusted(self._kept[-1]):
+            return self._kept.pop()
+        self._slots.give_back()
+        return None
+
+    async def _wait_for_one(self, deadline: float) -> "_Connection":
+        """A connection with its place."""
+        async with time_limit(deadline - self._loop.time()):
+            await self._slots.wait()
+            try:
+                while self._kept:
+                    connection = self._kept.pop()
+                    if self._is_trusted(connection):
+                        return connection
+                    # Not waited for: a silent server keeps it for a while.
+                    _ = self._close(connection, invalidate=True)
+                return await _check_out(self._engine, self._texts, self._distrusted_at)
+            except BaseException:
+                self._slots.give_back()
+                raise
 
     def _is_trusted(self, connection: "_Connection") -> bool:
-        return connection.answered_at >= self._distrusted_at and not connection.is_closed
-
-    async def _checkout(self) -> "_Connection":
-        while self._kept:
-            connection = self._kept.pop()
-            if self._is_trusted(connection):
-                return connection
-            # Not waited for: a silent server keeps it for a while.
-            _ = self._close(connection, invalidate=True)
-        return await _check_out(self._engine, self._texts, self._distrusted_at)
+        return connection.answered_at >= self._distrusted_at and not connection.is_closed()
 
     def _schedule_sweep(self) -> None:
         self._sweeper = asyncio.get_running_loop().call_later(_MAX_SECONDS_KEPT, self._sweep)
@@ -250,14 +241,11 @@ class _Connection:
         self._connection = connection
         self._driver = driver
         self._texts = texts
-        self.watch = Watch()
+        # Whether the server or the driver has closed it.
+        self.is_closed: Final = _is_closed_of(driver)
+        self.watch: Final = Watch()
         self.answered_at = asyncio.get_running_loop().time()
         self.expires_at: Final = self.answered_at + _MAX_SECONDS_KEPT
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the server or the driver has closed it."""
-        return _is_closed(self._driver)
 
     @property
     def is_direct(self) -> bool:
@@ -269,7 +257,7 @@ class _Connection:
         # Only after an error of the server's own is it sure that nothing is left to be read, or
         # where nothing was sent.
         is_known = hasattr(exc, "sqlstate") or isinstance(exc, StatementError)
-        return self.is_direct and (self.is_closed or not is_known)
+        return self.is_direct and (self.is_closed() or not is_known)
 
     def fetch(
         self, statement: Executable, parameters: Mapping[str, Any]
@@ -380,7 +368,7 @@ async def _open_driver_of(connection: AsyncConnection, distrusted_at: float) -> 
         pooled = await connection.get_raw_connection()
         # A new one has just answered, and one that others opened is trusted once.
         answered_at = pooled.info.setdefault(_ANSWERED_AT, asyncio.get_running_loop().time())
-        if answered_at >= distrusted_at and not _is_closed(pooled.driver_connection):
+        if answered_at >= distrusted_at and not _is_closed_of(pooled.driver_connection)():
             return pooled.driver_connection
         await connection.invalidate()
 
@@ -391,9 +379,10 @@ def _note_answer(connection: AsyncConnection, at: float | None = None) -> None:
         connection.sync_connection.info[_ANSWERED_AT] = at
 
 
-def _is_closed(driver: Any) -> bool:
-    # asyncpg's is a method, psycopg's a property.
-    return bool(driver.is_closed() if hasattr(driver, "is_closed") else driver.closed)
+def _is_closed_of(driver: Any) -> Callable[[], bool]:
+    is_closed: Callable[[], bool]
+    is_closed = driver.is_closed if hasattr(driver, "is_closed") else lambda: bool(driver.closed)
+    return is_closed
 
 
 def _is_unobserved_asyncpg(engine: AsyncEngine) -> bool:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final
 
 # The drivers ask the server to cancel a statement and wait for its answer: psycopg for 10 s, unless
 # it is interrupted again.
@@ -32,34 +32,33 @@ async def time_limit(seconds: float) -> AsyncIterator[Callable[[], None]]:
 
 
 class Watch:
-    """A time limit for many short things, one after the other, with one timer for all of them.
+    """A time limit for many short blocks, one after the other, with one timer for all of them.
 
-    asyncio.timeout() and drivers start a timer for each and cancel it: a twentieth of a small
-    statement. This one runs on, and looks what is due when it goes off.
+    It cancels as time_limit() does. asyncio.timeout() and the drivers start a timer for each block
+    and cancel it, which is a twentieth of a small statement; this one runs on, and when it goes off
+    it looks what is due.
+
+    Attributes:
+        deadline: When the next block has to end, by the event loop's clock.
 
     Raises:
-        TimeoutError: At the end of a block that took longer; it was cancelled.
+        TimeoutError: At the end of a block that took longer.
     """
 
     def __init__(self) -> None:
+        self.deadline = 0.0
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[object] | None = None
-        self._cancelling = 0
-        self._deadline = 0.0
-        self._is_over = False
-
-    def within(self, seconds: float) -> Self:
-        """For the next block, to be entered at once."""
-        self._deadline = self._loop.time() + seconds
-        if self._timer is None or self._timer.when() > self._deadline:
-            self._set_timer()
-        return self
+        self._task: asyncio.Task[Any] | None = None  # that is in a block
+        self._cancelling = 0  # how often others had cancelled it before
+        self._cancelled = 0  # how often this has
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
+        self._task = task = asyncio.current_task()
         assert task is not None
-        self._task, self._cancelling = task, task.cancelling()
+        self._cancelling = task.cancelling()
+        if self._timer is None or self._timer.when() > self.deadline:
+            self._set_timer()
 
     def __exit__(
         self,
@@ -68,33 +67,35 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         task, self._task = self._task, None
-        if not self._is_over:
+        if not self._cancelled:
             return
-        self._is_over = False
         assert task is not None
+        for _ in range(self._cancelled):
+            task.uncancel()
+        self._cancelled = 0
         # As asyncio.timeout(): who was cancelled by others as well stays cancelled.
-        if task.uncancel() <= self._cancelling and exc_type is asyncio.CancelledError:
+        if task.cancelling() <= self._cancelling and exc_type is asyncio.CancelledError:
             raise TimeoutError from exc
 
     def stop(self) -> None:
-        """Ends the timer."""
+        """Ends the timer, unless a block is entered again."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _set_timer(self) -> None:
         self.stop()
-        self._timer = self._loop.call_at(self._deadline, self._look)
+        self._timer = self._loop.call_at(self.deadline, self._look)
 
     def _look(self) -> None:
         self._timer = None
         if self._task is None:
             return
-        if self._loop.time() < self._deadline:
-            self._set_timer()  # for the one that runs now
-        else:
-            self._is_over = True
+        if self._loop.time() >= self.deadline:
+            self._cancelled += 1
             self._task.cancel()
+            self.deadline += SECONDS_TO_GIVE_UP
+        self._set_timer()
 
 
 class Slots:
@@ -107,20 +108,16 @@ class Slots:
         self._free = number
         self._queue: deque[asyncio.Future[None]] = deque()
 
-    @property
-    def has_free(self) -> bool:
-        """Whether take() may be called."""
-        return self._free > 0
-
-    def take(self) -> None:
-        """Takes a place that is free."""
-        assert self._free > 0
-        self._free -= 1
+    def take(self) -> bool:
+        """Takes a place, if one is free."""
+        if self._free > 0:
+            self._free -= 1
+            return True
+        return False
 
     async def wait(self) -> None:
         """Takes a place as soon as it is this caller's turn."""
-        if self._free > 0:
-            self._free -= 1
+        if self.take():
             return
         turn = asyncio.get_running_loop().create_future()
         self._queue.append(turn)

@@ -21,7 +21,8 @@ _MAX_PAYLOAD_BYTES: Final = 7999
 
 # A notification takes a lock of the whole database for the time of its commit: under load the ids
 # of several batches share one. Waiters notice nothing of so little.
-_SECONDS_BETWEEN: Final = 0.005
+_SECONDS_AFTER_ONE: Final = 0.005
+_SECONDS_AFTER_SEVERAL: Final = 0.01
 
 # Beyond this nobody has to be told one by one any more; the waiters' looks are cheaper.
 _MAX_PENDING: Final = 100_000
@@ -76,7 +77,8 @@ class Notifier:
                 pending, self._pending = self._pending, {}
                 for channel, ids in pending.items():
                     await self._try_to_send(channel, ids if len(ids) <= _MAX_PENDING else [])
-                await asyncio.sleep(_SECONDS_BETWEEN)
+                is_one = max(map(len, pending.values())) == 1
+                await asyncio.sleep(_SECONDS_AFTER_ONE if is_one else _SECONDS_AFTER_SEVERAL)
         finally:
             self._task = None
 
@@ -89,9 +91,10 @@ class Notifier:
 
 def pack(ids: Sequence[str]) -> list[str]:
     """Payloads that tell of these ids."""
-    payload = _to_json(ids)
-    if len(payload.encode()) <= _MAX_PAYLOAD_BYTES:
-        return [payload]
+    if sum(map(len, ids)) + 3 * len(ids) <= _MAX_PAYLOAD_BYTES:  # else there is no need to try
+        payload = _to_json(ids)
+        if len(payload.encode()) <= _MAX_PAYLOAD_BYTES:
+            return [payload]
     if len(ids) == 1:
         return ["[]"]
     middle = len(ids) // 2

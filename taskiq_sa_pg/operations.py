@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# The task id as the column has it, the result, the extra values.
-_Extended = tuple[Any, TaskiqResult[Any], Mapping[str, Any]]
+# The result and the extra values.
+_Extended = tuple[TaskiqResult[Any], Mapping[str, Any]]
 
 
 class Operations:
@@ -62,25 +62,27 @@ class Operations:
         self._table = self._config.qualified_name
         self._purpose = f"store its result in table {self._table}"
         self._notifier = notifier
-        self._results: Batcher[Any, tuple[Any, TaskiqResult[Any]], ResultRow, None] = Batcher(
+        self._results: Batcher[Any, TaskiqResult[Any], ResultRow, None] = Batcher(
             self._store_results,
-            encode=lambda item: codec.encode_result(item[0], item[1]),
+            encode=codec.encode_result,
             meter=meters["set_result"],
             size=_size_of,
-            rank=lambda item: attempt_of(getattr(item[1], "labels", None)),
+            rank=_rank_of,
         )
         self._extra_values = extra_values
         self._extended_by_features: dict[Features, ExtendedUpserts] = {}
         self._extended: Batcher[Any, _Extended, ExtendedRow, None] = Batcher(
             self._store_extended,
-            encode=lambda item: ExtendedRow(codec.encode_result(item[0], item[1]), item[2]),
+            encode=lambda column_id, item: ExtendedRow(
+                codec.encode_result(column_id, item[0]), item[1]
+            ),
             meter=meters["set_result"],
             size=lambda row: _size_of(row.result) + sum(map(_length_of, row.extra.values())),
-            rank=lambda item: attempt_of(getattr(item[1], "labels", None)),
+            rank=lambda item: _rank_of(item[0]),
         )
-        self._progress: Batcher[Any, tuple[Any, TaskProgress[Any]], ProgressRow, None] = Batcher(
+        self._progress: Batcher[Any, TaskProgress[Any], ProgressRow, None] = Batcher(
             self._store_progress,
-            encode=lambda item: codec.encode_progress(item[0], item[1]),
+            encode=codec.encode_progress,
             meter=meters["set_progress"],
             size=lambda row: len(row.meta or ""),
         )
@@ -127,16 +129,16 @@ class Operations:
     ) -> Awaitable[None]:
         """Stores a result, with the values that the application has for its own columns."""
         if self._extra_values is None:
-            return self._results.submit(column_id, (column_id, result), task_id)
+            return self._results.submit(column_id, result, task_id)
         # Here, where the caller's context is.
         extra = self._extra_values.of(task_id, result)
-        return self._extended.submit(column_id, (column_id, result, extra), task_id)
+        return self._extended.submit(column_id, (result, extra), task_id)
 
     def set_progress(
         self, column_id: Any, task_id: str, progress: TaskProgress[Any]
     ) -> Awaitable[None]:
         """Stores progress."""
-        return self._progress.submit(column_id, (column_id, progress), task_id)
+        return self._progress.submit(column_id, progress, task_id)
 
     async def is_ready(self, column_id: Any, task_id: str) -> bool:
         """Whether there is a result."""
@@ -156,7 +158,15 @@ class Operations:
 
     async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]
-        await self._upsert_results(lambda: self._statements.upsert_results.of(rows))
+        layout = self._layout
+        is_stored = False
+        while not is_stored:  # as Layout.adapting(), which would be two more coroutines
+            features = layout.features
+            try:
+                await self._upsert(layout.statements.upsert_results.of(rows), self._purpose)
+                is_stored = True
+            except StorageError as exc:
+                layout.adapt_to(exc, features, uses_status=layout.is_tracked)
         self._announce(self._config.results_channel, batch)
         return {}
 
@@ -173,7 +183,10 @@ class Operations:
 
     async def _upsert_extended(self, rows: Sequence[ExtendedRow]) -> None:
         try:
-            await self._upsert_results(lambda: self._extended_upserts.of(rows))
+            await self._layout.adapting(
+                lambda: self._upsert(self._extended_upserts.of(rows), self._purpose),
+                uses_status=self._layout.is_tracked,
+            )
         except TaskiqSaPgError:
             raise
         except CONVERSION_ERRORS as exc:
@@ -200,17 +213,6 @@ class Operations:
         )
         self._announce(self._config.progress_channel, batch)
         return {}
-
-    async def _upsert_results(self, calls_for_rows: Callable[[], Sequence[Call]]) -> None:
-        layout = self._layout
-        while True:  # as Layout.adapting(), in one coroutine instead of three
-            features = layout.features
-            try:
-                await self._upsert(calls_for_rows(), self._purpose)
-            except StorageError as exc:
-                layout.adapt_to(exc, features, uses_status=layout.is_tracked)
-            else:
-                return
 
     def _upsert(self, calls: Sequence[Call], purpose: str) -> Awaitable[object]:
         if len(calls) == 1:
@@ -309,7 +311,17 @@ def _reader(
     *,
     is_shared: bool = True,
 ) -> Batcher[Any, str, str, _T]:
-    return Batcher(flush, encode=str, max_rows=MAX_IDS_PER_READ, is_shared=is_shared, meter=meter)
+    return Batcher(
+        flush,
+        encode=lambda _, task_id: task_id,
+        max_rows=MAX_IDS_PER_READ,
+        is_shared=is_shared,
+        meter=meter,
+    )
+
+
+def _rank_of(result: TaskiqResult[Any]) -> int:
+    return attempt_of(getattr(result, "labels", None))
 
 
 def _size_of(row: ResultRow) -> int:

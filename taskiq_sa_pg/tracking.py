@@ -76,13 +76,13 @@ class Tracking:
             self._running = select_running(layout.models, status)
         self._written: Batcher[Any, StatusRow, StatusRow, None] = Batcher(
             self._write,
-            encode=lambda row: row,
+            encode=lambda _, row: row,
             rank=lambda row: row.attempt,
             meter=telemetry.meters["set_status"],
         )
         self._read: Batcher[Any, str, str, StoredStatus] = Batcher(
             self._read_batch,
-            encode=str,
+            encode=lambda _, task_id: task_id,
             max_rows=MAX_IDS_PER_READ,
             meter=telemetry.meters["get_status"],
         )

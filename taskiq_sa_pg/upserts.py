@@ -83,15 +83,12 @@ class Upsert(NamedTuple):
     def of(self, rows: Sequence[Any]) -> Sequence[Call]:
         """What stores one or more rows with distinct task ids; one statement, if there is many."""
         if len(rows) == 1:
-            return [(self.one, self._parameters(rows[0]))]
+            return [(self.one, dict(zip(self.fields, rows[0], strict=False)))]
         # Upserts that overlap and lock their rows in different orders deadlock.
         rows = sorted(rows, key=itemgetter(0))
         if self.many is None:
-            return [(self.one, self._parameters(row)) for row in rows]
+            return [(self.one, dict(zip(self.fields, row, strict=False))) for row in rows]
         return [(self.many, arrays_of(self.fields, rows))]
-
-    def _parameters(self, row: Any) -> dict[str, Any]:
-        return dict(zip(self.fields, row, strict=False))
 
 
 def arrays_of(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Any]:

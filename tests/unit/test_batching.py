@@ -289,7 +289,7 @@ async def test_closing_waits_for_a_lone_call_and_outlives_its_cancellation(
 async def test_of_many_pending_calls_few_rows_are_encoded_before_their_turn() -> None:
     encoded, flushed, most = 0, 0, 0
 
-    def encode(item: int) -> int:
+    def encode(_: int, item: int) -> int:
         nonlocal encoded, most
         encoded += 1
         most = max(most, encoded - flushed)

@@ -76,7 +76,8 @@ async def test_where_the_chosen_call_is_refused_the_one_before_has_its_turn() ->
     assert table.stored == {"blocker": 0, "key": "good"}
 
 
-def encode_or_refuse(item: Any) -> Any:
+def encode_or_refuse(*key_and_item: Any) -> Any:
+    item = key_and_item[-1]
     if item == "bad":
         raise ValueError(item)
     return item
