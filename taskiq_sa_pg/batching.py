@@ -173,22 +173,20 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         # else when it is cancelled.
         [(key, entry)] = batch.items()
         try:
-            return (await self._measured(batch)).get(key)
+            span = self._meter.flushing(batch.values())
+            flush = self._flush(batch)
+            answers = await (flush if span is None else _within(span, flush))
+            return answers.get(key)
         except StorageError as exc:
             [(_, _, _, task_id)] = entry.calls
             raise _about(task_id, exc) from exc.__cause__
         finally:
             self._alone.clear()
             entry.chosen.cancel()  # close() may wait for it
-            self._release(batch)
-            if self._pending:
+            self._in_flight.discard(key)
+            if self._held or self._pending:
+                self._release(batch)
                 self._start_lane()
-
-    def _measured(
-        self, batch: Mapping[_Key, Entry[_Row]]
-    ) -> Awaitable[Mapping[_Key, _Answer]]:
-        span = self._meter.flushing(batch.values())
-        return self._flush(batch) if span is None else _within(span, self._flush(batch))
 
     def _start_lane(self) -> None:
         # One at a time: it may find little to do, once the calls of this turn are all there.
@@ -281,7 +279,9 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     async def _settle(self, batch: dict[_Key, Entry[_Row]]) -> None:
         while batch:
             try:
-                answers = await self._measured(batch)
+                span = self._meter.flushing(batch.values())
+                flush = self._flush(batch)
+                answers = await (flush if span is None else _within(span, flush))
             except Exception as exc:  # noqa: BLE001 - it is the callers'
                 if not blames_a_row(exc):
                     _fail(_calls_of(batch), exc)

@@ -144,7 +144,7 @@ class Codec:
                 None if result.log is None else storable_text(result.log),
                 metadata.task_name,
                 attempt_of(labels) if labels else 0,
-                self._retention.seconds_for(is_err=is_err, labels=labels),
+                self._retention.seconds_for(bool(is_err), labels),
                 *metadata[1:],
             )
         )

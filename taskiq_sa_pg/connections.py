@@ -78,19 +78,18 @@ class Connections:
         return len(self._kept)
 
     async def fetch(
-        self, statement: Executable, parameters: Mapping[str, Any], timeout: float
+        self, statement: Executable, parameters: Mapping[str, Any], deadline: float
     ) -> Sequence[Any]:
         """The rows of a statement in AUTOCOMMIT.
 
         Args:
             statement: What to run.
             parameters: Its parameters, all of them.
-            timeout: How many seconds it may take, the way to a connection included.
+            deadline: When it has to be done, by the event loop's clock.
 
         Raises:
-            TimeoutError: It took longer.
+            TimeoutError: It was not.
         """
-        deadline = self._loop.time() + timeout
         connection = self._take_one_at_hand() or await self._wait_for_one(deadline)
         try:
             connection.watch.deadline = deadline
@@ -186,11 +185,8 @@ class Connections:
 
     def _take_one_at_hand(self) -> "_Connection | None":
         """A kept connection with its place, where there is nothing to wait for."""
-        if not self._kept or not self._slots.take():
-            return None
-        if self._is_trusted(self._kept[-1]):
+        if self._kept and self._is_trusted(self._kept[-1]) and self._slots.take():
             return self._kept.pop()
-        self._slots.give_back()
         return None
 
     async def _wait_for_one(self, deadline: float) -> "_Connection":
@@ -286,9 +282,7 @@ class _Connection:
         rows: Awaitable[Sequence[Any]] = self._driver.fetch(compiled.text, *values)
         return rows
 
-    async def _execute(
-        self, statement: Executable, parameters: Mapping[str, Any]
-    ) -> Sequence[Any]:
+    async def _execute(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
         result = await self._connection.execute(statement, parameters)
         return result.all() if result.returns_rows else ()
 

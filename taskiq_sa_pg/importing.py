@@ -323,7 +323,7 @@ class _Part(Generic[_Row]):
         return dict.fromkeys(stored, True)
 
 
-def _unchanged(row: _Row) -> _Row:
+def _unchanged(_: object, row: _Row) -> _Row:
     return row
 
 

@@ -116,7 +116,11 @@ class Slots:
         return False
 
     async def wait(self) -> None:
-        """Takes a place as soon as it is this caller's turn."""
+        """Takes a place as soon as it is this caller's turn.
+
+        Raises:
+            CancelledError: The caller was cancelled, and has no place.
+        """
         if self.take():
             return
         turn = asyncio.get_running_loop().create_future()

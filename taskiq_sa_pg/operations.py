@@ -58,8 +58,10 @@ class Operations:
         self._store = store
         self._codec = codec
         self._layout = layout
-        self._config = layout.models.config
-        self._table = self._config.qualified_name
+        config = layout.models.config
+        self._table = config.qualified_name
+        self._results_channel = config.results_channel
+        self._progress_channel = config.progress_channel
         self._purpose = f"store its result in table {self._table}"
         self._notifier = notifier
         self._results: Batcher[Any, TaskiqResult[Any], ResultRow, None] = Batcher(
@@ -167,7 +169,8 @@ class Operations:
                 is_stored = True
             except StorageError as exc:
                 layout.adapt_to(exc, features, uses_status=layout.is_tracked)
-        self._announce(self._config.results_channel, batch)
+        if self._notifier is not None:
+            self._notifier.announce(self._results_channel, batch)
         return {}
 
     async def _store_extended(self, batch: Mapping[Any, Entry[ExtendedRow]]) -> Mapping[Any, None]:
@@ -178,7 +181,8 @@ class Operations:
             if blames_a_row(exc) and len(rows) > 1:
                 raise  # the batcher tries it in halves
             await self._upsert_without_extra(rows, exc)
-        self._announce(self._config.results_channel, batch)
+        if self._notifier is not None:
+            self._notifier.announce(self._results_channel, batch)
         return {}
 
     async def _upsert_extended(self, rows: Sequence[ExtendedRow]) -> None:
@@ -211,7 +215,8 @@ class Operations:
             self._statements.upsert_progress.of(rows),
             f"store its progress in table {self._table}_progress",
         )
-        self._announce(self._config.progress_channel, batch)
+        if self._notifier is not None:
+            self._notifier.announce(self._progress_channel, batch)
         return {}
 
     def _upsert(self, calls: Sequence[Call], purpose: str) -> Awaitable[object]:
@@ -225,10 +230,6 @@ class Operations:
 
         # All or none: those that are tried again may have been read and deleted meanwhile.
         return self._store.transact(upsert, purpose)
-
-    def _announce(self, channel: str, column_ids: Iterable[Any]) -> None:
-        if self._notifier is not None:
-            self._notifier.announce(channel, column_ids)
 
     async def find_ready(self, column_ids: Iterable[Any]) -> set[Any]:
         """Those of the tasks that have a result, in one statement however many there are."""

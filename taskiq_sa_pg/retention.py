@@ -42,22 +42,21 @@ class Retention:
     def __init__(
         self, result_ttl: Seconds | None = None, failure_ttl: Seconds | None = None
     ) -> None:
-        self._result_ttl: Final = check_seconds("result_ttl", result_ttl)
-        self._failure_ttl: Final = check_seconds("failure_ttl", failure_ttl)
+        # Of successes and of failures.
+        self._own: Final = (
+            check_seconds("result_ttl", result_ttl),
+            check_seconds("failure_ttl", failure_ttl),
+        )
         self._complained_of: set[tuple[str, str]] = set()
 
-    def seconds_for(self, *, is_err: bool, labels: Mapping[str, Any]) -> float | None:
+    def seconds_for(self, is_err: bool, labels: Mapping[str, Any]) -> float | None:
         """After how many seconds a result with this outcome and these labels expires, or None."""
-        name, own = (
-            (FAILURE_TTL_LABEL, self._failure_ttl)
-            if is_err
-            else (RESULT_TTL_LABEL, self._result_ttl)
-        )
+        own = self._own[is_err]
+        if not labels:
+            return own
+        name = FAILURE_TTL_LABEL if is_err else RESULT_TTL_LABEL
         try:  # labels can be anything
-            if not labels or name not in labels:
-                return own
-            label = labels[name]
-            return _parse(label)
+            return _parse(labels[name]) if name in labels else own
         except Exception as exc:  # noqa: BLE001 - anyone's __float__
             self._complain(name, exc)
             return own

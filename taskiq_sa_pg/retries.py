@@ -28,12 +28,16 @@ class Retries:
     Args:
         timeout: How many seconds after its start an attempt is repeated; 0 for never.
         on_retry: Called for every repetition.
+
+    Attributes:
+        is_in_trouble: Whether note_success() has anything to say.
     """
 
     def __init__(self, timeout: float, on_retry: Callable[[], None] = lambda: None) -> None:
         self.timeout = timeout
         self._on_retry = on_retry
-        self._trouble_since: float | None = None
+        self.is_in_trouble = False
+        self._trouble_since = 0.0
 
     async def run(self, attempt: Callable[[], Awaitable[_T]], timeout: float | None = None) -> _T:
         """What an attempt returns.
@@ -48,7 +52,7 @@ class Retries:
         started_at = asyncio.get_running_loop().time()
         try:
             result = await attempt()
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - check() raises what does not pass
             self.check(exc, timeout)
         else:
             self.note_success()
@@ -68,7 +72,8 @@ class Retries:
         timeout = self.timeout if timeout is None else timeout
         if timeout <= 0 or not is_transient(exc):
             raise exc
-        if self._trouble_since is None and not (sqlstate_of(exc) or "").startswith(_CONFLICTS):
+        if not (self.is_in_trouble or (sqlstate_of(exc) or "").startswith(_CONFLICTS)):
+            self.is_in_trouble = True
             self._trouble_since = asyncio.get_running_loop().time()
             logger.warning("PostgreSQL: %s; trying again for up to %g s", reason_of(exc), timeout)
 
@@ -98,15 +103,15 @@ class Retries:
             self._on_retry()
             return await attempt()
 
-        result = await repeat(counted)
+        result: _T = await repeat(counted)
         self.note_success()
         return result
 
     def note_success(self) -> None:
         """Says that an attempt succeeded, after which trouble is over."""
-        if self._trouble_since is not None:
+        if self.is_in_trouble:
             seconds = asyncio.get_running_loop().time() - self._trouble_since
-            self._trouble_since = None
+            self.is_in_trouble = False
             logger.info("PostgreSQL: recovered after %.1f s", seconds)
 
 

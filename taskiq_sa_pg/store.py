@@ -173,14 +173,16 @@ class Store:
         try:
             try:
                 # In no coroutine of its own: nearly every call waits for nothing but this.
-                rows = await self._running(purpose).fetch(
-                    statement, parameters, self._command_timeout
+                connections = self._connections or self._running(purpose)
+                rows = await connections.fetch(
+                    statement, parameters, started_at + self._command_timeout
                 )
             except self._errors as exc:
                 self._judge(exc)
                 self._retries.check(exc, retry_timeout)
             else:
-                self._retries.note_success()
+                if self._retries.is_in_trouble:
+                    self._retries.note_success()
                 return rows
             once_more = partial(self._fetch_once, statement, parameters, purpose)
             return await self._retries.again(once_more, started_at, retry_timeout)
@@ -190,7 +192,8 @@ class Store:
     async def _fetch_once(
         self, statement: Executable, parameters: Mapping[str, Any], purpose: str
     ) -> Sequence[Any]:
-        rows = self._running(purpose).fetch(statement, parameters, self._command_timeout)
+        deadline = asyncio.get_running_loop().time() + self._command_timeout
+        rows = self._running(purpose).fetch(statement, parameters, deadline)
         return await self._watching(rows)
 
     async def transact(

@@ -124,11 +124,9 @@ class BatchMeter:
         size = len(entries)
         waited = time.perf_counter() - next(iter(entries)).since
         self._batches += 1
+        self._largest = max(self._largest, size)
         self._waited += waited
-        if size > self._largest:
-            self._largest = size
-        if waited > self._longest_wait:
-            self._longest_wait = waited
+        self._longest_wait = max(self._longest_wait, waited)
         return self._telling(entries, size, waited) if _HAS_OPENTELEMETRY else None
 
     def _telling(
@@ -142,63 +140,6 @@ class BatchMeter:
         attributes = self._attributes
         if size > 1:
             attributes = {**attributes, "db.operation.batch.size": size}
-        return _span(self._name, attributes, _callers(entries))
-
-    @property
-    def pending(self) -> int: ...
-
-
-class _Entry(Protocol):
-    calls: list[tuple[Any, Any, Any, Any]]
-    since: float
-
-
-class BatchMeter:
-    """Counts the calls and batches of one operation, and makes spans of the batches.
-
-    Args:
-        operation: Its name.
-        table: The results table, as messages name it.
-    """
-
-    def __init__(self, operation: str = "", table: str = "") -> None:
-        self.calls = 0
-        self.is_tracing = False
-        self._name = f"{operation} {table}"
-        self._attributes: dict[str, Any] = {
-            "db.system.name": "postgresql",
-            "db.operation.name": operation,
-            "db.collection.name": table,
-        }
-        self._batches = self._largest = 0
-        self._waited = self._longest_wait = 0.0
-        self._queues: WeakSet[_Queue] = WeakSet()
-
-    def watch(self, queue: _Queue) -> None:
-        """Asks it, as long as it is there, how many tasks have calls in it."""
-        self._queues.add(queue)
-
-    def caller(self) -> Any:
-        """Who calls now: what its span is known by; to be asked while is_tracing."""
-        return trace.get_current_span().get_span_context()
-
-    def flushing(self, entries: Collection[_Entry]) -> AbstractContextManager[Any]:
-        """Counts a batch, and has a span for as long as it takes."""
-        waited = time.perf_counter() - next(iter(entries)).since
-        self._batches += 1
-        self._largest = max(self._largest, len(entries))
-        self._waited += waited
-        self._longest_wait = max(self._longest_wait, waited)
-        if not _HAS_OPENTELEMETRY:
-            return _NOTHING
-        _BATCH_SIZE.record(len(entries), self._attributes)
-        _QUEUE_WAIT.record(waited, self._attributes)
-        self.is_tracing = _is_tracing()
-        if not self.is_tracing:
-            return _NOTHING
-        attributes = self._attributes
-        if len(entries) > 1:
-            attributes = {**attributes, "db.operation.batch.size": len(entries)}
         return _span(self._name, attributes, _callers(entries))
 
     @property

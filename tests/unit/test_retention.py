@@ -22,13 +22,13 @@ class Unfriendly:
 
 def test_results_are_kept_for_ever_unless_told_otherwise() -> None:
     for is_err in (False, True):
-        assert Retention().seconds_for(is_err=is_err, labels={"a": 1}) is None
+        assert Retention().seconds_for(is_err, {"a": 1}) is None
 
 
 def test_each_outcome_has_its_own_time() -> None:
     retention = Retention(timedelta(minutes=1), 5)
-    assert retention.seconds_for(is_err=False, labels={}) == 60
-    assert retention.seconds_for(is_err=True, labels={}) == 5
+    assert retention.seconds_for(False, {}) == 60
+    assert retention.seconds_for(True, {}) == 5
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_each_outcome_has_its_own_time() -> None:
 )
 def test_a_label_goes_before_the_setting(label: Any, seconds: float | None) -> None:
     retention = Retention(60, 60)
-    assert retention.seconds_for(is_err=False, labels={"result_ttl": label}) == seconds
-    assert retention.seconds_for(is_err=True, labels={"failure_ttl": label}) == seconds
-    assert retention.seconds_for(is_err=True, labels={"result_ttl": label}) == 60
-    assert retention.seconds_for(is_err=False, labels={"failure_ttl": label}) == 60
+    assert retention.seconds_for(False, {"result_ttl": label}) == seconds
+    assert retention.seconds_for(True, {"failure_ttl": label}) == seconds
+    assert retention.seconds_for(True, {"result_ttl": label}) == 60
+    assert retention.seconds_for(False, {"failure_ttl": label}) == 60
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_label_that_says_nothing_is_logged_once(
 ) -> None:
     retention = Retention(60)
     for _ in range(3):
-        assert retention.seconds_for(is_err=False, labels={"result_ttl": label}) == 60
+        assert retention.seconds_for(False, {"result_ttl": label}) == 60
     [record] = caplog.records
     assert (record.levelno, "result_ttl" in record.getMessage()) == (logging.ERROR, True)
 
@@ -75,13 +75,13 @@ def test_labels_that_always_differ_are_not_remembered_for_ever(
 ) -> None:
     retention = Retention()
     for number in range(1000):
-        retention.seconds_for(is_err=False, labels={"result_ttl": f"soon {number}"})
+        retention.seconds_for(False, {"result_ttl": f"soon {number}"})
     assert len(caplog.records) == 100
 
 
 def test_what_are_no_labels_changes_nothing() -> None:
     labels: Any = 5
-    assert Retention(60).seconds_for(is_err=False, labels=labels) == 60
+    assert Retention(60).seconds_for(False, labels) == 60
 
 
 @pytest.mark.parametrize("name", ["result_ttl", "failure_ttl", "progress_ttl", "prune_interval"])
