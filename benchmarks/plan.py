@@ -20,15 +20,15 @@ class Plan:
         overhead_rounds: As rounds, of what TTL and metadata cost; at least 2.
     """
 
-    rounds: int = 5
-    seconds: float = 1.0
+    rounds: int = 12
+    seconds: float = 0.4
     calls_per_caller: int = 3
     waits: int = 50
     peer_waits: int = 30
     window: float = 10
     warm_up: float = 2
     results: int = 200_000
-    overhead_rounds: int = 40
+    overhead_rounds: int = 120
 
 
 FULL: Final = Plan()
