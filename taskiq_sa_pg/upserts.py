@@ -69,16 +69,26 @@ Call = tuple[Insert, dict[str, Any]]
 
 
 class Upsert(NamedTuple):
-    """Stores rows, in one of two shapes.
+    """Stores rows, in one of three shapes.
 
     One array a column serves any number of rows with one text; where all of them have the same in a
-    column, it goes once. A row alone is worth a text of its own: its arrays would take PostgreSQL
-    and asyncpg longer than all the rest. Where `many` is None, all go alone.
+    column, it goes once. As rows have in most batches, the second text has no arrays for such
+    columns at all, which are most: to encode and unnest empty ones takes long. A row alone is worth
+    a text of its own: its arrays would take PostgreSQL and asyncpg longer than all the rest.
+
+    Attributes:
+        one: For one row.
+        many: For rows that differ anywhere; where it is None, all go alone.
+        alike: For rows that have the same in the `shared` columns.
+        fields: The first of the rows', which are stored.
+        shared: Fields that rows are likely to have in common.
     """
 
     one: Insert
     many: Insert | None
-    fields: tuple[str, ...]  # the first of the rows', which are stored
+    alike: Insert | None
+    fields: tuple[str, ...]
+    shared: frozenset[str]
 
     def of(self, rows: Sequence[Any]) -> Sequence[Call]:
         """What stores one or more rows with distinct task ids; one statement, if there is many."""
@@ -88,20 +98,37 @@ class Upsert(NamedTuple):
         rows = sorted(rows, key=itemgetter(0))
         if self.many is None:
             return [(self.one, dict(zip(self.fields, row, strict=False))) for row in rows]
-        return [(self.many, arrays_of(self.fields, rows))]
+        columns = _columns_of(self.fields, rows)
+        common = _common_in(columns)
+        if self.alike is not None and common.keys() >= self.shared:
+            return [(self.alike, columns | {name: common[name] for name in self.shared})]
+        return [(self.many, _with_of_all(columns, common))]
 
 
 def arrays_of(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Any]:
     """The parameters of a statement for several rows; of the rows, the first columns."""
-    parameters: dict[str, Any] = {}
-    for name, values in zip(names, zip(*rows, strict=True), strict=False):
-        of_all = None if name in _DIFFERING else values[0]
-        is_same = values.count(of_all) == len(values)
-        # unnest fills an array that is too short up with NULLs, and those stand for it.
-        parameters[name] = () if is_same else values
-        if name not in _DIFFERING:
-            parameters[name + _OF_ALL] = of_all if is_same else None
-    return parameters
+    columns = _columns_of(names, rows)
+    return _with_of_all(columns, _common_in(columns))
+
+
+def _columns_of(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names, zip(*rows, strict=True), strict=False))
+
+
+def _common_in(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """What all rows have, where they have the same."""
+    return {
+        name: values[0]
+        for name, values in columns.items()
+        if name not in _DIFFERING and values.count(values[0]) == len(values)
+    }
+
+
+def _with_of_all(columns: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    # unnest fills an array that is too short up with NULLs, and those stand for it.
+    arrays = {name: () if name in common else values for name, values in columns.items()}
+    names = columns.keys() - _DIFFERING
+    return arrays | {name + _OF_ALL: common.get(name) for name in names}
 
 
 class ResultUpserts:
@@ -169,20 +196,16 @@ def upsert_results(
             statement, overwritten, where=is_later | _has_expired(results, statement)
         ).execution_options(**{CONVERTED: tuple(extra)} if extra else {})
 
-    one = over_earlier(_insert_one(results, fields, extra))
-    if not _can_be_many(results, extra):
-        return Upsert(one, None, fields)
-    return Upsert(one, over_earlier(_insert_unnested(results, fields, extra)), fields)
+    return _upsert(results, fields, over_earlier, extra)
 
 
 def upsert_progress(models: Models) -> Upsert:
     """Stores progress, replacing what was there."""
-    progress, fields = models.progress_table, ProgressRow._fields
+    fields = ProgressRow._fields
     overwritten = (*fields[1:], "updated_at")
-    one = _on_conflict(_insert_one(progress, fields), overwritten)
-    if not _can_be_many(progress):
-        return Upsert(one, None, fields)
-    return Upsert(one, _on_conflict(_insert_unnested(progress, fields), overwritten), fields)
+    return _upsert(
+        models.progress_table, fields, lambda statement: _on_conflict(statement, overwritten)
+    )
 
 
 def upsert_status(status: Table) -> Upsert:
@@ -199,7 +222,7 @@ def upsert_status(status: Table) -> Upsert:
         )
         return _on_conflict(statement, (*fields[1:], "updated_at"), where)
 
-    return _inserted(status, fields, unless_earlier)
+    return _upsert(status, fields, unless_earlier)
 
 
 def _forgetting(status: Table, upsert: Upsert) -> Upsert:
@@ -207,19 +230,24 @@ def _forgetting(status: Table, upsert: Upsert) -> Upsert:
     task_id = bindparam("task_id", type_=_wire_type(status.c.task_id))
     attempt = bindparam("attempt", type_=_wire_type(status.c.attempt))
     alone = locked(status, (status.c.task_id == task_id) & (status.c.attempt <= attempt))
-    one = upsert.one.add_cte(deletion(status, alone))
-    many = None if upsert.many is None else upsert.many.add_cte(forget_statuses(status))
-    return upsert._replace(one=one, many=many)
+    one, many, alike = upsert.one.add_cte(deletion(status, alone)), upsert.many, upsert.alike
+    if many is not None:
+        many = many.add_cte(forget_statuses(status))
+    if alike is not None:
+        alike = alike.add_cte(forget_statuses(status, up_to=attempt))
+    return upsert._replace(one=one, many=many, alike=alike)
 
 
-def forget_statuses(status: Table) -> CTE:
+def forget_statuses(status: Table, up_to: ColumnElement[int] | None = None) -> CTE:
     """Deletes what tasks were at, unless it is of a later attempt.
 
-    Takes `task_id` and `attempt` as they store the results of these tasks.
+    Takes `task_id` and `attempt` as they store the results of these tasks; with `up_to`, which is
+    the attempt of all of them, only `task_id`.
     """
-    columns = [status.c.task_id, status.c.attempt]
+    columns = [status.c.task_id] if up_to is not None else [status.c.task_id, status.c.attempt]
     finished = _unnested(columns, "finished")
-    up_to = _or_of_all(finished.c.attempt, status.c.attempt)
+    if up_to is None:
+        up_to = _or_of_all(finished.c.attempt, status.c.attempt)
     is_over = (status.c.task_id == finished.c.task_id) & (status.c.attempt <= up_to)
     return deletion(status, locked(status, is_over))
 
@@ -249,7 +277,7 @@ def insert_results(models: Models, features: Features = ALL_FEATURES) -> Upsert:
             statement, overwritten, where=_has_expired(results, statement)
         ).returning(results.c.task_id)
 
-    return _inserted(results, FIRST_FIELDS, unless_there)
+    return _upsert(results, FIRST_FIELDS, unless_there)
 
 
 def insert_progress(models: Models) -> Upsert:
@@ -260,7 +288,7 @@ def insert_progress(models: Models) -> Upsert:
         unless = statement.on_conflict_do_nothing(index_elements=["task_id"])
         return unless.returning(progress.c.task_id)
 
-    return _inserted(progress, ProgressRow._fields, unless_there)
+    return _upsert(progress, ProgressRow._fields, unless_there)
 
 
 def _on_conflict(
@@ -282,13 +310,19 @@ def _has_expired(results: Table, statement: PostgresInsert) -> ColumnElement[boo
     return results.c.expires_at <= statement.excluded.finished_at
 
 
-def _inserted(
-    target: Table, names: tuple[str, ...], with_conflicts: Callable[[PostgresInsert], Insert]
+def _upsert(
+    target: Table,
+    fields: tuple[str, ...],
+    with_conflicts: Callable[[PostgresInsert], Insert],
+    extra: Mapping[str, Column[Any]] = _NOTHING,
 ) -> Upsert:
-    one = with_conflicts(_insert_one(target, names))
-    if not _can_be_many(target):
-        return Upsert(one, None, names)
-    return Upsert(one, with_conflicts(_insert_unnested(target, names)), names)
+    shared = frozenset(fields) - _DIFFERING - _TIMES
+    one = with_conflicts(_insert_one(target, fields, extra))
+    many = alike = None
+    if _can_be_many(target, extra):
+        many = with_conflicts(_insert_unnested(target, fields, extra))
+        alike = with_conflicts(_insert_unnested(target, fields, extra, shared))
+    return Upsert(one, many, alike, fields, shared)
 
 
 def _can_be_many(target: Table, extra: Mapping[str, Column[Any]] = _NOTHING) -> bool:
@@ -327,14 +361,25 @@ def _insert_one(
 
 
 def _insert_unnested(
-    target: Table, names: Sequence[str], extra: Mapping[str, Column[Any]] = _NOTHING
+    target: Table,
+    names: Sequence[str],
+    extra: Mapping[str, Column[Any]] = _NOTHING,
+    shared: frozenset[str] | None = None,
 ) -> PostgresInsert:
     columns = [target.c[name] for name in names]
-    rows = _unnested(columns, "rows", extra)
+    rows = _unnested([c for c in columns if shared is None or c.name not in shared], "rows", extra)
+
+    def value_of(stored: Column[Any]) -> ColumnElement[Any]:
+        if shared is None:
+            return _or_of_all(rows.c[stored.name], stored)
+        if stored.name in shared:
+            return bindparam(stored.name, type_=_wire_type(stored))
+        return rows.c[stored.name]
+
     return insert(target).from_select(
         [*names, *[c.key for c in extra.values()]],
         select(
-            *[_as_stored(_or_of_all(rows.c[c.name], c), c) for c in columns],
+            *[_as_stored(value_of(c), c) for c in columns],
             *[rows.c[name] for name in extra],
         ),
     )

@@ -162,8 +162,20 @@ async def test_what_all_rows_have_in_a_column_goes_once(kind: Kind, backend: Bac
     [(_, parameters)] = build_statements(backend.models).upsert_results.of(
         [row._replace(task_id=i) for i in new_ids(kind, 3)]
     )
-    many = {name for name, value in parameters.items() if isinstance(value, tuple) and value}
-    assert many == {"task_id", "return_value", "execution_time"}
+    arrays = {name for name, value in parameters.items() if isinstance(value, tuple)}
+    times = {"queued_at", "started_at"}
+    assert arrays == {"task_id", "return_value", "execution_time", *times}
+
+
+async def test_what_one_row_alone_has_goes_beside_what_the_others_have(
+    kind: Kind, backend: Backend
+) -> None:
+    row = result_rows(kind)[0]
+    rows = [row._replace(task_id=i) for i in new_ids(kind, 3)]
+    rows[1] = rows[1]._replace(log="another")
+    [(_, parameters)] = build_statements(backend.models).upsert_results.of(rows)
+    filled = {name for name, value in parameters.items() if isinstance(value, tuple) and value}
+    assert filled == {"task_id", "return_value", "execution_time", "log"}
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -65,11 +65,11 @@ def statements(models: Models) -> list[str]:
 
 
 def each(statements: Statements) -> list[Any]:
-    """Both shapes of those that have two."""
+    """Every shape of those that have several."""
     results = statements.upsert_results
     upserts = [results.without_metadata, results.with_metadata, statements.upsert_progress]
     return [
-        *[statement for upsert in upserts for statement in (upsert.one, upsert.many)],
+        *[statement for upsert in upserts for statement in (upsert.one, upsert.many, upsert.alike)],
         *statements[2:],
     ]
 
