@@ -51,7 +51,7 @@ from taskiq_sa_pg.signing import SignedSerializer
 
 logger = logging.getLogger(__name__)
 
-# Without the Python code of ResultRow's own constructor, which takes as long as serializing.
+# Without the Python code of ResultRow's own constructor, for which every result would pay.
 _make_row: Final[Callable[[tuple[Any, ...]], ResultRow]] = partial(tuple.__new__, ResultRow)
 
 _MAX_INTEGER: Final = 2_147_483_647

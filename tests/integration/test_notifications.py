@@ -85,6 +85,24 @@ async def test_many_results_share_few_notifications_and_each_is_told_once(
     assert len(heard) < 20
 
 
+@pytest.mark.parametrize(("at_once", "pauses"), [(1, (0, 3600)), (2, (3600, 0))])
+async def test_the_pause_after_one_id_is_another_than_after_several(
+    at_once: int, pauses: tuple[int, int], backends: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one in the way would last an hour."""
+    monkeypatch.setattr("taskiq_sa_pg.notifications._SECONDS_AFTER_ONE", pauses[0])
+    monkeypatch.setattr("taskiq_sa_pg.notifications._SECONDS_AFTER_SEVERAL", pauses[1])
+    backend = await backends.start()
+    notifier = backend._started.notifier
+    assert notifier is not None
+    table = table_of(backends.database)
+    ids = [new_id() for _ in range(3 * at_once)]
+    async with overheard(backends.database, table) as heard:
+        for start in range(0, len(ids), at_once):
+            notifier.announce(table, ids[start : start + at_once])
+            assert await until_heard(heard, start + at_once) == ids[: start + at_once]
+
+
 async def test_what_is_told_is_committed(each_driver: Backends) -> None:
     backend, reader = [await each_driver.start() for _ in range(2)]
     checks: list[asyncio.Task[bool]] = []
