@@ -371,15 +371,18 @@ def _insert_unnested(
 
     def value_of(stored: Column[Any]) -> ColumnElement[Any]:
         if shared is None:
-            return _or_of_all(rows.c[stored.name], stored)
-        if stored.name in shared:
-            return bindparam(stored.name, type_=_wire_type(stored))
-        return rows.c[stored.name]
+            return _as_stored(_or_of_all(rows.c[stored.name], stored), stored)
+        if stored.name not in shared:
+            return _as_stored(rows.c[stored.name], stored)
+        of_all = bindparam(stored.name, type_=_wire_type(stored))
+        value = _as_stored(of_all, stored)
+        # PostgreSQL computes what a subquery has once, and anything else for every row.
+        return value if value is of_all else select(value).scalar_subquery()
 
     return insert(target).from_select(
         [*names, *[c.key for c in extra.values()]],
         select(
-            *[_as_stored(value_of(c), c) for c in columns],
+            *[value_of(c) for c in columns],
             *[rows.c[name] for name in extra],
         ),
     )
@@ -389,19 +392,16 @@ def _unnested(
     columns: Sequence[Column[Any]], name: str, extra: Mapping[str, Column[Any]] = _NOTHING
 ) -> FromClause:
     """Rows from one array a column, which the parameters are called like."""
-    arrays = [
-        *[bindparam(c.name, type_=ARRAY(_wire_type(c))) for c in columns],
+    # Not FROM unnest(...), which PostgreSQL would write to a store of tuples and read from there.
+    return select(
+        *[_unnest(c.name, ARRAY(_wire_type(c)), _wire_type(c)) for c in columns],
         # With its dimensions, because a value of JSON may be a list itself.
-        *[bindparam(name, type_=ARRAY(_item_type(c), dimensions=1)) for name, c in extra.items()],
-    ]
-    return (
-        func.unnest(*arrays)
-        .table_valued(
-            *[column(c.name, _wire_type(c)) for c in columns],
-            *[column(name, c.type) for name, c in extra.items()],
-        )
-        .render_derived(name=name)
-    )
+        *[_unnest(name, ARRAY(_item_type(c), dimensions=1), c.type) for name, c in extra.items()],
+    ).subquery(name)
+
+
+def _unnest(name: str, array: ARRAY[Any], item: TypeEngine[Any]) -> ColumnElement[Any]:
+    return func.unnest(bindparam(name, type_=array), type_=item).label(name)
 
 
 def _wire_type(stored: Column[Any]) -> TypeEngine[Any]:
