@@ -8,12 +8,13 @@ from typing import Any, Final, Literal, get_args
 from taskiq_sa_pg.batching import Batcher, Entry
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.layout import Layout
+from taskiq_sa_pg.row_parameters import arrays_of
 from taskiq_sa_pg.rows import StatusRow, StoredStatus
 from taskiq_sa_pg.statements import MAX_IDS_PER_READ
 from taskiq_sa_pg.status_statements import delete_statuses, select_running
 from taskiq_sa_pg.store import Store
 from taskiq_sa_pg.telemetry import Telemetry
-from taskiq_sa_pg.upserts import arrays_of, upsert_status
+from taskiq_sa_pg.upserts import upsert_status
 
 Track = Literal["started"]
 

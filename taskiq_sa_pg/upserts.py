@@ -1,43 +1,42 @@
-"""How rows are stored: INSERT ... ON CONFLICT, as SQLAlchemy Core statements.
-
-JSON travels as text, so that neither the driver's nor the application's JSON codec has a say in it.
-"""
+"""How rows are stored: INSERT ... ON CONFLICT, as SQLAlchemy Core statements."""
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     CTE,
     Column,
-    Double,
-    Enum,
-    FromClause,
     Insert,
     Select,
-    String,
     Table,
-    Text,
     Uuid,
     and_,
     bindparam,
-    cast,
     collate,
-    column,
     delete,
-    func,
     or_,
     select,
-    types,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.sql.elements import ColumnElement
-from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from taskiq_sa_pg.mixins import METADATA, as_interval
+from taskiq_sa_pg.mixins import METADATA
 from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.row_parameters import (
+    NOTHING,
+    as_arrays,
+    can_be_unnested,
+    columns_of,
+    common_in,
+    insert_alike,
+    insert_one,
+    insert_unnested,
+    or_of_all,
+    shared_fields,
+    unnested,
+    wire_type,
+)
 from taskiq_sa_pg.rows import (
     FIRST_FIELDS,
     METADATA_COLUMNS,
@@ -47,22 +46,10 @@ from taskiq_sa_pg.rows import (
     StatusRow,
 )
 
-# In these columns rows differ; in the others those of a batch are likely to have the same.
-_DIFFERING: Final = frozenset({"task_id", "return_value", "execution_time", "meta"})
-
-# The parameter for what all rows have in a column is called like the column, and this.
-_OF_ALL: Final = "__of_all"
-
-# They travel as seconds since 1970, which asyncpg encodes at a third of what a datetime takes.
-_TIMES: Final = frozenset({"queued_at", "started_at"})
-
-
 # The execution option that names the parameters to be converted; others come as drivers take them.
 CONVERTED: Final = "taskiq_sa_pg_converted"
 
 ALL_FEATURES: Final = Features()
-
-_NOTHING: Final[Mapping[str, Column[Any]]] = MappingProxyType({})
 
 # A statement and its parameters.
 Call = tuple[Insert, dict[str, Any]]
@@ -98,37 +85,11 @@ class Upsert(NamedTuple):
         rows = sorted(rows, key=itemgetter(0))
         if self.many is None:
             return [(self.one, dict(zip(self.fields, row, strict=False))) for row in rows]
-        columns = _columns_of(self.fields, rows)
-        common = _common_in(columns)
+        columns = columns_of(self.fields, rows)
+        common = common_in(columns)
         if self.alike is not None and common.keys() >= self.shared:
             return [(self.alike, columns | {name: common[name] for name in self.shared})]
-        return [(self.many, _with_of_all(columns, common))]
-
-
-def arrays_of(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Any]:
-    """The parameters of a statement for several rows; of the rows, the first columns."""
-    columns = _columns_of(names, rows)
-    return _with_of_all(columns, _common_in(columns))
-
-
-def _columns_of(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(names, zip(*rows, strict=True), strict=False))
-
-
-def _common_in(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """What all rows have, where they have the same."""
-    return {
-        name: values[0]
-        for name, values in columns.items()
-        if name not in _DIFFERING and values.count(values[0]) == len(values)
-    }
-
-
-def _with_of_all(columns: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
-    # unnest fills an array that is too short up with NULLs, and those stand for it.
-    arrays = {name: () if name in common else values for name, values in columns.items()}
-    names = columns.keys() - _DIFFERING
-    return arrays | {name + _OF_ALL: common.get(name) for name in names}
+        return [(self.many, as_arrays(columns, common))]
 
 
 class ResultUpserts:
@@ -144,7 +105,7 @@ class ResultUpserts:
     def __init__(
         self,
         models: Models,
-        extra: Mapping[str, Column[Any]] = _NOTHING,
+        extra: Mapping[str, Column[Any]] = NOTHING,
         features: Features = ALL_FEATURES,
         *,
         is_tracked: bool = False,
@@ -176,7 +137,7 @@ def has_metadata_columns(models: Models) -> bool:
 def upsert_results(
     models: Models,
     fields: tuple[str, ...] = FIRST_FIELDS,
-    extra: Mapping[str, Column[Any]] = _NOTHING,
+    extra: Mapping[str, Column[Any]] = NOTHING,
     cleared: Sequence[str] = (),
 ) -> Upsert:
     """Stores results over those of equal or earlier attempts, and over those that have expired.
@@ -227,8 +188,8 @@ def upsert_status(status: Table) -> Upsert:
 
 def _forgetting(status: Table, upsert: Upsert) -> Upsert:
     """Deletes the status of those tasks, too, unless it is of a later attempt."""
-    task_id = bindparam("task_id", type_=_wire_type(status.c.task_id))
-    attempt = bindparam("attempt", type_=_wire_type(status.c.attempt))
+    task_id = bindparam("task_id", type_=wire_type(status.c.task_id))
+    attempt = bindparam("attempt", type_=wire_type(status.c.attempt))
     alone = locked(status, (status.c.task_id == task_id) & (status.c.attempt <= attempt))
     one, many, alike = upsert.one.add_cte(deletion(status, alone)), upsert.many, upsert.alike
     if many is not None:
@@ -245,9 +206,9 @@ def forget_statuses(status: Table, up_to: ColumnElement[int] | None = None) -> C
     the attempt of all of them, only `task_id`.
     """
     columns = [status.c.task_id] if up_to is not None else [status.c.task_id, status.c.attempt]
-    finished = _unnested(columns, "finished")
+    finished = unnested(columns, "finished")
     if up_to is None:
-        up_to = _or_of_all(finished.c.attempt, status.c.attempt)
+        up_to = or_of_all(finished.c.attempt, status.c.attempt)
     is_over = (status.c.task_id == finished.c.task_id) & (status.c.attempt <= up_to)
     return deletion(status, locked(status, is_over))
 
@@ -314,112 +275,12 @@ def _upsert(
     target: Table,
     fields: tuple[str, ...],
     with_conflicts: Callable[[PostgresInsert], Insert],
-    extra: Mapping[str, Column[Any]] = _NOTHING,
+    extra: Mapping[str, Column[Any]] = NOTHING,
 ) -> Upsert:
-    shared = frozenset(fields) - _DIFFERING - _TIMES
-    one = with_conflicts(_insert_one(target, fields, extra))
+    shared = shared_fields(fields)
+    one = with_conflicts(insert_one(target, fields, extra))
     many = alike = None
-    if _can_be_many(target, extra):
-        many = with_conflicts(_insert_unnested(target, fields, extra))
-        alike = with_conflicts(_insert_unnested(target, fields, extra, shared))
+    if can_be_unnested(target, extra):
+        many = with_conflicts(insert_unnested(target, fields, extra))
+        alike = with_conflicts(insert_alike(target, fields, shared, extra))
     return Upsert(one, many, alike, fields, shared)
-
-
-def _can_be_many(target: Table, extra: Mapping[str, Column[Any]] = _NOTHING) -> bool:
-    filled = set(extra.values())
-    # SQLAlchemy calls a Python function that is a column's default once for a statement.
-    return all(map(_fits_an_array, filled)) and not any(
-        c.default is not None and c.default.is_callable for c in target.c if c not in filled
-    )
-
-
-def _fits_an_array(stored: Column[Any]) -> bool:
-    wire = stored.type.impl_instance if isinstance(stored.type, TypeDecorator) else stored.type
-    if isinstance(wire, types.ARRAY):  # unnest would take it apart, too
-        return False
-    if wire is not stored.type and getattr(wire, "length", None):  # see _item_type()
-        return False
-    return stored.type.bind_expression(bindparam(None, type_=stored.type)) is None
-
-
-def _item_type(stored: Column[Any]) -> TypeEngine[Any]:
-    item = stored.type
-    if isinstance(item, String) and not isinstance(item, Enum) and item.length is not None:
-        # The array is cast to its type, and PostgreSQL cuts in silence what is cast to VARCHAR(8).
-        item = item.copy()
-        item.length = None
-    return item
-
-
-def _insert_one(
-    target: Table, names: Sequence[str], extra: Mapping[str, Column[Any]] = _NOTHING
-) -> PostgresInsert:
-    columns = [target.c[name] for name in names]
-    values = {c: _as_stored(bindparam(c.name, type_=_wire_type(c)), c) for c in columns}
-    values.update({c: bindparam(name, type_=c.type) for name, c in extra.items()})
-    return insert(target).values(values)
-
-
-def _insert_unnested(
-    target: Table,
-    names: Sequence[str],
-    extra: Mapping[str, Column[Any]] = _NOTHING,
-    shared: frozenset[str] | None = None,
-) -> PostgresInsert:
-    columns = [target.c[name] for name in names]
-    rows = _unnested([c for c in columns if shared is None or c.name not in shared], "rows", extra)
-
-    def value_of(stored: Column[Any]) -> ColumnElement[Any]:
-        if shared is None:
-            return _as_stored(_or_of_all(rows.c[stored.name], stored), stored)
-        if stored.name not in shared:
-            return _as_stored(rows.c[stored.name], stored)
-        of_all = bindparam(stored.name, type_=_wire_type(stored))
-        value = _as_stored(of_all, stored)
-        # PostgreSQL computes what a subquery has once, and anything else for every row.
-        return value if value is of_all else select(value).scalar_subquery()
-
-    return insert(target).from_select(
-        [*names, *[c.key for c in extra.values()]],
-        select(
-            *[value_of(c) for c in columns],
-            *[rows.c[name] for name in extra],
-        ),
-    )
-
-
-def _unnested(
-    columns: Sequence[Column[Any]], name: str, extra: Mapping[str, Column[Any]] = _NOTHING
-) -> FromClause:
-    """Rows from one array a column, which the parameters are called like."""
-    # Not FROM unnest(...), which PostgreSQL would write to a store of tuples and read from there.
-    return select(
-        *[_unnest(c.name, ARRAY(_wire_type(c)), _wire_type(c)) for c in columns],
-        # With its dimensions, because a value of JSON may be a list itself.
-        *[_unnest(name, ARRAY(_item_type(c), dimensions=1), c.type) for name, c in extra.items()],
-    ).subquery(name)
-
-
-def _unnest(name: str, array: ARRAY[Any], item: TypeEngine[Any]) -> ColumnElement[Any]:
-    return func.unnest(bindparam(name, type_=array), type_=item).label(name)
-
-
-def _wire_type(stored: Column[Any]) -> TypeEngine[Any]:
-    if stored.name == "expires_at" or stored.name in _TIMES:
-        return Double()
-    return Text() if isinstance(stored.type, JSONB) else stored.type
-
-
-def _or_of_all(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
-    if stored.name in _DIFFERING:
-        return value
-    of_all = bindparam(stored.name + _OF_ALL, type_=_wire_type(stored))
-    return func.coalesce(value, of_all)
-
-
-def _as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
-    if stored.name == "expires_at":
-        return func.now() + as_interval(value)
-    if stored.name in _TIMES:
-        return func.to_timestamp(value)
-    return cast(value, JSONB) if isinstance(stored.type, JSONB) else value

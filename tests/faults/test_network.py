@@ -85,6 +85,26 @@ async def test_a_server_that_stands_still_is_noticed(
     assert (await backend.get_result("task")).return_value == 2
 
 
+async def test_asyncpg_s_own_limit_counts_where_it_is_the_shorter(
+    server: Server, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a statement on a connection that is kept, too."""
+    backend = await start(f"{server.dsn}?command_timeout=1", command_timeout=60)
+    await backend.set_result("before", result_of(1))
+    await asyncio.to_thread(server.freeze)
+
+    async def is_noticed() -> bool:
+        return "no answer in time; trying again" in caplog.text
+
+    try:
+        storing = asyncio.create_task(backend.set_result("task", result_of(2)))
+        await eventually(is_noticed)
+    finally:
+        await asyncio.to_thread(server.freeze, signal.SIGCONT)
+    await storing
+    assert (await backend.get_result("task")).return_value == 2
+
+
 async def test_a_peer_that_acknowledges_nothing_is_noticed_by_the_kernel(
     server: Server, driver: str, start: Start
 ) -> None:
