@@ -347,7 +347,7 @@ def _name_stand_ins(exception: BaseException, document: Any) -> None:
     if is_stand_in and isinstance(module, str):
         cls.__module__ = module
         # Pickle would import the module to look whether the class is in it.
-        cls.__reduce_ex__ = _refuse_pickle  # type: ignore[assignment]
+        cls.__reduce_ex__ = _refuse_pickle  # type: ignore[assignment]  # of a stand-in of our own
     for chained, name in (
         (exception.__cause__, "exc_cause"),
         (exception.__context__, "exc_context"),
