@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 
 import asyncpg
 import pytest
+from sqlalchemy.dialects import postgresql
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
@@ -176,6 +177,22 @@ async def test_what_one_row_alone_has_goes_beside_what_the_others_have(
     [(_, parameters)] = build_statements(backend.models).upsert_results.of(rows)
     filled = {name for name, value in parameters.items() if isinstance(value, tuple) and value}
     assert filled == {"task_id", "return_value", "execution_time", "log"}
+
+
+async def test_a_batch_is_streamed_and_what_it_shares_is_computed_once(
+    kind: Kind, backend: Backend, database: Database
+) -> None:
+    row = result_rows(kind)[0]
+    [(statement, parameters)] = build_statements(backend.models).upsert_results.of(
+        [row._replace(task_id=i) for i in new_ids(kind, 3)]
+    )
+    compiled: Any = statement.compile(dialect=postgresql.asyncpg.dialect())
+    values = [parameters[name] for name in compiled.positiontup]
+    plan = "\n".join(row[0] for row in await database.fetch(f"EXPLAIN {compiled}", *values))
+    assert "ProjectSet" in plan, plan
+    assert "Function Scan" not in plan, plan
+    # The expiry, the labels, args and kwargs; and the error, where it is JSON.
+    assert plan.count("InitPlan") == (5 if kind.payload == "Jsonb" else 4), plan
 
 
 @pytest.mark.parametrize("size", [1, 3])
