@@ -13,7 +13,7 @@ from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.queries import select_matching
 from taskiq_sa_pg.rows import StoredResult
-from taskiq_sa_pg.statements import MAX_IDS_PER_READ, forget_results
+from taskiq_sa_pg.statements import MAX_IDS_PER_READ
 from taskiq_sa_pg.store import Store
 
 DEFAULT_BATCH_SIZE: Final = 200
@@ -34,15 +34,10 @@ class Asking:
     """
 
     def __init__(self, store: Store, codec: Codec, layout: Layout) -> None:
-        models = layout.models
         self._store = store
         self._codec = codec
         self._layout = layout
-        self._forget_before_step_3 = forget_results(models, [models.progress_table])
-        self._forget = self._forget_before_step_3
-        if models.status_table is not None:
-            self._forget = forget_results(models, [models.progress_table, models.status_table])
-        self._table = models.config.qualified_name
+        self._table = layout.models.config.qualified_name
 
     async def iterate(
         self, statement: Select[Any], batch_size: int, with_logs: bool
@@ -88,8 +83,7 @@ class Asking:
 
     async def _forget_some(self, column_ids: Sequence[Any]) -> int:
         def forget() -> Awaitable[Sequence[Any]]:
-            has_status = self._layout.features.has_status
-            statement = self._forget if has_status else self._forget_before_step_3
+            statement = self._layout.statements.forget_results
             purpose = f"forget results in table {self._table}"
             return self._store.fetch(statement, {"task_ids": column_ids}, purpose)
 

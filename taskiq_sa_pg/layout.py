@@ -7,8 +7,8 @@ from typing import Final, TypeVar
 from taskiq_sa_pg.exceptions import StorageError
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.rows import Features
-from taskiq_sa_pg.statements import Statements, build_statements
-from taskiq_sa_pg.status_statements import select_statuses
+from taskiq_sa_pg.statements import Statements
+from taskiq_sa_pg.status_statements import StatusStatements
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,8 @@ class Layout:
     def expect(self, features: Features) -> None:
         """Says what the tables have."""
         self.features = features
-        self.statements: Statements = build_statements(
-            self.models, features, is_tracked=self.is_tracked
-        )
-        self.select_statuses = select_statuses(self.models, features)
+        self.statements = Statements(self.models, features, is_tracked=self.is_tracked)
+        self.status_statements = StatusStatements(self.models, features)
 
     async def adapting(self, work: Callable[[], Awaitable[_T]], *, uses_status: bool) -> _T:
         """Does some work; once more without a feature that the tables turn out to lack.

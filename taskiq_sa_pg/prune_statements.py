@@ -7,6 +7,7 @@ somebody else has locked: it waits for nobody, so nobody waits for it longer tha
 import uuid
 from collections.abc import Iterable
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -32,6 +33,8 @@ from sqlalchemy import (
 
 from taskiq_sa_pg.mixins import as_interval
 from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.rows import Features
+from taskiq_sa_pg.statements import others_of
 from taskiq_sa_pg.upserts import locked
 
 _TIME: Final = DateTime(timezone=True)
@@ -53,6 +56,42 @@ class StaleSlice(NamedTuple):
     looked_at: int
     deleted: int
     last: Any  # where the next slice begins
+
+
+class PruneStatements:
+    """What deletes the expired rows of a results table and those that go with it.
+
+    Each statement is built when it is first asked for.
+
+    Args:
+        models: The tables.
+        features: What the tables have.
+        is_exclusive: As of prune_results() and prune_stale().
+    """
+
+    def __init__(self, models: Models, features: Features, *, is_exclusive: bool) -> None:
+        self._models = models
+        self._others = others_of(models, features)
+        self._is_exclusive = is_exclusive
+
+    @cached_property
+    def results(self) -> Select[Any]:
+        """Deletes expired results with their progress and status; returns a ResultsSlice."""
+        return prune_results(self._models, self._others, is_exclusive=self._is_exclusive)
+
+    @cached_property
+    def progress(self) -> Select[Any]:
+        """Deletes progress of tasks that never finished; returns a StaleSlice."""
+        return self._prune_stale(self._models.progress_table)
+
+    @cached_property
+    def statuses(self) -> Select[Any]:
+        """The same of statuses, where there is a table of them."""
+        assert self._models.status_table is not None
+        return self._prune_stale(self._models.status_table)
+
+    def _prune_stale(self, source: Table) -> Select[Any]:
+        return prune_stale(self._models, source, is_exclusive=self._is_exclusive)
 
 
 def prune_results(models: Models, others: Iterable[Table], *, is_exclusive: bool) -> Select[Any]:

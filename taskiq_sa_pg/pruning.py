@@ -13,13 +13,9 @@ from sqlalchemy import Select
 from taskiq_sa_pg.exceptions import ConfigurationError, StorageError
 from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.listener import end
-from taskiq_sa_pg.prune_statements import (
-    ResultsSlice,
-    StaleSlice,
-    prune_results,
-    prune_stale,
-)
+from taskiq_sa_pg.prune_statements import PruneStatements, ResultsSlice, StaleSlice
 from taskiq_sa_pg.retention import Seconds, check_seconds
+from taskiq_sa_pg.rows import Features
 from taskiq_sa_pg.store import Store
 from taskiq_sa_pg.telemetry import Telemetry
 
@@ -68,22 +64,22 @@ class Pruning:
         *,
         is_exclusive: bool,
     ) -> None:
-        models = layout.models
         self._store = store
         self._layout = layout
         self._progress_ttl = progress_ttl
         self._telemetry = telemetry
-        others = [models.progress_table]
-        self._prune_results_before_step_3 = prune_results(models, others, is_exclusive=is_exclusive)
-        self._prune_results = self._prune_results_before_step_3
-        self._prune_progress = prune_stale(models, others[0], is_exclusive=is_exclusive)
-        if models.status_table is not None:
-            others.append(models.status_table)
-            self._prune_results = prune_results(models, others, is_exclusive=is_exclusive)
-            self._prune_statuses = prune_stale(
-                models, models.status_table, is_exclusive=is_exclusive
+        self._is_exclusive = is_exclusive
+        self._by_features: dict[Features, PruneStatements] = {}
+        self._purpose = f"prune table {layout.models.config.qualified_name}"
+
+    @property
+    def _statements(self) -> PruneStatements:
+        features = self._layout.features
+        if features not in self._by_features:
+            self._by_features[features] = PruneStatements(
+                self._layout.models, features, is_exclusive=self._is_exclusive
             )
-        self._purpose = f"prune table {models.config.qualified_name}"
+        return self._by_features[features]
 
     async def run(self, limit: int | None = None, time_budget: float | None = None) -> Pruned:
         """Deletes what has expired, a slice after the other.
@@ -102,9 +98,9 @@ class Pruning:
         results = await self._prune_all_results(rest)
         progress = statuses = 0
         if self._progress_ttl is not None:
-            progress = await self._prune_all_stale(rest, self._prune_progress, "progress")
+            progress = await self._prune_all_stale(rest, self._statements.progress, "progress")
             if self._layout.features.has_status:
-                statuses = await self._prune_all_stale(rest, self._prune_statuses, "status")
+                statuses = await self._prune_all_stale(rest, self._statements.statuses, "status")
         return Pruned(results, progress, statuses, not rest.was_too_little)
 
     async def _prune_all_results(self, rest: "_Rest") -> int:
@@ -122,9 +118,7 @@ class Pruning:
 
     async def _prune_some_results(self, parameters: dict[str, Any]) -> Any:
         def prune() -> Awaitable[Any]:
-            has_status = self._layout.features.has_status
-            statement = self._prune_results if has_status else self._prune_results_before_step_3
-            return self._one(statement, parameters)
+            return self._one(self._statements.results, parameters)
 
         return await self._layout.adapting(prune, uses_status=True)
 

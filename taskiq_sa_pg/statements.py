@@ -5,7 +5,8 @@ codec has a say in it.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from functools import cached_property
+from typing import Any, Final
 
 from sqlalchemy import (
     Select,
@@ -35,39 +36,65 @@ from taskiq_sa_pg.upserts import (
 MAX_IDS_PER_READ: Final = 200
 
 
-class Statements(NamedTuple):
-    """Every statement of one configuration, built once.
+class Statements:
+    """The statements of one configuration, each built when it is first asked for.
 
-    Reads take `task_ids`: a list of column values.
-    """
-
-    upsert_results: ResultUpserts
-    upsert_progress: Upsert
-    select_ready: Select[Any]
-    select_results: Select[Any]
-    take_results: Select[Any]
-    select_progress: Select[Any]
-
-
-def build_statements(
-    models: Models, features: Features = ALL_FEATURES, *, is_tracked: bool = False
-) -> Statements:
-    """The statements for these models.
+    Most processes need few of them, and to build all takes longer than to connect. Reads take
+    `task_ids`: a list of column values.
 
     Args:
         models: The tables.
         features: What the tables have.
         is_tracked: Whether the status of tasks is forgotten with their results.
     """
-    is_tracked = is_tracked and features.has_status
-    return Statements(
-        upsert_results=ResultUpserts(models, features=features, is_tracked=is_tracked),
-        upsert_progress=upsert_progress(models),
-        select_ready=select_ready(models),
-        select_results=select_results(models),
-        take_results=take_results(models, is_tracked=is_tracked),
-        select_progress=select_progress(models),
-    )
+
+    def __init__(
+        self, models: Models, features: Features = ALL_FEATURES, *, is_tracked: bool = False
+    ) -> None:
+        self._models = models
+        self._features = features
+        self._is_tracked = is_tracked and features.has_status
+
+    @cached_property
+    def upsert_results(self) -> ResultUpserts:
+        """Stores results."""
+        return ResultUpserts(self._models, features=self._features, is_tracked=self._is_tracked)
+
+    @cached_property
+    def upsert_progress(self) -> Upsert:
+        """Stores progress."""
+        return upsert_progress(self._models)
+
+    @cached_property
+    def select_ready(self) -> Select[Any]:
+        """Those of the task ids that have a result."""
+        return select_ready(self._models)
+
+    @cached_property
+    def select_results(self) -> Select[Any]:
+        """The results of the task ids, as StoredResult."""
+        return select_results(self._models)
+
+    @cached_property
+    def take_results(self) -> Select[Any]:
+        """Deletes the results of the task ids with all that goes with them, and returns them."""
+        return take_results(self._models, is_tracked=self._is_tracked)
+
+    @cached_property
+    def forget_results(self) -> Select[Any]:
+        """Deletes all that there is of the task ids; returns how many results."""
+        return forget_results(self._models, others_of(self._models, self._features))
+
+    @cached_property
+    def select_progress(self) -> Select[Any]:
+        """The progress of the task ids, as StoredProgress."""
+        return select_progress(self._models)
+
+
+def others_of(models: Models, features: Features) -> list[Table]:
+    """The tables, beside that of results, with rows that go when a result goes."""
+    status = models.status_table if features.has_status else None
+    return [models.progress_table] if status is None else [models.progress_table, status]
 
 
 def select_ready(models: Models) -> Select[Any]:

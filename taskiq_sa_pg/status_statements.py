@@ -1,6 +1,7 @@
 """What tasks are at, as SQLAlchemy Core statements; reads give StoredStatus."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -26,10 +27,48 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.rows import METADATA_COLUMNS, Features, StatusRow, StoredStatus
 from taskiq_sa_pg.statements import is_live
-from taskiq_sa_pg.upserts import forget_statuses, has_metadata_columns
+from taskiq_sa_pg.upserts import Upsert, forget_statuses, has_metadata_columns, upsert_status
 
 # Between task_id and state, which are made otherwise, and finished_at, which results alone have.
 _COMMON: Final = StatusRow._fields[2:]
+
+
+class StatusStatements:
+    """The statements for what tasks are at, each built when it is first asked for.
+
+    Args:
+        models: The tables.
+        features: What the tables have; without a status table, there is `select_statuses` alone.
+    """
+
+    def __init__(self, models: Models, features: Features) -> None:
+        self._models = models
+        self._features = features
+
+    @cached_property
+    def upsert(self) -> Upsert:
+        """Stores statuses."""
+        return upsert_status(self._status)
+
+    @cached_property
+    def delete(self) -> Select[Any]:
+        """Forgets what tasks were at; takes arrays, as forget_statuses()."""
+        return select(func.count()).add_cte(forget_statuses(self._status))
+
+    @cached_property
+    def select_statuses(self) -> Select[Any]:
+        """What the `task_ids` are at."""
+        return select_statuses(self._models, self._features)
+
+    @cached_property
+    def select_running(self) -> Select[Any]:
+        """The tasks that are executed."""
+        return select_running(self._models, self._status)
+
+    @property
+    def _status(self) -> Table:
+        assert self._models.status_table is not None
+        return self._models.status_table
 
 
 def select_statuses(models: Models, features: Features) -> Select[Any]:
@@ -85,11 +124,6 @@ def select_running(models: Models, status: Table) -> Select[Any]:
         .order_by(status.c.started_at, status.c.task_id)
         .limit(bindparam("limit", type_=Integer))
     )
-
-
-def delete_statuses(status: Table) -> Select[Any]:
-    """Forgets what tasks were at; takes arrays, as forget_statuses()."""
-    return select(func.count()).add_cte(forget_statuses(status))
 
 
 def _is_over(results: Table, status: Table) -> ColumnElement[bool]:

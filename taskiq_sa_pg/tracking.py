@@ -11,10 +11,8 @@ from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.row_parameters import arrays_of
 from taskiq_sa_pg.rows import StatusRow, StoredStatus
 from taskiq_sa_pg.statements import MAX_IDS_PER_READ
-from taskiq_sa_pg.status_statements import delete_statuses, select_running
 from taskiq_sa_pg.store import Store
 from taskiq_sa_pg.telemetry import Telemetry
-from taskiq_sa_pg.upserts import upsert_status
 
 Track = Literal["started"]
 
@@ -70,11 +68,6 @@ class Tracking:
         self._store = store
         self._layout = layout
         self._table = layout.models.config.qualified_name
-        status = layout.models.status_table
-        if status is not None:
-            self._upsert = upsert_status(status)
-            self._delete = delete_statuses(status)
-            self._running = select_running(layout.models, status)
         self._written: Batcher[Any, StatusRow, StatusRow, None] = Batcher(
             self._write,
             encode=lambda _, row: row,
@@ -118,7 +111,8 @@ class Tracking:
             if not self._layout.features.has_status:
                 return []
             purpose = f"list the running tasks of table {self._table}"
-            return await self._store.fetch(self._running, {"limit": limit}, purpose)
+            statement = self._layout.status_statements.select_running
+            return await self._store.fetch(statement, {"limit": limit}, purpose)
 
         rows = await self._layout.adapting(read, uses_status=True)
         return [_status_of(str(row[0]), StoredStatus._make(row)) for row in rows]
@@ -137,13 +131,13 @@ class Tracking:
     async def _upsert_all(self, rows: Sequence[StatusRow]) -> None:
         purpose = f"store its status in table {self._table}_status"
         if rows:
-            for statement, parameters in self._upsert.of(rows):
+            for statement, parameters in self._layout.status_statements.upsert.of(rows):
                 await self._store.fetch(statement, parameters, purpose, retry_timeout=RETRY_TIMEOUT)
 
     async def _delete_all(self, rows: Sequence[StatusRow]) -> None:
         if rows:
             await self._store.fetch(
-                self._delete,
+                self._layout.status_statements.delete,
                 arrays_of(("task_id", "attempt"), [(row.task_id, row.attempt) for row in rows]),
                 f"delete its status from table {self._table}_status",
                 retry_timeout=RETRY_TIMEOUT,
@@ -153,7 +147,7 @@ class Tracking:
         purpose = f"read the status of tasks of table {self._table}"
         rows = await self._layout.adapting(
             lambda: self._store.fetch(
-                self._layout.select_statuses, {"task_ids": list(batch)}, purpose
+                self._layout.status_statements.select_statuses, {"task_ids": list(batch)}, purpose
             ),
             uses_status=True,
         )

@@ -1,6 +1,7 @@
 """How rows are stored: INSERT ... ON CONFLICT, as SQLAlchemy Core statements."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -110,15 +111,26 @@ class ResultUpserts:
         *,
         is_tracked: bool = False,
     ) -> None:
-        has_metadata = features.has_metadata and has_metadata_columns(models)
+        self._models = models
+        self._extra = extra
+        self._has_metadata = features.has_metadata and has_metadata_columns(models)
+        self._status = models.status_table if is_tracked and features.has_status else None
+
+    @cached_property
+    def without_metadata(self) -> Upsert:
+        """For rows of which none has metadata."""
         # NULL in the columns that are not named, over what an earlier attempt left there.
-        cleared = METADATA_COLUMNS if has_metadata else ()
-        fewer = upsert_results(models, FIRST_FIELDS, extra, cleared)
-        more = upsert_results(models, ResultRow._fields, extra) if has_metadata else fewer
-        if is_tracked and features.has_status and models.status_table is not None:
-            fewer, more = [_forgetting(models.status_table, upsert) for upsert in (fewer, more)]
-        self.without_metadata: Final = fewer
-        self.with_metadata: Final = more
+        cleared = METADATA_COLUMNS if self._has_metadata else ()
+        upsert = upsert_results(self._models, FIRST_FIELDS, self._extra, cleared)
+        return upsert if self._status is None else _forgetting(self._status, upsert)
+
+    @cached_property
+    def with_metadata(self) -> Upsert:
+        """For other rows; as without_metadata where there is no place for metadata."""
+        if not self._has_metadata:
+            return self.without_metadata
+        upsert = upsert_results(self._models, ResultRow._fields, self._extra)
+        return upsert if self._status is None else _forgetting(self._status, upsert)
 
     def of(self, rows: Sequence[ResultRow]) -> Sequence[Call]:
         """What stores rows, as Upsert.of()."""

@@ -17,7 +17,7 @@ from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.config import PayloadField, TaskIdField
 from taskiq_sa_pg.metadata import NO_METADATA, Metadata
 from taskiq_sa_pg.rows import ProgressRow, ResultRow
-from taskiq_sa_pg.statements import build_statements
+from taskiq_sa_pg.statements import Statements
 from taskiq_sa_pg.upserts import Upsert
 from tests.conftest import BackendFactory, Database, eventually
 
@@ -134,7 +134,7 @@ async def test_a_row_is_stored_as_alone_among_others(
     what: str, kind: Kind, backend: Backend, database: Database
 ) -> None:
     """Whichever of its columns are NULL, and whichever are in all the others."""
-    statements = build_statements(backend.models)
+    statements = Statements(backend.models)
     if what == "results":
         rows: Sequence[Any] = result_rows(kind)
         upsert, table = statements.upsert_results, "taskiq_results"
@@ -160,7 +160,7 @@ async def test_a_row_is_stored_as_alone_among_others(
 async def test_what_all_rows_have_in_a_column_goes_once(kind: Kind, backend: Backend) -> None:
     """But for the columns in which that would be a coincidence."""
     row = result_rows(kind)[0]
-    [(_, parameters)] = build_statements(backend.models).upsert_results.of(
+    [(_, parameters)] = Statements(backend.models).upsert_results.of(
         [row._replace(task_id=i) for i in new_ids(kind, 3)]
     )
     arrays = {name for name, value in parameters.items() if isinstance(value, tuple)}
@@ -174,7 +174,7 @@ async def test_what_one_row_alone_has_goes_beside_what_the_others_have(
     row = result_rows(kind)[0]
     rows = [row._replace(task_id=i) for i in new_ids(kind, 3)]
     rows[1] = rows[1]._replace(log="another")
-    [(_, parameters)] = build_statements(backend.models).upsert_results.of(rows)
+    [(_, parameters)] = Statements(backend.models).upsert_results.of(rows)
     filled = {name for name, value in parameters.items() if isinstance(value, tuple) and value}
     assert filled == {"task_id", "return_value", "execution_time", "log"}
 
@@ -183,7 +183,7 @@ async def test_a_batch_is_streamed_and_what_it_shares_is_computed_once(
     kind: Kind, backend: Backend, database: Database
 ) -> None:
     row = result_rows(kind)[0]
-    [(statement, parameters)] = build_statements(backend.models).upsert_results.of(
+    [(statement, parameters)] = Statements(backend.models).upsert_results.of(
         [row._replace(task_id=i) for i in new_ids(kind, 3)]
     )
     compiled: Any = statement.compile(dialect=postgresql.asyncpg.dialect())
@@ -199,7 +199,7 @@ async def test_a_batch_is_streamed_and_what_it_shares_is_computed_once(
 async def test_a_row_replaces_all_of_another(
     size: int, kind: Kind, backend: Backend, database: Database
 ) -> None:
-    statements = build_statements(backend.models)
+    statements = Statements(backend.models)
     [plain, *_, empty] = result_rows(kind)
     full = plain._replace(is_err=True, labels='{"a": 1}')
     ids = new_ids(kind, size)

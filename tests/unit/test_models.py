@@ -21,7 +21,7 @@ from taskiq_sa_pg import (
 )
 from taskiq_sa_pg.catalogue import describe_tables
 from taskiq_sa_pg.rows import METADATA_COLUMNS
-from taskiq_sa_pg.statements import Statements, build_statements, notify
+from taskiq_sa_pg.statements import Statements, notify
 
 CONVENTION = {"pk": "pk_%(table_name)s", "ix": "ix_%(column_0_label)s"}
 
@@ -60,7 +60,7 @@ def ddl(models: Models) -> list[str]:
 
 
 def statements(models: Models) -> list[str]:
-    built = each(build_statements(models))
+    built = each(Statements(models))
     return [*map(compiled, [*built, notify(), describe_tables(models.config)])]
 
 
@@ -70,7 +70,8 @@ def each(statements: Statements) -> list[Any]:
     upserts = [results.without_metadata, results.with_metadata, statements.upsert_progress]
     return [
         *[statement for upsert in upserts for statement in (upsert.one, upsert.many, upsert.alike)],
-        *statements[2:],
+        *(statements.select_ready, statements.select_results, statements.take_results),
+        *(statements.forget_results, statements.select_progress),
     ]
 
 
@@ -112,7 +113,7 @@ def test_nothing_of_a_name_stands_unquoted_in_any_sql(name: str, schema: str | N
 @pytest.mark.parametrize("name", ["results", "user", "Order", "select"])
 def test_names_are_quoted_even_where_todays_postgresql_needs_no_quotes(name: str) -> None:
     models = build_models(name, schema="app")
-    for statement in each(build_statements(models)):
+    for statement in each(Statements(models)):
         assert f'"app"."{name}' in compiled(statement)
 
 
