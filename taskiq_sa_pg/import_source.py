@@ -68,7 +68,8 @@ async def find_old_table(store: Store, table_name: str, schema: str | None) -> O
         rows = await connection.execute(describe_columns([table_name], schema))
         return {row.column_name: row.type_name for row in rows}
 
-    types = await store.transact(describe, f"look at table {name}")
+    # Not tried again: nothing has begun, and a wrong address is told at once.
+    types = await store.transact(describe, f"look at table {name}", retry_timeout=0)
     if not types:
         raise SchemaError(
             f"table {name} does not exist: give the old table's name to the letter, and its schema "

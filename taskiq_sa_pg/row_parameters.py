@@ -27,11 +27,11 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from taskiq_sa_pg.mixins import as_interval
 
-# In these columns rows differ; in the others those of a batch are likely to have the same.
-_DIFFERING: Final = frozenset({"task_id", "return_value", "execution_time", "meta"})
-
 # They travel as seconds since 1970, which asyncpg encodes at a third of what a datetime takes.
 _TIMES: Final = frozenset({"queued_at", "started_at"})
+
+# In these columns rows differ; in the others those of a batch are likely to have the same.
+_DIFFERING: Final = _TIMES | {"task_id", "return_value", "execution_time", "meta"}
 
 # The parameter for what all rows have in a column is called like the column, and this.
 _OF_ALL: Final = "__of_all"
@@ -41,7 +41,7 @@ NOTHING: Final[Mapping[str, Column[Any]]] = MappingProxyType({})
 
 def shared_fields(fields: Sequence[str]) -> frozenset[str]:
     """Those in which the rows of a batch are likely to have the same."""
-    return frozenset(fields) - _DIFFERING - _TIMES
+    return frozenset(fields) - _DIFFERING
 
 
 def arrays_of(names: Sequence[str], rows: Sequence[Any]) -> dict[str, Any]:

@@ -43,6 +43,10 @@ KINDS = [
 ]
 
 
+# Columns of results in which rows are not expected to have the same.
+DIFFERING = {"task_id", "return_value", "execution_time", "queued_at", "started_at"}
+
+
 @pytest.fixture(params=KINDS, ids=str)
 def kind(request: pytest.FixtureRequest) -> Kind:
     kind: Kind = request.param
@@ -164,8 +168,7 @@ async def test_what_all_rows_have_in_a_column_goes_once(kind: Kind, backend: Bac
         [row._replace(task_id=i) for i in new_ids(kind, 3)]
     )
     arrays = {name for name, value in parameters.items() if isinstance(value, tuple)}
-    times = {"queued_at", "started_at"}
-    assert arrays == {"task_id", "return_value", "execution_time", *times}
+    assert arrays == DIFFERING
 
 
 async def test_what_one_row_alone_has_goes_beside_what_the_others_have(
@@ -176,7 +179,7 @@ async def test_what_one_row_alone_has_goes_beside_what_the_others_have(
     rows[1] = rows[1]._replace(log="another")
     [(_, parameters)] = Statements(backend.models).upsert_results.of(rows)
     filled = {name for name, value in parameters.items() if isinstance(value, tuple) and value}
-    assert filled == {"task_id", "return_value", "execution_time", "log"}
+    assert filled == {*DIFFERING, "log"}
 
 
 async def test_a_batch_is_streamed_and_what_it_shares_is_computed_once(
