@@ -4,6 +4,7 @@ import asyncio
 import gc
 import uuid
 from collections.abc import AsyncIterator, Awaitable
+from functools import cached_property
 from typing import Any
 from urllib.parse import quote
 
@@ -87,6 +88,29 @@ async def test_startup_and_shutdown_may_be_repeated(dsn: str, database: Database
         await backend.shutdown()
         await backend.shutdown()
         await assert_disconnected(database)
+
+
+async def test_startup_builds_no_statement_before_it_is_needed(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(database.dsn, track="started", prune_interval=3600)
+    layout = backend._parts.layout
+    prunings = [backend._parts.pruning, backend._parts.pruner._pruning]
+    for statements in (
+        *(layout.statements, layout.status_statements),
+        *[pruning._statements for pruning in prunings],
+    ):
+        assert built(statements) == set()
+    await backend.set_result("a", result_of(1))
+    assert built(layout.statements) == {"upsert_results"}
+    assert built(layout.statements.upsert_results) == {"without_metadata"}
+
+
+def built(statements: object) -> set[str]:
+    """Which of an object's statements are there."""
+    lazy = {name for name, v in vars(type(statements)).items() if isinstance(v, cached_property)}
+    assert lazy
+    return lazy & vars(statements).keys()
 
 
 @pytest.mark.filterwarnings("error::ResourceWarning")
