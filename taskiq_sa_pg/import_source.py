@@ -55,8 +55,12 @@ class OldTable:
             rows = await self._store.fetch(self._statements.select_following, parameters, purpose)
 
 
-async def find_old_table(store: Store, table_name: str, schema: str | None) -> OldTable:
+async def find_old_table(
+    store: Store, table_name: str, schema: str | None, *, retry_timeout: float | None = None
+) -> OldTable:
     """The table, once it is sure that it is one of taskiq-postgres.
+
+    With retry_timeout, which is instead of the store's own, as Store.transact().
 
     Raises:
         SchemaError: There is no such table, or it has other columns.
@@ -68,8 +72,7 @@ async def find_old_table(store: Store, table_name: str, schema: str | None) -> O
         rows = await connection.execute(describe_columns([table_name], schema))
         return {row.column_name: row.type_name for row in rows}
 
-    # Not tried again: nothing has begun, and a wrong address is told at once.
-    types = await store.transact(describe, f"look at table {name}", retry_timeout=0)
+    types = await store.transact(describe, f"look at table {name}", retry_timeout=retry_timeout)
     if not types:
         raise SchemaError(
             f"table {name} does not exist: give the old table's name to the letter, and its schema "

@@ -25,7 +25,7 @@ from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.batching import MAX_BYTES, Batcher, Entry, blames_a_row
 from taskiq_sa_pg.codec import reason_of
 from taskiq_sa_pg.exceptions import ConfigurationError, InvalidTaskIdError
-from taskiq_sa_pg.import_source import find_old_table
+from taskiq_sa_pg.import_source import OldTable, find_old_table
 from taskiq_sa_pg.import_statements import OldRow
 from taskiq_sa_pg.jsonb import storable_text
 from taskiq_sa_pg.rows import ProgressRow, ResultRow
@@ -122,8 +122,7 @@ async def import_results(
         raise ConfigurationError(f"batch_size must be 1 or more, not {batch_size}")
     target = _Target(backend, serializer or PickleSerializer(), dry_run, on_unreadable)
     try:
-        async with _source(backend, from_engine) as store:
-            table = await find_old_table(store, from_table, from_schema)
+        async with _old_table(backend, from_engine, from_table, from_schema) as table:
             async for rows in table.read(batch_size, MAX_BYTES):
                 await target.add(rows)
                 if on_batch is not None:
@@ -150,23 +149,26 @@ async def count_rows(
         SchemaError: There is no such table, or it is not one of taskiq-postgres.
         StorageError: PostgreSQL could not be asked.
     """
-    async with _source(backend, from_engine) as store:
-        table = await find_old_table(store, from_table, from_schema)
+    async with _old_table(backend, from_engine, from_table, from_schema) as table:
         return await table.count_rows()
 
 
 @asynccontextmanager
-async def _source(
-    backend: SQLAlchemyResultBackend[Any], engine: AsyncEngine | None
-) -> AsyncIterator[Store]:
+async def _old_table(
+    backend: SQLAlchemyResultBackend[Any],
+    engine: AsyncEngine | None,
+    table_name: str,
+    schema: str | None,
+) -> AsyncIterator[OldTable]:
     _ = backend._started
     if engine is None:
-        yield backend._store
+        yield await find_old_table(backend._store, table_name, schema)
         return
     store = Store(engine=engine, max_connections=1)
     await store.open()
     try:
-        yield store
+        # Not tried again: nobody has been there yet, and a wrong address is told at once.
+        yield await find_old_table(store, table_name, schema, retry_timeout=0)
     finally:
         await store.close()
 

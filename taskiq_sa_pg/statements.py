@@ -39,8 +39,7 @@ MAX_IDS_PER_READ: Final = 200
 class Statements:
     """The statements of one configuration, each built when it is first asked for.
 
-    Most processes need few of them, and to build all takes longer than to connect. Reads take
-    `task_ids`: a list of column values.
+    Most processes need few of them. Reads take `task_ids`: a list of column values.
 
     Args:
         models: The tables.
@@ -78,7 +77,8 @@ class Statements:
     @cached_property
     def take_results(self) -> Select[Any]:
         """Deletes the results of the task ids with all that goes with them, and returns them."""
-        return take_results(self._models, is_tracked=self._is_tracked)
+        others = others_of(self._models, Features(has_status=self._is_tracked))
+        return take_results(self._models, others)
 
     @cached_property
     def forget_results(self) -> Select[Any]:
@@ -117,8 +117,13 @@ def select_results(models: Models) -> Select[Any]:
     )
 
 
-def take_results(models: Models, *, is_tracked: bool = False) -> Select[Any]:
-    """Deletes the results of the task ids with their progress and status, and returns them."""
+def take_results(models: Models, others: Iterable[Table]) -> Select[Any]:
+    """Deletes the results of the task ids, and returns them.
+
+    Args:
+        models: The tables.
+        others: Tables of which rows with these task ids are deleted, too.
+    """
     results = models.results_table
     found = locked(results, _is_asked_for(results) & is_live(results)).cte("found")
     taken = (
@@ -127,9 +132,6 @@ def take_results(models: Models, *, is_tracked: bool = False) -> Select[Any]:
         .returning(*readable(results, StoredResult._fields))
         .cte("taken")
     )
-    others = [models.progress_table]
-    if is_tracked and models.status_table is not None:
-        others.append(models.status_table)
     return select(*taken.c).add_cte(
         *[deletion(other, locked(other, other.c.task_id == taken.c.task_id)) for other in others]
     )

@@ -121,15 +121,15 @@ class ResultUpserts:
         """For rows of which none has metadata."""
         # NULL in the columns that are not named, over what an earlier attempt left there.
         cleared = METADATA_COLUMNS if self._has_metadata else ()
-        upsert = upsert_results(self._models, FIRST_FIELDS, self._extra, cleared)
-        return upsert if self._status is None else _forgetting(self._status, upsert)
+        return self._storing(FIRST_FIELDS, cleared)
 
     @cached_property
     def with_metadata(self) -> Upsert:
         """For other rows; as without_metadata where there is no place for metadata."""
-        if not self._has_metadata:
-            return self.without_metadata
-        upsert = upsert_results(self._models, ResultRow._fields, self._extra)
+        return self._storing(ResultRow._fields) if self._has_metadata else self.without_metadata
+
+    def _storing(self, fields: tuple[str, ...], cleared: Sequence[str] = ()) -> Upsert:
+        upsert = upsert_results(self._models, fields, self._extra, cleared)
         return upsert if self._status is None else _forgetting(self._status, upsert)
 
     def of(self, rows: Sequence[ResultRow]) -> Sequence[Call]:

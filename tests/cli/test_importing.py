@@ -151,7 +151,7 @@ async def test_ended_in_the_middle_it_is_run_again(
             return await count() > 0
 
         process = cli.start(*IMPORT, "--batch-size", "5")
-        await eventually(has_begun)
+        await eventually(has_begun, 30)  # a program that starts, on a busy machine
         process.send_signal(end)
         _, stderr = await asyncio.to_thread(process.communicate)
         assert (process.returncode, stderr) == (130 if end == signal.SIGINT else -end, "")

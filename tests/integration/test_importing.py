@@ -73,6 +73,19 @@ async def test_everything_reads_as_from_the_old_table(
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_wrong_address_is_tried_once(
+    driver: str, start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours: Backend = await start_backend()
+    nowhere = make_engine(f"postgresql+{driver}://me:secret@127.0.0.1:1/old")
+    for work in (import_results, count_rows):
+        with pytest.raises(StorageError, match="look at table old"):
+            await work(ours, "old", from_engine=nowhere)
+    assert [record.getMessage() for record in caplog.records if "again" in record.message] == []
+    await nowhere.dispose()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_it_comes_from_another_database_on_an_engine_of_its_own(
     driver: str, database: Database, start_backend: BackendFactory
 ) -> None:
