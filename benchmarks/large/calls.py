@@ -3,6 +3,7 @@
 import itertools
 import random
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -16,13 +17,21 @@ from benchmarks.large.tables import PAYLOAD_BYTES, Tables, id_of
 from benchmarks.measure import Load, Sample, Server, measure
 from taskiq_sa_pg import Models, SQLAlchemyResultBackend
 
+# Which results an operation is about.
 NEW: Final = "new"
+NEW_AFTER_CHECKPOINT: Final = "new, after a checkpoint"
+ORDERED_AFTER_CHECKPOINT: Final = "new in order, after a checkpoint"
 RECENT: Final = "recent"
 ANY: Final = "any"
 
-# Operations, and which results they are about.
+# What PostgreSQL does rather than the tables' size is measured here: no targets.
+UNBOUND: Final = frozenset({NEW_AFTER_CHECKPOINT, ORDERED_AFTER_CHECKPOINT, ANY})
+
+# Stored results stay in the large table: those of which no checkpoint is asked come first.
 OPERATIONS: Final = (
     ("set_result", NEW),
+    ("set_result", NEW_AFTER_CHECKPOINT),
+    ("set_result", ORDERED_AFTER_CHECKPOINT),
     ("is_result_ready", RECENT),
     ("get_result", RECENT),
     ("is_result_ready", ANY),
@@ -78,17 +87,15 @@ async def measure_calls(tables: Tables, plan: LargePlan) -> list[Calls]:
         large = await _open(stack, tables, _LARGE)
         print(f"calls: a table of {plan.rows:,} rows", flush=True)
         await tables.fill(large.models, range(plan.rows))
+        rounds = _Rounds(tables, plan, {_SMALL: small, _LARGE: large})
         scenarios = [
             _Scenario(operation, results, callers, calls)
             for operation, results in OPERATIONS
             for callers, calls in plan.calls
         ]
-        rounds = await _measure_rounds(tables, plan, scenarios, {_SMALL: small, _LARGE: large})
+        measured = [(scenario, await rounds.measure(scenario)) for scenario in scenarios]
     shared_buffers = await tables.connection.fetchval("SHOW shared_buffers")
-    return [
-        _summarize(shared_buffers, scenario, [each[scenario] for each in rounds])
-        for scenario in scenarios
-    ]
+    return [_summarize(shared_buffers, scenario, samples) for scenario, samples in measured]
 
 
 async def _open(stack: AsyncExitStack, tables: Tables, name: str) -> _Table:
@@ -102,44 +109,57 @@ async def _open(stack: AsyncExitStack, tables: Tables, name: str) -> _Table:
     return _Table(models, backend)
 
 
-async def _measure_rounds(
-    tables: Tables,
-    plan: LargePlan,
-    scenarios: Sequence[_Scenario],
-    both: Mapping[str, _Table],
-) -> list[dict[_Scenario, dict[str, Sample]]]:
-    server = Server(tables.connection.get_server_pid())
-    # Always others: who asks again soon is taken for one who waits.
-    fresh = itertools.count(0, plan.few_rows)
-    oldest_recent = plan.rows
-    rounds = []
-    for number in range(-1, plan.rounds):
-        print(f"calls: round {number + 1} of {plan.rounds}", flush=True)
-        samples: dict[_Scenario, dict[str, Sample]] = {}
-        for scenario in scenarios:
-            samples[scenario] = {}
-            start = next(fresh)
-            numbers = {_SMALL: range(start, start + plan.few_rows), _LARGE: range(plan.rows)}
-            if scenario.results == RECENT:
-                numbers[_LARGE] = range(oldest_recent - scenario.calls, oldest_recent)
-                oldest_recent -= scenario.calls
-                await tables.warm(both[_LARGE].models, numbers[_LARGE])
-            await tables.truncate(both[_SMALL].models)
-            if scenario.operation != "set_result":
-                await tables.fill(both[_SMALL].models, numbers[_SMALL])
+class _Rounds:
+    """Measures one scenario after the other, each on both tables by turns."""
+
+    def __init__(self, tables: Tables, plan: LargePlan, both: Mapping[str, _Table]) -> None:
+        self._tables = tables
+        self._plan = plan
+        self._both = both
+        self._server = Server(tables.connection.get_server_pid())
+        # Always others: who asks again soon is taken for one who waits.
+        self._fresh = itertools.count(0, plan.few_rows)
+        self._oldest_recent = plan.rows
+
+    async def measure(self, scenario: _Scenario) -> list[dict[str, Sample]]:
+        print(f"calls: {', '.join(map(str, scenario[:3]))} at once", flush=True)
+        rounds = []
+        for number in range(-1, self._plan.rounds):
+            numbers = await self._prepare(scenario)
+            samples = {}
             for name in random.sample([_SMALL, _LARGE], 2):
-                load = _load(name, both[name].backend, scenario, numbers[name])
-                samples[scenario][name] = await measure(load, scenario.calls, server)
-        if number >= 0:  # the first one is to warm up
-            rounds.append(samples)
-    return rounds
+                load = _load(name, self._both[name].backend, scenario, numbers[name])
+                samples[name] = await measure(load, scenario.calls, self._server)
+            if number >= 0:  # the first one is to warm up
+                rounds.append(samples)
+        return rounds
+
+    async def _prepare(self, scenario: _Scenario) -> dict[str, range]:
+        """The numbers of the results that each table has for this round."""
+        start = next(self._fresh)
+        numbers = {
+            _SMALL: range(start, start + self._plan.few_rows),
+            _LARGE: range(self._plan.rows),
+        }
+        small, large = self._both[_SMALL].models, self._both[_LARGE].models
+        if scenario.results == RECENT:
+            newest, self._oldest_recent = self._oldest_recent, self._oldest_recent - scenario.calls
+            numbers[_LARGE] = range(self._oldest_recent, newest)
+            await self._tables.warm(large, numbers[_LARGE])
+        await self._tables.truncate(small)
+        if scenario.operation != "set_result":
+            await self._tables.fill(small, numbers[_SMALL])
+        if scenario.results in (NEW_AFTER_CHECKPOINT, ORDERED_AFTER_CHECKPOINT):
+            await self._tables.checkpoint()
+        return numbers
 
 
 def _load(name: str, backend: Backend, scenario: _Scenario, numbers: range) -> Load:
     if scenario.operation == "set_result":
         result = make_result(make_payload(PAYLOAD_BYTES))
+        make_ids = _ids_in_order if scenario.results == ORDERED_AFTER_CHECKPOINT else _new_ids
         return Load(
-            name, lambda task_id: backend.set_result(task_id, result), _new_ids, scenario.callers
+            name, lambda task_id: backend.set_result(task_id, result), make_ids, scenario.callers
         )
     call = getattr(backend, scenario.operation)
     return Load(name, call, partial(_ids_of, numbers), scenario.callers)
@@ -147,6 +167,12 @@ def _load(name: str, backend: Backend, scenario: _Scenario, numbers: range) -> L
 
 def _new_ids(count: int) -> list[str]:
     return [uuid4().hex for _ in range(count)]
+
+
+def _ids_in_order(count: int) -> list[str]:
+    """UUIDs of version 7, of which those of one millisecond are in no order; 20 a millisecond."""
+    now = time.time_ns() // 1_000_000
+    return [f"{now + n // 20:012x}7{uuid4().hex[13:]}" for n in range(count)]
 
 
 def _ids_of(numbers: range, count: int) -> list[str]:

@@ -105,6 +105,9 @@ class Tables:
         async with self.engine.begin() as connection:
             await connection.execute(_fill(models, variant), ends)
         await self.connection.execute(f"VACUUM (ANALYZE) {models.config.table_name}")
+        await self.checkpoint()
+
+    async def checkpoint(self) -> None:
         await self.connection.execute("CHECKPOINT")
 
     async def warm(self, models: Models, numbers: range) -> None:
