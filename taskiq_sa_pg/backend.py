@@ -3,14 +3,14 @@
 import logging
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import asdict
-from typing import Any, Final, Literal, NamedTuple, TypeVar, get_args, overload
+from typing import Any, Final, Literal, TypeVar, get_args, overload
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 from taskiq import AsyncResultBackend, AsyncTaskiqTask, TaskiqResult
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.depends.progress_tracker import TaskProgress
 
-from taskiq_sa_pg.asking import DEFAULT_BATCH_SIZE, Asking, OrderBy, Where, find_results
+from taskiq_sa_pg.asking import DEFAULT_BATCH_SIZE, OrderBy, Where, find_results
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
 from taskiq_sa_pg.decoding import RowDecoder
@@ -22,13 +22,11 @@ from taskiq_sa_pg.exceptions import (
     SchemaError,
 )
 from taskiq_sa_pg.extras import ExtraValues, ExtraValuesFunction
-from taskiq_sa_pg.layout import Layout
 from taskiq_sa_pg.metadata import NO_METADATA, metadata_of
 from taskiq_sa_pg.models import Models, build_models
-from taskiq_sa_pg.notifications import Notifier
-from taskiq_sa_pg.operations import Operations
-from taskiq_sa_pg.pruning import Pruned, Pruner, Pruning, check_limits
-from taskiq_sa_pg.results import Results, Task
+from taskiq_sa_pg.parts import Parts, Settings
+from taskiq_sa_pg.pruning import Pruned, check_limits
+from taskiq_sa_pg.results import Task
 from taskiq_sa_pg.retention import Retention, Seconds, check_seconds
 from taskiq_sa_pg.schema import check
 from taskiq_sa_pg.store import (
@@ -38,8 +36,7 @@ from taskiq_sa_pg.store import (
     Store,
 )
 from taskiq_sa_pg.telemetry import ListenerState, Stats, Telemetry
-from taskiq_sa_pg.tracking import TaskStatus, Track, Tracking, check_status
-from taskiq_sa_pg.waiting import Waiting
+from taskiq_sa_pg.tracking import TaskStatus, Track, check_status
 
 logger = logging.getLogger(__name__)
 
@@ -47,30 +44,6 @@ _ReturnType = TypeVar("_ReturnType")
 _T = TypeVar("_T")
 
 SchemaCheck = Literal["error", "warn", "off"]
-
-
-class _Parts(NamedTuple):
-    """What a backend works with between startup() and shutdown(), on one event loop."""
-
-    layout: Layout
-    notifier: Notifier | None
-    operations: Operations
-    tracking: Tracking
-    waiting: Waiting
-    results: Results
-    asking: Asking
-    pruning: Pruning
-    pruner: Pruner | None
-
-    async def close(self) -> None:
-        """Ends all waiting, and returns when everything else that was asked for is done."""
-        await self.waiting.close()
-        if self.pruner is not None:
-            await self.pruner.close()
-        await self.operations.close()
-        await self.tracking.close()
-        if self.notifier is not None:
-            await self.notifier.close()
 
 
 class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
@@ -173,9 +146,6 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         super().__init__()
         config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
         self.models: Final = _choose_models(models, config)
-        self._extra_values: Final = (
-            None if extra_values is None else ExtraValues(extra_values, self.models)
-        )
         _check_choices(check_schema, track, self.models)
         _check_waiting(notify, listen_dsn, startup_timeout)
         self.track: Final = track
@@ -185,15 +155,21 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         self._table: Final = self._config.qualified_name
         self._check_schema: Final = check_schema
         self._run_migrations: Final = run_migrations
-        self._codec: Final = Codec(
-            self._config, serializer, max_payload_bytes, Retention(result_ttl, failure_ttl)
-        )
-        self._decoder: Final = RowDecoder(self._codec, self.models)
-        self._progress_ttl: Final = check_seconds("progress_ttl", progress_ttl)
-        self._prune_interval: Final = check_seconds("prune_interval", prune_interval)
-        self._notify: Final = notify
         self._startup_timeout: Final = startup_timeout
-        self._parts: _Parts | None = None
+        retention = Retention(result_ttl, failure_ttl)
+        codec = Codec(self._config, serializer, max_payload_bytes, retention)
+        self._decoder: Final = RowDecoder(codec, self.models)
+        self._settings: Final = Settings(
+            self.models,
+            codec,
+            None if extra_values is None else ExtraValues(extra_values, self.models),
+            keep_results=keep_results,
+            notify=notify,
+            is_tracked=track is not None,
+            progress_ttl=check_seconds("progress_ttl", progress_ttl),
+            prune_interval=check_seconds("prune_interval", prune_interval),
+        )
+        self._parts: Parts | None = None
         self._telemetry: Final = Telemetry(self._table)
         self._telemetry.listener = self._listener_state
         self._telemetry.waiters = self._count_waiters
@@ -218,7 +194,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         """
         was_opened = await self._store.open()
         if was_opened:
-            self._parts = self._make_parts()
+            self._parts = Parts.make(self._settings, self._store, self._telemetry)
         try:
             if self._run_migrations:
                 # Here, because Alembic is slow to import and only this needs it.
@@ -631,43 +607,17 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
         """
         return self._telemetry.stats
 
-    def _make_parts(self) -> "_Parts":
-        layout = Layout(self.models, is_tracked=self.track is not None)
-        notifier = Notifier(self._store) if self._notify else None
-        operations = Operations(
-            *(self._store, self._codec, layout, notifier),
-            extra_values=self._extra_values,
-            telemetry=self._telemetry,
-        )
-        tracking = Tracking(self._store, layout, self._telemetry)
-        waiting = Waiting(self._config, operations.find_ready, self._store.listening, notifier)
-        results = Results(
-            operations, waiting, self._codec, self._config, keep_results=self.keep_results
-        )
-        asking = Asking(self._store, self._codec, layout)
-        pruned = self._store, layout, self._progress_ttl, self._telemetry
-        pruning = Pruning(*pruned, is_exclusive=False)
-        pruner = self._make_pruner(layout)
-        return _Parts(
-            *(layout, notifier, operations, tracking, waiting, results, asking, pruning, pruner)
-        )
-
-    def _make_pruner(self, layout: Layout) -> Pruner | None:
-        if self._prune_interval is None:
-            return None
-        pruned = self._store, layout, self._progress_ttl, self._telemetry
-        return Pruner(Pruning(*pruned, is_exclusive=True), self._prune_interval)
-
     async def _look_at_schema(self) -> None:
         if self._check_schema == "off":
             return
+        extra_values = self._settings.extra_values
         try:
             features = await check(
                 self._store,
                 self.models,
                 self._startup_timeout,
-                extra_columns={} if self._extra_values is None else self._extra_values.columns,
-                is_tracked=self.track is not None,
+                extra_columns={} if extra_values is None else extra_values.columns,
+                is_tracked=self._settings.is_tracked,
             )
         except SchemaError as exc:
             if self._check_schema == "error":
@@ -679,7 +629,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
     def _listener_state(self) -> ListenerState:
         if self._parts is not None:
             return self._parts.waiting.listener_state
-        return "idle" if self._notify else "off"
+        return "idle" if self._settings.notify else "off"
 
     def _count_waiters(self) -> int:
         return 0 if self._parts is None else self._parts.waiting.waiters
@@ -694,7 +644,7 @@ class SQLAlchemyResultBackend(AsyncResultBackend[_ReturnType]):
             )
 
     @property
-    def _started(self) -> "_Parts":
+    def _started(self) -> Parts:
         if self._parts is None:
             raise NotStartedError(
                 "the result backend is not started: call `await broker.startup()` (or the "

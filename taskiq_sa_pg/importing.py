@@ -185,7 +185,7 @@ class _Target:
     ) -> None:
         self.report = ImportReport()
         self._config = backend.models.config
-        self._codec = backend._codec
+        self._codec = backend._settings.codec
         self._serializer = serializer
         self._dry_run = dry_run
         self._on_unreadable = on_unreadable

@@ -182,25 +182,18 @@ async def check(
     """
     config = store.located(models.config)
     rows = await _describe(store, config, timeout)
-    results, progress = models.results_table, models.progress_table
     commands = _upgrade_commands(config)
     if not rows:
         raise SchemaError(
             f"tables {config.qualified_name} and {config.qualified_name}_progress do not exist; "
             f"make them with {commands} or run_migrations=True"
         )
-    may_fill = {column.name for column in extra_columns.values()}
     features = _features(models, rows)
-    has_columns = has_metadata_columns(models)
-    is_step_1 = has_columns and not features.has_metadata
-    fields = ResultRow._fields if has_columns and not is_step_1 else FIRST_FIELDS
+    is_step_1 = has_metadata_columns(models) and not features.has_metadata
+    may_fill = {column.name for column in extra_columns.values()}
     differences = [
-        *_differences(
-            *(results, fields, "finished_at", rows),
-            may_fill=may_fill,
-            may_lack=METADATA_COLUMNS if is_step_1 else (),
-        ),
-        *_differences(progress, ProgressRow._fields, "updated_at", rows),
+        *_differences_of_results(models, rows, may_fill, is_step_1=is_step_1),
+        *_differences(models.progress_table, ProgressRow._fields, "updated_at", rows),
     ]
     if is_tracked:
         differences.extend(_differences_of_status(models, rows))
@@ -243,6 +236,20 @@ def _features(models: Models, rows: Sequence[sa.Row[Any]]) -> Features:
     names = {row.column_name for row in rows if row.table_name == models.config.table_name}
     has_status = models.status_table is not None and not _differences_of_status(models, rows)
     return Features(names.issuperset(METADATA_COLUMNS), has_status)
+
+
+def _differences_of_results(
+    models: Models, rows: Sequence[sa.Row[Any]], may_fill: Collection[str], *, is_step_1: bool
+) -> list[str]:
+    has_metadata = has_metadata_columns(models) and not is_step_1
+    return _differences(
+        models.results_table,
+        ResultRow._fields if has_metadata else FIRST_FIELDS,
+        "finished_at",
+        rows,
+        may_fill=may_fill,
+        may_lack=METADATA_COLUMNS if is_step_1 else (),
+    )
 
 
 def _differences_of_status(models: Models, rows: Sequence[sa.Row[Any]]) -> list[str]:
