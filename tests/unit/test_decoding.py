@@ -36,7 +36,9 @@ NEEDED = ["is_err", "return_value", "error", "execution_time"]
 
 def columns_of(backend: Backend, task_id: str = "1", **fields: Any) -> dict[str, Any]:
     """A row of all columns, as a select of the model gives them."""
-    row = backend._codec.encode_result(task_id, result_of(**{"value": None, **fields}))._asdict()
+    row = backend._settings.codec.encode_result(
+        task_id, result_of(**{"value": None, **fields})
+    )._asdict()
     is_jsonb = backend.models.config.field_for_payload == "Jsonb"
     for name in ("labels", "return_value", "error") if is_jsonb else ("labels",):
         if row[name] is not None:
@@ -77,7 +79,7 @@ def test_an_instance_and_a_mapping_give_the_whole_result(kind: str) -> None:
         assert result.is_err is True
         assert result.execution_time == 0.25
         assert (type(result.error), result.error.args) == (KeyError, ("k", 2))
-        assert result.labels == backend._codec.decode_result("1", texts(columns)).labels
+        assert result.labels == backend._settings.codec.decode_result("1", texts(columns)).labels
         assert result.labels["tenant"] == "ünï 🙂"
         assert result.labels["n"] == 2**80
         assert result.labels["raw"] == b"\x00"
@@ -101,7 +103,7 @@ def test_any_json_comes_back_as_it_was(value: Any) -> None:
 @pytest.mark.parametrize("serializer", [JSONSerializer(), ORJSONSerializer()], ids=type)
 def test_the_application_s_json_deserializer_may_be_another(serializer: Any, value: Any) -> None:
     backend = Backend("postgresql://nowhere", field_for_payload="Jsonb", serializer=serializer)
-    text = backend._codec.encode_result("1", result_of(value)).return_value
+    text = backend._settings.codec.encode_result("1", result_of(value)).return_value
     assert isinstance(text, str)
     for loads in (orjson.loads, lambda t: json.loads(t, parse_float=Decimal)):
         columns = columns_of(backend) | {"return_value": loads(stored_by_postgresql(text))}
