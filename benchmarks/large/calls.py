@@ -24,10 +24,8 @@ ORDERED_AFTER_CHECKPOINT: Final = "new in order, after a checkpoint"
 RECENT: Final = "recent"
 ANY: Final = "any"
 
-# What PostgreSQL does rather than the tables' size is measured here: no targets.
-UNBOUND: Final = frozenset({NEW_AFTER_CHECKPOINT, ORDERED_AFTER_CHECKPOINT, ANY})
-
-# Stored results stay in the large table: those of which no checkpoint is asked come first.
+# In this order, because a checkpoint is felt for some ten thousand results: no round of the first
+# asks for one.
 OPERATIONS: Final = (
     ("set_result", NEW),
     ("set_result", NEW_AFTER_CHECKPOINT),

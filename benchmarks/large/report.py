@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from benchmarks.environment import Environment
-from benchmarks.large.calls import UNBOUND, Calls
+from benchmarks.large.calls import ANY, Calls
 from benchmarks.large.plan import LargePlan
 from benchmarks.large.pruning import PAUSE, WRITERS, Latency, PruningCost
 from benchmarks.large.tables import PAYLOAD_BYTES, SECONDS_BETWEEN, Size
@@ -30,14 +30,14 @@ def targets(results: LargeResults) -> list[Target]:
     return [
         *[
             Target(
-                f"{each.operation} of {each.results} results, {_callers(each)}, shared_buffers="
+                f"{each.operation} ({each.results}), {_callers(each)}, shared_buffers="
                 f"{each.shared_buffers}: p50 on {results.plan.rows:,} rows beside few",
                 "at most",
                 1.5,
                 each.ratio,
             )
             for each in results.calls
-            if each.results not in UNBOUND
+            if each.results != ANY
         ],
         Target(
             "set_result while prune() works: p99 beside that while it rests",
@@ -106,8 +106,8 @@ def _calls(results: LargeResults) -> str:
         "the one checkpoint that follows the filling of the table, and no other comes in the "
         "meantime: those of 1 caller, which come first, still find such pages, those of 100 "
         "callers only in their first rounds. *After a checkpoint* there is one before each "
-        "round, and no target. *In order* the task ids begin with the time, as those of UUID's "
-        "version 7, and share pages.\n\n"
+        "round. *In order* the task ids begin with the time, as those of UUID's version 7, and "
+        "share pages.\n\n"
         + table([*headers, "many: p50 ms:", "ratio:", "few: calls/s:", "many: calls/s:"], rows)
     )
 
