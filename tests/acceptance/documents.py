@@ -136,11 +136,16 @@ class Page:
 
     async def run(self) -> None:
         """Raises AssertionError where a block fails, or nobody would run it."""
-        for block in self.blocks:
-            try:
-                await self._carry_out(block)
-            except Exception as exc:
-                raise AssertionError(f"{block.place}: {exc!r}") from exc
+        try:
+            for block in self.blocks:
+                try:
+                    await self._carry_out(block)
+                except Exception as exc:
+                    raise AssertionError(f"{block.place}: {exc!r}") from exc
+        finally:
+            # Before taskiq 0.13, InMemoryBroker's shutdown() leaves it to us.
+            for backend in self._backends():
+                await backend.shutdown()
 
     async def _carry_out(self, block: Block) -> None:
         if block.mark in {"example", "file"}:
@@ -179,11 +184,15 @@ class Page:
             awaitable = eval(code, self.namespace)  # noqa: S307 - our own documentation
             if inspect.isawaitable(awaitable):
                 await awaitable
-        for made in self.namespace.values():
+        for backend in self._backends():
             # Of one that a page only shows, its arguments have to be the engine's at least.
-            if isinstance(made, SQLAlchemyResultBackend) and await made._store.open():
-                await made._store.close()
+            if await backend._store.open():
+                await backend._store.close()
         return printed.getvalue()
+
+    def _backends(self) -> list[SQLAlchemyResultBackend[Any]]:
+        made = self.namespace.values()
+        return [each for each in made if isinstance(each, SQLAlchemyResultBackend)]
 
     async def _run_shell(self, source: str) -> str:
         lines = source.replace(_SHOWN_MIGRATIONS, script_location()).splitlines()

@@ -1,6 +1,7 @@
 """Every code block of the documentation works, on a schema of its own; and none escapes."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,22 @@ async def test_a_page_fails_for(text: str, database: Database, tmp_path: Path) -
         pytest.raises(AssertionError, match=r"page\.md, line \d"),
     ):
         await page.run()
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError"], ids=["works", "fails"])
+async def test_no_backend_of_a_page_is_left_open(
+    end: str, database: Database, tmp_path: Path
+) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(
+        "```python\nfrom taskiq_sa_pg import SQLAlchemyResultBackend\n"
+        f"backend = SQLAlchemyResultBackend({database.dsn!r}, run_migrations=True)\n"
+        f"await backend.startup()\n{end}\n```\n"
+    )
+    with Page(path, tmp_path, database.dsn) as page:
+        with pytest.raises(AssertionError) if end else nullcontext():
+            await page.run()
+        assert not page.namespace["backend"]._store.is_open
 
 
 async def test_blocks_run_in_their_order_in_one_namespace(
