@@ -3,7 +3,9 @@
 JSON travels as text, so that neither the driver's nor the application's JSON codec has a say in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
+from math import isqrt
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -32,6 +34,9 @@ _TIMES: Final = frozenset({"queued_at", "started_at"})
 
 # In these columns rows differ; in the others those of a batch are likely to have the same.
 _DIFFERING: Final = _TIMES | {"task_id", "return_value", "execution_time", "meta"}
+
+# Arrays of fewer would cost more than they spare.
+_MIN_WIDTH: Final = 3
 
 # The parameter for what all rows have in a column is called like the column, and this.
 _OF_ALL: Final = "__of_all"
@@ -67,9 +72,31 @@ def common_in(columns: Mapping[str, Any]) -> dict[str, Any]:
 def as_arrays(columns: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of insert_unnested() and of or_of_all(); what is common goes once."""
     # unnest fills an array that is too short up with NULLs, and those stand for it.
-    arrays = {name: () if name in common else values for name, values in columns.items()}
+    arrays = {name: () if name in common else _nested(values) for name, values in columns.items()}
     names = columns.keys() - _DIFFERING
     return arrays | {name + _OF_ALL: common.get(name) for name in names}
+
+
+def as_alike(
+    columns: Mapping[str, Any], common: Mapping[str, Any], shared: Collection[str]
+) -> dict[str, Any]:
+    """The parameters of insert_alike()."""
+    return {
+        name: common[name] if name in shared else _nested(values)
+        for name, values in columns.items()
+    }
+
+
+def _nested(values: Sequence[Any]) -> Sequence[Any]:
+    """An array of arrays where there are many values, the last array filled up with NULLs.
+
+    Of every element asyncpg asks whether it is an array itself, which takes longer than to encode
+    it; but within arrays, only of those in the first. unnest() takes both alike.
+    """
+    width = isqrt(len(values))
+    if width < _MIN_WIDTH:
+        return values
+    return list(map(list, zip_longest(*[iter(values)] * width)))
 
 
 def insert_one(
@@ -115,13 +142,18 @@ def _insert_from(
     extra: Mapping[str, Column[Any]],
 ) -> Insert:
     filled = [*names, *[c.key for c in extra.values()]]
-    return insert(target).from_select(filled, select(*values, *[rows.c[name] for name in extra]))
+    selected = select(*values, *[rows.c[name] for name in extra])
+    # Not what fills the arrays up.
+    return insert(target).from_select(filled, selected.where(rows.c.task_id.is_not(None)))
 
 
 def unnested(
     columns: Sequence[Column[Any]], name: str, extra: Mapping[str, Column[Any]] = NOTHING
 ) -> FromClause:
-    """Rows from one array a column, which the parameters are called like."""
+    """Rows from one array a column, which the parameters are called like.
+
+    What fills up arrays of arrays makes rows of NULLs.
+    """
     # Not FROM unnest(...), whose rows PostgreSQL first puts into a store, to read them from there.
     return select(
         *[_unnest(c.name, ARRAY(wire_type(c)), wire_type(c)) for c in columns],

@@ -26,6 +26,7 @@ from taskiq_sa_pg.mixins import METADATA
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.row_parameters import (
     NOTHING,
+    as_alike,
     as_arrays,
     can_be_unnested,
     columns_of,
@@ -89,7 +90,7 @@ class Upsert(NamedTuple):
         columns = columns_of(self.fields, rows)
         common = common_in(columns)
         if self.alike is not None and common.keys() >= self.shared:
-            return [(self.alike, columns | {name: common[name] for name in self.shared})]
+            return [(self.alike, as_alike(columns, common, self.shared))]
         return [(self.many, as_arrays(columns, common))]
 
 

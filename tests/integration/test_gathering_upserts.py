@@ -161,6 +161,43 @@ async def test_a_row_is_stored_as_alone_among_others(
         assert {found[t.task_id] for t in twins} == {expected[row.task_id]}
 
 
+@pytest.mark.parametrize("log", [[None], [None, "said"]], ids=["alike", "mixed"])
+async def test_every_row_of_a_batch_is_stored_and_no_other(
+    log: list[str | None], kind: Kind, backend: Backend, database: Database
+) -> None:
+    """Whether the arrays of arrays as which many rows travel are filled up, or need not be."""
+    upsert = Statements(backend.models).upsert_results
+    row = result_rows(kind)[0]
+    expected = {}
+    for number in (2, 8, 9, 10, 15, 16, 17, 250, 256):
+        rows = [
+            row._replace(
+                task_id=task_id,
+                return_value=payload(kind, str(i)),
+                execution_time=float(i),
+                log=log[i % len(log)],
+            )
+            for i, task_id in enumerate(new_ids(kind, number))
+        ]
+        await store(backend, upsert, rows)
+        expected |= {row.task_id: (row.return_value, row.execution_time, row.log) for row in rows}
+    query = "SELECT task_id, return_value, execution_time, log FROM taskiq_results"
+    found = {row["task_id"]: tuple(row)[1:] for row in await database.fetch(query)}
+    assert found == expected
+
+
+async def test_many_rows_travel_in_few_short_arrays(kind: Kind, backend: Backend) -> None:
+    """Every array, and every element of the first, takes asyncpg longer than other elements."""
+    row = result_rows(kind)[0]
+    [(_, parameters)] = Statements(backend.models).upsert_results.of(
+        [row._replace(task_id=i) for i in new_ids(kind, 500)]
+    )
+    arrays = {name: value for name, value in parameters.items() if isinstance(value, list)}
+    assert arrays.keys() == DIFFERING
+    for array in arrays.values():
+        assert len(array) + len(array[0]) < 50
+
+
 async def test_what_all_rows_have_in_a_column_goes_once(kind: Kind, backend: Backend) -> None:
     """But for the columns in which that would be a coincidence."""
     row = result_rows(kind)[0]
