@@ -1,10 +1,10 @@
-"""The Alembic environment of taskiq_sa_pg; what it does is in taskiq_sa_pg.provisioning."""
+"""The Alembic environment of taskiq_sa_pg; what it does is in taskiq_sa_pg.schema.migrate."""
 
 from logging.config import fileConfig
 
 from alembic import context
 
-from taskiq_sa_pg.provisioning import run_environment
+from taskiq_sa_pg.schema.migrate import run_environment
 
 config = context.config
 if config.config_file_name is not None and config.file_config.has_section("loggers"):

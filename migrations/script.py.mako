@@ -7,7 +7,7 @@ Revises: ${down_revision | comma,n}
 from alembic import op
 
 from taskiq_sa_pg import schema
-from taskiq_sa_pg.provisioning import environment_options
+from taskiq_sa_pg.schema.migrate import environment_options
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}

@@ -1,7 +1,7 @@
 """A SQLAlchemy result backend for taskiq on PostgreSQL."""
 
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.config import TableConfig
+from taskiq_sa_pg.codec import SignedSerializer
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
     InvalidTaskIdError,
@@ -16,12 +16,16 @@ from taskiq_sa_pg.exceptions import (
     TaskiqSaPgError,
 )
 from taskiq_sa_pg.middleware import TaskMetadataMiddleware
-from taskiq_sa_pg.mixins import ProgressMixin, ResultMixin, StatusMixin
-from taskiq_sa_pg.models import Models, build_models
-from taskiq_sa_pg.pruning import Pruned
-from taskiq_sa_pg.signing import SignedSerializer
+from taskiq_sa_pg.models import (
+    Models,
+    ProgressMixin,
+    ResultMixin,
+    StatusMixin,
+    TableConfig,
+    build_models,
+)
+from taskiq_sa_pg.results import Pruned, TaskStatus
 from taskiq_sa_pg.telemetry import BatchStats, Stats
-from taskiq_sa_pg.tracking import TaskStatus
 
 __all__ = [
     "BatchStats",

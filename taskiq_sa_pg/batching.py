@@ -9,12 +9,12 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
+from taskiq_sa_pg.database import is_unfit_value
 from taskiq_sa_pg.exceptions import NotStartedError, ResultDecodeError, StorageError
-from taskiq_sa_pg.faults import is_unfit_value
 from taskiq_sa_pg.telemetry import BatchMeter
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -35,9 +35,8 @@ _MIN_SHARED: Final = 32
 _BLAMING_A_ROW: Final = frozenset({"21", "22", "23", "27", "44", "54", "P0"})
 
 
-# What a caller brought, the future that it awaits, who it is where that is traced, and the task
-# that its errors name.
-_Call = tuple[Any, "asyncio.Future[Any]", Any, str | None]
+# What a caller brought, the future that it awaits, and who it is where that is traced.
+_Call = tuple[Any, "asyncio.Future[Any]", Any]
 
 
 class Entry(Generic[_Row]):
@@ -56,7 +55,10 @@ class Entry(Generic[_Row]):
     @property
     def is_wanted(self) -> bool:
         """Whether a caller is still there."""
-        return any(not future.done() for _, future, *_ in self.calls)
+        return any(not future.done() for _, future, _ in self.calls)
+
+
+_Batch = dict[_Key, Entry[_Row]]
 
 
 class Batcher(Generic[_Key, _Item, _Row, _Answer]):
@@ -65,7 +67,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     A call returns when its batch has been flushed. Calls for the same key in one batch are flushed
     as one: the last of the highest rank. Two flushes at the same time never hold the same key, so
     later calls for a key are flushed later. A call that is cancelled before its flush is left out;
-    no cancellation reaches a flush.
+    no cancellation reaches the flush of a batch.
 
     Where a flush fails and the error blames a row, the batch is halved until the guilty row stands
     alone: its caller gets the error, or an earlier call for the same key has its turn.
@@ -98,7 +100,6 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     ) -> None:
         self._flush = flush
         self._meter = meter or BatchMeter()
-        self._meter.watch(self)
         self._encode = encode
         self._size = size
         self._rank = rank
@@ -109,120 +110,96 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         self._in_flight: set[_Key] = set()
         # Calls for keys in flight; they join those pending when that flush is over.
         self._held: dict[_Key, Entry[_Row]] = {}
-        self._lanes: set[asyncio.Task[None]] = set()
-        self._starting: asyncio.Task[None] | None = None
-        # Of the caller that flushes its own call.
-        self._alone: list[asyncio.Future[Any]] = []
-        # Whether calls come one by one, as far as the last batch can tell.
-        self._is_quiet = True
+        # Each ends when its flush is over.
+        self._lanes: set[asyncio.Future[None]] = set()
+        self._lone = _LonePath(self._carry_out, self._begin_lane, self._end_lane)
+        self._is_opening = False
         self._loop = asyncio.get_running_loop()
         self._is_closed = False
+        self._meter.queues.append(self)
 
     @property
     def pending(self) -> int:
         """How many keys have calls that are not answered yet."""
         return len(self._pending) + len(self._in_flight)
 
-    def submit(
-        self, key: _Key, item: _Item, task_id: str | None = None
-    ) -> Awaitable[_Answer | None]:
-        """The answer for the key, once the item has been flushed; to be awaited at once.
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not (self._lanes or self._pending or self._held)
 
-        No coroutine of its own, which would cost every call more than its place in the batch.
-
-        Args:
-            key: Whose item it is.
-            item: What is flushed.
-            task_id: What a StorageError is to name.
+    async def submit(self, key: _Key, item: _Item) -> _Answer | None:
+        """The answer for the key, once the item has been flushed.
 
         Raises:
             NotStartedError: After close().
-            StorageError: Of the flush, as it is awaited.
+            StorageError: Of the flush.
         """
         if self._is_closed:
             raise NotStartedError("the result backend was shut down: call startup() again")
         meter = self._meter
         meter.calls += 1
         future: asyncio.Future[_Answer | None] = self._loop.create_future()
-        call = (item, future, meter.caller() if meter.is_tracing else None, task_id)
-        if self._is_quiet and not self._lanes and not self._in_flight and not self._pending:
-            lone: Entry[_Row] = Entry(call)
-            lone.chosen, lone.row = future, self._encode(key, item)
-            self._in_flight.add(key)
-            self._alone.append(future)
-            return self._flush_alone({key: lone})
+        call = (item, future, meter.caller() if meter.is_tracing else None)
+        if self._lone.is_quiet and self.is_idle:
+            alone: _Answer | None = await self._lone.flush(key, self._encode(key, item), call)
+            return alone
         entries = self._held if key in self._in_flight else self._pending
         entry = entries.get(key)
         if entry is None:
             entries[key] = Entry(call)
         else:
             entry.calls.append(call)
-        if self._starting is None and len(self._lanes) < self._max_lanes:
-            self._start_lane()
-        return future
+        self._open_lanes_soon()
+        return await future
 
     async def close(self) -> None:
         """Refuses further calls, and returns when all earlier ones have been flushed."""
         self._is_closed = True
-        while self._pending or self._lanes or self._alone:
-            self._start_lane()
-            await asyncio.wait([*self._lanes, *self._alone])
+        while not self.is_idle:
+            self._open_lanes()
+            if self._lanes:
+                await asyncio.wait(self._lanes)
+        if self in self._meter.queues:
+            self._meter.queues.remove(self)
 
-    async def _flush_alone(self, batch: dict[_Key, Entry[_Row]]) -> _Answer | None:
-        # In the caller's own task, which spares two turns of the event loop and touches nobody
-        # else when it is cancelled.
-        [(key, entry)] = batch.items()
-        try:
-            span = self._meter.flushing(batch.values())
-            flush = self._flush(batch)
-            answers = await (flush if span is None else _within(span, flush))
-            return answers.get(key)
-        except StorageError as exc:
-            [(_, _, _, task_id)] = entry.calls
-            raise _about(task_id, exc) from exc.__cause__
-        finally:
-            self._alone.clear()
-            entry.chosen.cancel()  # close() may wait for it
-            self._in_flight.discard(key)
-            if self._held or self._pending:
-                self._release(batch)
-                self._start_lane()
+    def _open_lanes_soon(self) -> None:
+        # Once the calls of this turn are all there.
+        if not self._is_opening and len(self._lanes) < self._max_lanes:
+            self._is_opening = True
+            self._loop.call_soon(self._open_lanes)
 
-    def _start_lane(self) -> None:
-        # One at a time: it may find little to do, once the calls of this turn are all there.
-        if self._starting is not None or not self._pending:
-            return
-        if len(self._lanes) + len(self._alone) < self._max_lanes:
-            self._starting = lane = self._loop.create_task(self._run_lane())
-            self._lanes.add(lane)
-            lane.add_done_callback(self._end_lane)
+    def _open_lanes(self) -> None:
+        self._is_opening = False
+        while self._pending and len(self._lanes) < self._max_lanes:
+            batch = self._next_batch()
+            if batch:
+                self._lone.is_quiet = len(batch) == 1
+                lane = self._loop.create_task(self._settle(batch))
+                self._begin_lane(batch, lane)
+                lane.add_done_callback(partial(self._end_lane, batch))
 
-    def _end_lane(self, lane: asyncio.Task[None]) -> None:
+    def _begin_lane(self, batch: _Batch[_Key, _Row], lane: "asyncio.Future[None]") -> None:
+        self._lanes.add(lane)
+        self._in_flight.update(batch)
+
+    def _end_lane(self, batch: _Batch[_Key, _Row], lane: "asyncio.Future[None]") -> None:
+        for _, future, _ in _calls_of(batch):
+            future.cancel()  # nobody has answered it, because the flush was cancelled
         self._lanes.discard(lane)
-        if self._starting is lane:  # cancelled before it ran
-            self._starting = None
-        self._start_lane()  # one that was cancelled leaves calls behind
+        self._in_flight.difference_update(batch)
+        for key in batch.keys() & self._held.keys():
+            self._pending[key] = self._held.pop(key)
+        if self._pending:
+            # Who was answered has called again by then, and goes along.
+            self._open_lanes_soon()
 
-    async def _run_lane(self) -> None:
-        lane, self._starting = self._starting, None
-        assert lane is not None
-        try:
-            while batch := self._next_batch():
-                self._start_lane()
-                await self._carry_out(batch)
-                if len(batch) > 1:
-                    await asyncio.sleep(0)  # who was answered may call again, and goes along
-        finally:
-            # Not left to the callback, which comes a turn later: a call may come before it.
-            self._end_lane(lane)
-
-    def _next_batch(self) -> dict[_Key, Entry[_Row]]:
+    def _next_batch(self) -> _Batch[_Key, _Row]:
         pending, limit = self._pending, self._max_rows
         if len(pending) >= _MIN_SHARED:
-            lone = len(self._alone)
-            under_way = len(pending) + len(self._in_flight) - lone
-            limit = min(limit, -(-under_way // (self._max_lanes - lone)))
-        batch: dict[_Key, Entry[_Row]] = {}
+            under_way = len(pending) + len(self._in_flight)
+            limit = min(limit, -(-under_way // self._max_lanes))
+        batch: _Batch[_Key, _Row] = {}
         room = MAX_BYTES
         while pending and len(batch) < limit:
             key, entry = pending.popitem(last=False)
@@ -234,9 +211,6 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                 pending.move_to_end(key, last=False)
                 break
             batch[key] = entry
-        self._in_flight.update(batch)
-        if batch:
-            self._is_quiet = len(batch) == 1
         return batch
 
     def _prepare(self, key: _Key, entry: Entry[_Row]) -> bool:
@@ -250,7 +224,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                 call = max(reversed(calls), key=lambda call: self._rank(call[0]))
             else:
                 call = calls[0]
-            item, entry.chosen, _, _ = call  # not *_, which makes a list for every call
+            item, entry.chosen, _ = call
             try:
                 entry.row = self._encode(key, item)
                 entry.size = self._size(entry.row)
@@ -259,57 +233,81 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             else:
                 return True
 
-    async def _carry_out(self, batch: dict[_Key, Entry[_Row]]) -> None:
-        try:
-            await self._settle(batch)
-        except BaseException:  # the flush was cancelled
-            for _, future, *_ in _calls_of(batch):
-                future.cancel()
-            raise
-        finally:
-            self._release(batch)
-
-    def _release(self, keys: Iterable[_Key]) -> None:
-        self._in_flight.difference_update(keys)
-        if self._held:
-            for key in keys:
-                if key in self._held:
-                    self._pending[key] = self._held.pop(key)
-
-    async def _settle(self, batch: dict[_Key, Entry[_Row]]) -> None:
+    async def _settle(self, batch: _Batch[_Key, _Row]) -> None:
         while batch:
             try:
-                span = self._meter.flushing(batch.values())
-                flush = self._flush(batch)
-                answers = await (flush if span is None else _within(span, flush))
+                answers = await self._carry_out(batch)
             except Exception as exc:  # noqa: BLE001 - it is the callers'
                 if not blames_a_row(exc):
-                    _fail(_calls_of(batch), exc)
+                    _fail(batch, exc)
                     return
                 if len(batch) > 1:
                     for half in _halves(batch):
                         await self._settle(half)
                     return
                 [(key, entry)] = batch.items()
-                _fail([call for call in entry.calls if call[1] is entry.chosen], exc)
+                _fail(batch, exc, entry.chosen)
                 if not self._prepare(key, entry):
                     return
             else:
                 self._answer(batch, answers)
                 return
 
-    def _answer(
-        self,
-        batch: dict[_Key, Entry[_Row]],
-        answers: Mapping[_Key, _Answer],
-    ) -> None:
+    async def _carry_out(self, batch: _Batch[_Key, _Row]) -> Mapping[_Key, _Answer]:
+        span = self._meter.flushing(batch.values())
+        if span is None:
+            return await self._flush(batch)
+        with span:
+            return await self._flush(batch)
+
+    def _answer(self, batch: _Batch[_Key, _Row], answers: Mapping[_Key, _Answer]) -> None:
         for key, entry in batch.items():
             answer = answers.get(key)
-            for _, future, _, _ in entry.calls:
+            for _, future, _ in entry.calls:
                 if not future.done():
                     future.set_result(answer)
                     if not self._is_shared:
                         answer = None
+
+
+_Lane = Callable[[_Batch[Any, Any], "asyncio.Future[None]"], None]
+
+
+class _LonePath:
+    """Flushes a call in its caller's own task, where nothing else is under way.
+
+    That spares it two turns of the event loop, a quarter of what a lone caller waits for, and
+    touches nobody else when it is cancelled. It is a lane like the others.
+
+    Attributes:
+        is_quiet: Whether calls come one by one, as far as the last batch can tell. Of those that
+            come together, the one that goes alone would miss the batch of the others.
+    """
+
+    def __init__(
+        self,
+        carry_out: Callable[[_Batch[Any, Any]], Awaitable[Mapping[Any, Any]]],
+        begin: _Lane,
+        end: _Lane,
+    ) -> None:
+        self._carry_out = carry_out
+        self._begin = begin
+        self._end = end
+        self.is_quiet = True
+
+    async def flush(self, key: Any, row: Any, call: _Call) -> Any:
+        entry: Entry[Any] = Entry(call)
+        entry.row, entry.chosen = row, call[1]
+        batch, lane = {key: entry}, asyncio.get_running_loop().create_future()
+        self._begin(batch, lane)
+        try:
+            answers = await self._carry_out(batch)
+        except StorageError as exc:
+            raise _about(key, exc) from exc.__cause__
+        finally:
+            lane.set_result(None)
+            self._end(batch, lane)
+        return answers.get(key)
 
 
 def blames_a_row(exc: BaseException) -> bool:
@@ -319,31 +317,30 @@ def blames_a_row(exc: BaseException) -> bool:
     return isinstance(exc, ResultDecodeError)
 
 
-async def _within(span: AbstractContextManager[Any], flush: Awaitable[_Answer]) -> _Answer:
-    with span:
-        return await flush
-
-
-def _calls_of(batch: Mapping[Any, Entry[Any]]) -> Iterator[_Call]:
+def _calls_of(batch: _Batch[Any, Any]) -> Iterator[_Call]:
     return (call for entry in batch.values() for call in entry.calls)
 
 
-def _fail(calls: Iterable[_Call], exc: Exception) -> None:
-    for _, future, _, task_id in calls:
-        if not future.done():
-            future.set_exception(_about(task_id, exc))
+def _fail(
+    batch: _Batch[Any, Any], exc: Exception, chosen: "asyncio.Future[Any] | None" = None
+) -> None:
+    """Tells all callers of a batch, or the one that was chosen."""
+    for key, entry in batch.items():
+        for _, future, _ in entry.calls:
+            if not future.done() and chosen in {None, future}:
+                future.set_exception(_about(key, exc))
 
 
-def _about(task_id: str | None, exc: Exception) -> Exception:
+def _about(key: Any, exc: Exception) -> Exception:
     """The error that a batch met, as it is told to the caller who asked about this task."""
-    if task_id is None or not isinstance(exc, StorageError):
+    if not isinstance(exc, StorageError):
         return exc
-    error = StorageError(f"task {task_id!r}: {exc}", exc.sqlstate)
+    error = StorageError(f"task {str(key)!r}: {exc}", exc.sqlstate)
     error.__cause__ = exc.__cause__
     return error
 
 
-def _halves(batch: dict[_Key, Any]) -> Iterator[dict[_Key, Any]]:
+def _halves(batch: _Batch[Any, Any]) -> Iterable[_Batch[Any, Any]]:
     middle = len(batch) // 2
     yield dict(islice(batch.items(), middle))
     yield dict(islice(batch.items(), middle, None))

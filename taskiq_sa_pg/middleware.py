@@ -1,25 +1,35 @@
 """TaskMetadataMiddleware: what taskiq knows of a task goes into the row of its result."""
 
+import asyncio
 import json
 import logging
 import os
 import socket
-import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from pydantic_core import to_jsonable_python
 from taskiq import TaskiqMessage, TaskiqMiddleware, TaskiqResult
 from taskiq.abc.broker import AsyncBroker
+from taskiq.exceptions import NoResultError
 from taskiq.utils import maybe_awaitable
 
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.exception_codec import qualified_name
-from taskiq_sa_pg.exceptions import ConfigurationError
-from taskiq_sa_pg.jsonb import is_plain, storable_text, wrap
-from taskiq_sa_pg.lifecycle import note_end, note_failure, note_sent, note_started
-from taskiq_sa_pg.metadata import NO_METADATA, Metadata, attach, metadata_of
+from taskiq_sa_pg.codec import (
+    NO_TASK_METADATA,
+    TaskMetadata,
+    attach,
+    attempt_of,
+    is_plain,
+    qualified_name,
+    storable_text,
+    task_metadata_of,
+    wrap,
+)
+from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
+from taskiq_sa_pg.results import State, TaskStatus
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +37,13 @@ logger = logging.getLogger(__name__)
 QUEUED_AT_LABEL: Final = "taskiq_sa_pg_queued_at"
 
 DEFAULT_MAX_ARGS_BYTES: Final = 65_536
+
+# What Context.requeue() counts in.
+_REQUEUE_LABEL: Final = "X-Taskiq-requeue"
+
+_EXECUTION: Final = "_taskiq_sa_pg_execution"
+
+_Backend = SQLAlchemyResultBackend[Any]
 
 _Redacted = tuple[list[Any] | None, dict[str, Any] | None]
 RedactFunction = Callable[[str, list[Any], dict[str, Any]], _Redacted | Awaitable[_Redacted]]
@@ -99,7 +116,8 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
             try:
                 queued_at = datetime.now(UTC)
                 message.labels[QUEUED_AT_LABEL] = queued_at.isoformat()
-                await note_sent(backend, message, queued_at)
+                state = _state_when_sent(attempt_of(message.labels))
+                await _note(backend, _status(message, state, queued_at))
             except Exception:
                 logger.exception("task %s: its metadata are not recorded", message.task_id)
         return message
@@ -111,7 +129,11 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
             try:
                 metadata = await self._describe(message)
                 attach(message, metadata)
-                await note_started(backend, message, metadata)
+                times = metadata.queued_at, metadata.started_at
+                status = _status(message, "started", *times, metadata.worker)
+                requeues = message.labels.get(_REQUEUE_LABEL)
+                vars(message)[_EXECUTION] = _Execution(status, requeues)
+                await _note(backend, status)
             except Exception:
                 logger.exception("task %s: its metadata are not recorded", message.task_id)
         return message
@@ -120,7 +142,9 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException
     ) -> None:
         """Notes that the task has raised, which other middlewares may take away from its result."""
-        note_failure(message, exception)
+        execution = _execution_of(message)
+        if execution is not None and not isinstance(exception, NoResultError):
+            execution.has_failed = True
 
     async def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
         """Hands over to set_result() what was noted."""
@@ -128,19 +152,19 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         if backend is None:
             return
         try:
-            metadata = metadata_of(message)
-            if metadata is NO_METADATA:  # another middleware has made a new message
-                metadata = Metadata(storable_text(message.task_name))
+            metadata = task_metadata_of(message)
+            if metadata is NO_TASK_METADATA:  # another middleware has made a new message
+                metadata = TaskMetadata(storable_text(message.task_name))
             attach(result, metadata)
             result.labels.pop(QUEUED_AT_LABEL, None)
-            await note_end(backend, message, result)
+            await _note_end(backend, message, result)
         except Exception:
             logger.exception("task %s: its metadata are not recorded", message.task_id)
 
-    async def _describe(self, message: TaskiqMessage) -> Metadata:
-        started_at = round(time.time(), 6)  # as PostgreSQL has it
+    async def _describe(self, message: TaskiqMessage) -> TaskMetadata:
+        started_at = datetime.now(UTC)
         args, kwargs = await self._arguments_of(message) if self._record_args else (None, None)
-        return Metadata(
+        return TaskMetadata(
             task_name=storable_text(message.task_name),
             args=args,
             kwargs=kwargs,
@@ -180,7 +204,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
             return None, None
         return texts
 
-    def _backend(self) -> SQLAlchemyResultBackend[Any] | None:
+    def _backend(self) -> _Backend | None:
         backend = self.broker.result_backend
         if isinstance(backend, SQLAlchemyResultBackend):
             return backend
@@ -194,9 +218,77 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         return None
 
 
-def _queued_at(message: TaskiqMessage) -> float | None:
+@dataclass(slots=True)
+class _Execution:
+    """One execution of a message, which bears it as it bears its TaskMetadata."""
+
+    status: TaskStatus
+    requeues: Any
+    has_failed: bool = False
+
+
+async def _note_end(backend: _Backend, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
+    """Notes what comes instead of a result."""
+    execution = _execution_of(message)
+    if execution is None or not isinstance(result.error, NoResultError):
+        return
+    state: State
+    if message.labels.get(_REQUEUE_LABEL) != execution.requeues:
+        state = _state_when_sent(execution.status.attempt)
+    elif execution.has_failed:  # another middleware has taken the error away, to try again
+        state = "retrying"
+    else:
+        state = "unknown"
+    # Of the message that was executed: a retry middleware has changed its labels since.
+    await _note(backend, replace(execution.status, state=state))
+
+
+async def _note(backend: _Backend, status: TaskStatus) -> None:
+    """Stores a status; a task matters more than its status, and waits for seconds at most."""
+    if backend.track is None:
+        return
+    complaint = "task %s: that it is %s is not recorded: %s"
+    timeout = backend.settings.timings.status_retry
     try:
-        return datetime.fromisoformat(message.labels[QUEUED_AT_LABEL]).astimezone(UTC).timestamp()
+        async with asyncio.timeout(timeout):
+            await backend.set_status(status)
+    except TimeoutError:
+        reason = f"PostgreSQL did not answer within {timeout:g} s"
+        logger.warning(complaint, status.task_id, status.state, reason)
+    except TaskiqSaPgError as exc:
+        logger.warning(complaint, status.task_id, status.state, exc)
+
+
+def _state_when_sent(attempt: int) -> State:
+    return "retrying" if attempt else "queued"
+
+
+def _status(
+    message: TaskiqMessage,
+    state: State,
+    queued_at: datetime | None,
+    started_at: datetime | None = None,
+    worker: str | None = None,
+) -> TaskStatus:
+    return TaskStatus(
+        message.task_id,
+        state,
+        storable_text(message.task_name),
+        attempt_of(message.labels),
+        queued_at,
+        started_at,
+        worker,
+    )
+
+
+def _execution_of(message: TaskiqMessage) -> _Execution | None:
+    execution: _Execution | None = vars(message).get(_EXECUTION)
+    return execution
+
+
+def _queued_at(message: TaskiqMessage) -> datetime | None:
+    try:
+        return datetime.fromisoformat(message.labels[QUEUED_AT_LABEL]).astimezone(UTC)
     except KeyError:  # the sender has no such middleware
         return None
     except Exception:  # noqa: BLE001 - a label can be anything

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Final, Literal, Protocol, get_args
+from typing import Any, Final, Literal, get_args
 from weakref import WeakSet
 
 try:
@@ -34,7 +34,7 @@ ListenerState = Literal["off", "idle", "connecting", "listening"]
 _SCOPE: Final = "taskiq_sa_pg"
 
 # What OpenTelemetry's SDK keeps of a span's links.
-_MAX_LINKS: Final = 128
+MAX_LINKS: Final = 128
 
 _NOTHING: Final = nullcontext()
 
@@ -80,85 +80,78 @@ class Stats:
     waiters: int
 
 
-class _Queue(Protocol):
-    @property
-    def pending(self) -> int: ...
-
-
-class _Entry(Protocol):
-    calls: list[tuple[Any, Any, Any, Any]]
-    since: float
-
-
 class BatchMeter:
     """Counts the calls and batches of one operation, and makes spans of the batches.
 
     Args:
         operation: Its name.
         table: The results table, as messages name it.
+
+    Attributes:
+        calls: How many calls there were.
+        is_tracing: Whether the calls are to be told whose they are.
+        queues: Where calls wait; each has a number `pending`.
+        attributes: What its figures are told by.
     """
 
     def __init__(self, operation: str = "", table: str = "") -> None:
         self.calls = 0
         self.is_tracing = False
-        self._name = f"{operation} {table}"
-        self._attributes: dict[str, Any] = {
+        self.queues: list[Any] = []
+        self.attributes: Final[Mapping[str, Any]] = {
             "db.system.name": "postgresql",
             "db.operation.name": operation,
             "db.collection.name": table,
         }
+        self._name = f"{operation} {table}"
         self._batches = self._largest = 0
         self._waited = self._longest_wait = 0.0
-        self._queues: WeakSet[_Queue] = WeakSet()
-
-    def watch(self, queue: _Queue) -> None:
-        """Asks it, as long as it is there, how many tasks have calls in it."""
-        self._queues.add(queue)
 
     def caller(self) -> Any:
         """Who calls now: what its span is known by; to be asked while is_tracing."""
         return trace.get_current_span().get_span_context()
 
-    def flushing(self, entries: Collection[_Entry]) -> AbstractContextManager[Any] | None:
-        """Counts a batch that begins now; what it is to run in, if anything."""
+    def flushing(self, entries: Collection[Any]) -> AbstractContextManager[Any] | None:
+        """Counts a batch that begins now; what it is to run in, if anything.
+
+        Args:
+            entries: What waited together: `since` when, by time.perf_counter(), and its `calls`,
+                of which each ends with its caller.
+        """
         size = len(entries)
         waited = time.perf_counter() - next(iter(entries)).since
         self._batches += 1
         self._largest = max(self._largest, size)
         self._waited += waited
         self._longest_wait = max(self._longest_wait, waited)
-        return self._telling(entries, size, waited) if _HAS_OPENTELEMETRY else None
-
-    def _telling(
-        self, entries: Iterable[_Entry], size: int, waited: float
-    ) -> AbstractContextManager[Any] | None:
-        _BATCH_SIZE.record(size, self._attributes)
-        _QUEUE_WAIT.record(waited, self._attributes)
+        if not _HAS_OPENTELEMETRY:
+            return None
+        _BATCH_SIZE.record(size, self.attributes)
+        _QUEUE_WAIT.record(waited, self.attributes)
         self.is_tracing = _is_tracing()
         if not self.is_tracing:
             return None
-        attributes = self._attributes
+        attributes = self.attributes
         if size > 1:
             attributes = {**attributes, "db.operation.batch.size": size}
-        return _span(self._name, attributes, _callers(entries))
+        return _span(self._name, attributes, [call[-1] for e in entries for call in e.calls])
 
     @property
     def pending(self) -> int:
         """How many tasks have calls that are not answered yet."""
-        return sum(queue.pending for queue in list(self._queues))
+        return sum(queue.pending for queue in self.queues)
 
     @property
     def stats(self) -> BatchStats:
         """What was counted."""
         return BatchStats(
-            *(self.calls, self._batches, self._largest, self._waited, self._longest_wait),
+            self.calls,
+            self._batches,
+            self._largest,
+            self._waited,
+            self._longest_wait,
             self.pending,
         )
-
-    @property
-    def attributes(self) -> Mapping[str, Any]:
-        """What its figures are told by."""
-        return self._attributes
 
 
 class Telemetry:
@@ -166,18 +159,23 @@ class Telemetry:
 
     Args:
         table: The results table, as messages name it.
+
+    Attributes:
+        meters: Of each operation.
+        listener: Tells the state of the listening connection.
+        waiters: Tells how many wait.
+        attributes: What its figures are told by.
     """
 
     def __init__(self, table: str) -> None:
-        self._attributes: Final = {"db.system.name": "postgresql", "db.collection.name": table}
+        self.attributes: Final = {"db.system.name": "postgresql", "db.collection.name": table}
         self.meters: Final[Mapping[Operation, BatchMeter]] = {
             operation: BatchMeter(operation, table) for operation in get_args(Operation)
         }
-        self._retries = 0
-        self._pruned = {"results": 0, "progress": 0, "status": 0}
-        # Of a backend that is not started.
         self.listener: Callable[[], ListenerState] = lambda: "idle"
         self.waiters: Callable[[], int] = lambda: 0
+        self._retries = 0
+        self._pruned = {"results": 0, "progress": 0, "status": 0}
         _LIVE.add(self)
 
     @property
@@ -191,31 +189,25 @@ class Telemetry:
             self.waiters(),
         )
 
-    @property
-    def attributes(self) -> Mapping[str, Any]:
-        """What its figures are told by."""
-        return self._attributes
-
     def note_retry(self) -> None:
         """Counts a statement that is tried again."""
         self._retries += 1
         if _HAS_OPENTELEMETRY:
-            _RETRIES.add(1, self._attributes)
+            _RETRIES.add(1, self.attributes)
 
     def note_pruned(self, rows_of: str, number: int) -> None:
         """Counts deleted rows of "results", "progress" or "status"."""
         self._pruned[rows_of] += number
         if _HAS_OPENTELEMETRY and number:
-            _PRUNED.add(number, {**self._attributes, "taskiq_sa_pg.rows": rows_of})
+            _PRUNED.add(number, {**self.attributes, "taskiq_sa_pg.rows": rows_of})
 
     def pruning(self) -> AbstractContextManager[Any]:
         """Has a span for as long as a pruning takes, below that of whoever calls."""
         if not (_HAS_OPENTELEMETRY and _is_tracing()):
             return _NOTHING
-        attributes = {**self._attributes, "db.operation.name": "prune"}
-        name = f"prune {self._attributes['db.collection.name']}"
-        caller = trace.get_current_span().get_span_context()
-        return _span(name, attributes, [caller] if caller.is_valid else [])
+        attributes = {**self.attributes, "db.operation.name": "prune"}
+        name = f"prune {self.attributes['db.collection.name']}"
+        return _span(name, attributes, [trace.get_current_span().get_span_context()])
 
 
 # Those that gauges are asked of; OpenTelemetry's API never lets go of a callback.
@@ -226,15 +218,11 @@ def _is_tracing() -> bool:
     return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
 
 
-def _callers(entries: Iterable[_Entry]) -> list[Any]:
-    callers = (caller for entry in entries for _, _, caller, _ in entry.calls)
-    known = (caller for caller in callers if caller is not None and caller.is_valid)
-    return list(islice(known, _MAX_LINKS))
-
-
 def _span(
-    name: str, attributes: Mapping[str, Any], callers: list[Any]
+    name: str, attributes: Mapping[str, Any], callers: Iterable[Any]
 ) -> AbstractContextManager[Any]:
+    known = (caller for caller in callers if caller is not None and caller.is_valid)
+    callers = list(islice(known, MAX_LINKS))
     if len(callers) == 1:
         parent = trace.set_span_in_context(trace.NonRecordingSpan(callers[0]))
     else:  # of no caller more than of the others
@@ -249,25 +237,27 @@ def _span(
     return trace.use_span(span, end_on_exit=True)
 
 
+_Observed = Iterable[tuple[float, Mapping[str, Any]]]
+
+
+def _pending(telemetry: Telemetry) -> _Observed:
+    return [(meter.pending, meter.attributes) for meter in telemetry.meters.values()]
+
+
+def _listening(telemetry: Telemetry) -> _Observed:
+    return [(int(telemetry.listener() == "listening"), telemetry.attributes)]
+
+
+def _waiting(telemetry: Telemetry) -> _Observed:
+    return [(telemetry.waiters(), telemetry.attributes)]
+
+
 def _observe(
-    observed: Callable[[Telemetry], Iterable[tuple[float, Mapping[str, Any]]]], _options: Any
+    observed: Callable[[Telemetry], _Observed], _options: Any
 ) -> "Iterator[metrics.Observation]":
     for telemetry in list(_LIVE):
         for value, attributes in observed(telemetry):
             yield metrics.Observation(value, attributes)
-
-
-def _pending(telemetry: Telemetry) -> Iterator[tuple[float, Mapping[str, Any]]]:
-    for meter in telemetry.meters.values():
-        yield meter.pending, meter.attributes
-
-
-def _listening(telemetry: Telemetry) -> Iterator[tuple[float, Mapping[str, Any]]]:
-    yield int(telemetry.listener() == "listening"), telemetry.attributes
-
-
-def _waiting(telemetry: Telemetry) -> Iterator[tuple[float, Mapping[str, Any]]]:
-    yield telemetry.waiters(), telemetry.attributes
 
 
 if _HAS_OPENTELEMETRY:
@@ -280,21 +270,11 @@ if _HAS_OPENTELEMETRY:
         "taskiq_sa_pg.retries", "{retry}", "Statements that were tried again"
     )
     _PRUNED = _meter.create_counter("taskiq_sa_pg.pruned", "{row}", "Rows that were deleted")
-    _meter.create_observable_gauge(
-        "taskiq_sa_pg.pending",
-        [partial(_observe, _pending)],
-        "{task}",
-        "Tasks with calls that are not answered yet",
-    )
-    _meter.create_observable_gauge(
-        "taskiq_sa_pg.listener",
-        [partial(_observe, _listening)],
-        "1",
-        "1 while waiters are woken by push, else 0",
-    )
-    _meter.create_observable_gauge(
-        "taskiq_sa_pg.waiters",
-        [partial(_observe, _waiting)],
-        "{waiter}",
-        "Those that wait for results or progress",
-    )
+    for _name, _observed, _unit, _text in (
+        ("pending", _pending, "{task}", "Tasks with calls that are not answered yet"),
+        ("listener", _listening, "1", "1 while waiters are woken by push, else 0"),
+        ("waiters", _waiting, "{waiter}", "Those that wait for results or progress"),
+    ):
+        _meter.create_observable_gauge(
+            f"taskiq_sa_pg.{_name}", [partial(_observe, _observed)], _unit, _text
+        )

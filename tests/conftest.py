@@ -6,7 +6,7 @@ import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from sqlalchemy.pool import QueuePool
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.embedded import postgres
+from taskiq_sa_pg.timings import DEFAULT_TIMINGS
 from tests.pooler import NOT_THROUGH_A_POOLER, Pooler, pgbouncer
 
 # No time limits, which a busy machine breaks; in CI the same examples every time.
@@ -180,9 +181,7 @@ async def other_database(new_database: NewDatabase) -> AsyncIterator[Database]:
 
 def engine_of(backend: SQLAlchemyResultBackend[Any]) -> AsyncEngine:
     """The engine that a started backend works on, owned or borrowed."""
-    engine = backend._store._engine
-    assert engine is not None
-    return engine
+    return backend.runtime.database.engine
 
 
 def assert_nothing_checked_out(engine: AsyncEngine, kept: int = 0) -> None:
@@ -193,10 +192,9 @@ def assert_nothing_checked_out(engine: AsyncEngine, kept: int = 0) -> None:
 
 def assert_nothing_in_use(backend: SQLAlchemyResultBackend[Any]) -> None:
     """Nothing runs, and only connections of the backend's own engine are kept for the next."""
-    connections = backend._store._connections
-    assert connections is not None
-    assert connections.kept == 0 or backend._store._borrowed is None
-    assert_nothing_checked_out(engine_of(backend), connections.kept)
+    database = backend.runtime.database
+    assert database.kept == 0 or database.is_owned
+    assert_nothing_checked_out(database.engine, database.kept)
 
 
 async def assert_comes_to_rest(backend: SQLAlchemyResultBackend[Any]) -> None:
@@ -215,7 +213,7 @@ async def assert_comes_to_rest(backend: SQLAlchemyResultBackend[Any]) -> None:
 async def shut_down(backends: Iterable[SQLAlchemyResultBackend[Any]]) -> None:
     """Ends the backends of a test, none of which may hold a connection."""
     for backend in backends:
-        if backend._store._engine is not None:
+        if backend.is_started:
             await assert_comes_to_rest(backend)
         await backend.shutdown()
 
@@ -225,14 +223,19 @@ BackendFactory = Callable[..., Any]
 
 @pytest.fixture
 async def start_backend(database: Database) -> AsyncIterator[BackendFactory]:
-    """Makes and starts backends on the test's schema; at the end none may hold a connection."""
+    """Makes and starts backends on the test's schema, with their arguments and `timings`.
+
+    At the end none may hold a connection.
+    """
     started: list[SQLAlchemyResultBackend[Any]] = []
 
     async def start(*args: Any, **kwargs: Any) -> SQLAlchemyResultBackend[Any]:
         if not args and "dsn" not in kwargs and "engine" not in kwargs:
             kwargs["dsn"] = database.dsn
         kwargs.setdefault("run_migrations", True)
+        timings = kwargs.pop("timings", DEFAULT_TIMINGS)
         backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(*args, **kwargs)
+        backend.settings = replace(backend.settings, timings=timings)
         await backend.startup()
         started.append(backend)
         return backend

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from taskiq_sa_pg.cli.output import JsonOption, console, say, say_json, to_json
 from taskiq_sa_pg.cli.target import Target, find_serializer
-from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.database import make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.importing import ImportReport, Unreadable, count_rows, import_results
 

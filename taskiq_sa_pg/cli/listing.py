@@ -2,28 +2,31 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 
 import typer
+from sqlalchemy import Select
 
-from taskiq_sa_pg.catalogue import describe_tables
 from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_table
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError, ResultIsMissingError
-from taskiq_sa_pg.queries import (
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.schema import select_sizes
+from taskiq_sa_pg.statements import (
     Counts,
     Details,
     Listed,
+    StoredProgress,
+    StoredResult,
     count_progress,
     select_counts,
     select_details,
     select_list,
-    select_sizes,
+    select_progress,
+    select_results,
 )
-from taskiq_sa_pg.rows import METADATA_COLUMNS, StoredProgress
-from taskiq_sa_pg.statements import select_progress
 
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -38,23 +41,25 @@ async def show(
 ) -> None:
     """Shows a result with its traceback and its progress. Reading a pickle runs what it says."""
     column_id = target.config.to_column_task_id(task_id)
-    async with target.store() as store:
-        purpose = f"read the result of task {task_id!r}"
-        # An earlier release's table, too, is shown.
-        columns = await store.fetch(describe_tables(store.located(target.config)), {}, purpose)
-        has_metadata = {row.column_name for row in columns}.issuperset(METADATA_COLUMNS)
-        statement = select_details(target.models, has_metadata=has_metadata)
-        found = await store.fetch(statement, {"task_id": column_id}, purpose)
-        reports = await store.fetch(
-            select_progress(target.models), {"task_ids": [column_id]}, purpose
-        )
-    if not found and not reports:
+    async with target.runtime() as runtime:
+
+        async def read(select: Callable[[Models], Select[Any]]) -> Any:
+            purpose = f"read the result of task {task_id!r}"
+            statement, parameters = select(runtime.settings.models), {"task_ids": [column_id]}
+            rows = await runtime.database.fetch(statement, parameters, purpose)
+            return rows[0] if rows else None
+
+        result, details = await read(select_results), await read(select_details)
+        progress = await read(select_progress)
+    is_there = result is not None and details is not None
+    if not is_there and progress is None:
         raise ResultIsMissingError(task_id, target.config.qualified_name)
     shown: dict[str, Any] = {"task_id": task_id}
-    if found:
-        shown |= _shown_result(target, task_id, Details.of(found[0]), is_raw=raw)
-    if reports:
-        shown["progress"] = _shown_progress(target, task_id, reports[0], is_raw=raw)
+    if is_there:
+        stored = StoredResult._make(result)
+        shown |= _shown_result(target, stored, Details._make(details), is_raw=raw)
+    if progress is not None:
+        shown["progress"] = _shown_progress(target, StoredProgress._make(progress), is_raw=raw)
     if json:
         say_json(shown)
     else:
@@ -62,9 +67,8 @@ async def show(
 
 
 def _shown_result(
-    target: Target, task_id: str, details: Details, *, is_raw: bool
+    target: Target, stored: StoredResult, details: Details, *, is_raw: bool
 ) -> dict[str, Any]:
-    stored = details.stored
     shown: dict[str, Any] = {
         "outcome": _outcome(stored.is_err),
         "task_name": details.task_name,
@@ -81,7 +85,7 @@ def _shown_result(
         shown |= {"return_value": stored.return_value, "error": stored.error}
     else:
         try:
-            result = target.codec.decode_result(task_id, stored, with_logs=True)
+            result = target.codec.decode_result(stored, with_logs=True)
         except ResultDecodeError as exc:
             shown["undecodable"] = str(exc)
         else:
@@ -90,12 +94,11 @@ def _shown_result(
     return shown | {"error_type": stored.error_type, "traceback": details.traceback}
 
 
-def _shown_progress(target: Target, task_id: str, row: Any, *, is_raw: bool) -> dict[str, Any]:
-    stored = StoredProgress._make(row)
+def _shown_progress(target: Target, stored: StoredProgress, *, is_raw: bool) -> dict[str, Any]:
     if is_raw:
         return {"state": stored.state, "meta": stored.meta}
     try:
-        progress = target.codec.decode_progress(task_id, stored)
+        progress = target.codec.decode_progress(stored)
     except ResultDecodeError as exc:
         return {"state": stored.state, "undecodable": str(exc)}
     return {"state": progress.state, "meta": progress.meta}
@@ -143,8 +146,8 @@ async def list_results(
         task_name=task_name,
         limit=limit,
     )
-    async with target.store() as store:
-        rows = await store.fetch(statement, {}, "list results")
+    async with target.runtime() as runtime:
+        rows = await runtime.database.fetch(statement, {}, "list results")
     listed = [Listed._make(row) for row in rows]
     if json:
         say_json([row._asdict() | {"outcome": _outcome(row.is_err)} for row in listed])
@@ -166,10 +169,11 @@ async def list_results(
 
 async def stats(target: Target, json: JsonOption = False) -> None:
     """Counts results by outcome, and says how large and how old the tables are."""
-    async with target.store() as store:
-        [counts] = map(Counts._make, await store.fetch(select_counts(target.models), {}, "count"))
-        [[progress]] = await store.fetch(count_progress(target.models), {}, "count progress")
-        sizes = await store.fetch(select_sizes(target.config), {}, "measure the tables")
+    async with target.runtime() as runtime:
+        fetch, models = runtime.database.fetch, runtime.settings.models
+        [counts] = map(Counts._make, await fetch(select_counts(models), {}, "count results"))
+        [[progress]] = await fetch(count_progress(models), {}, "count progress")
+        sizes = await fetch(select_sizes(target.config), {}, "measure the tables")
     shown = {
         "results": counts.results,
         "successes": counts.results - counts.failures,

@@ -8,9 +8,9 @@ import typer
 from taskiq_sa_pg.cli.output import JsonOption, say, say_json
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import SchemaError
-from taskiq_sa_pg.provisioning import current_revision, downgrade_to, offline_sql, upgrade_to
+from taskiq_sa_pg.schema import LATEST_VERSION
 from taskiq_sa_pg.schema import check as check_schema
-from taskiq_sa_pg.steps import LATEST_VERSION
+from taskiq_sa_pg.schema.migrate import current_revision, downgrade_to, offline_sql, upgrade_to
 
 
 def upgrade(
@@ -45,9 +45,9 @@ def current(target: Target, json: JsonOption = False) -> None:
 async def check(target: Target, json: JsonOption = False) -> None:
     """Compares the tables with what the backend needs; the exit status is 1 if they are unfit."""
     unfit = ""
-    async with target.store() as store:
+    async with target.runtime() as runtime:
         try:
-            await check_schema(store, target.models)
+            await check_schema(runtime.database, runtime.settings.models)
         except SchemaError as exc:
             unfit = str(exc)
     if json:
@@ -68,8 +68,8 @@ def sql(
 
 
 async def _current(target: Target) -> str | None:
-    async with target.store() as store:
-        return await current_revision(store, target.config)
+    async with target.runtime() as runtime:
+        return await current_revision(runtime.database, target.config)
 
 
 def _say_change(target: Target, before: str | None) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -18,12 +18,20 @@ from taskiq import serializers
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.exceptions import TaskiqResultTimeoutError
 
-from taskiq_sa_pg.backend import SchemaCheck, SQLAlchemyResultBackend
+from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
+from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
-from taskiq_sa_pg.models import Models, build_models
-from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.models import (
+    DEFAULT_TABLE_NAME,
+    Models,
+    PayloadField,
+    TableConfig,
+    TaskIdField,
+    build_models,
+)
+from taskiq_sa_pg.results import Runtime, SchemaCheck, Settings
+from taskiq_sa_pg.telemetry import Telemetry
 
 _SERIALIZERS: Final[dict[str, Callable[[], TaskiqSerializer]]] = {
     "pickle": serializers.PickleSerializer,
@@ -49,13 +57,7 @@ class Target:
     @property
     def models(self) -> Models:
         """The tables' models."""
-        config = self.config
-        return build_models(
-            config.table_name,
-            field_for_task_id=config.field_for_task_id,
-            field_for_payload=config.field_for_payload,
-            schema=config.schema,
-        )
+        return build_models(**asdict(self.config))
 
     @property
     def codec(self) -> Codec:
@@ -75,14 +77,18 @@ class Target:
         return self.dsn
 
     @asynccontextmanager
-    async def store(self) -> AsyncIterator[Store]:
-        """The session layer; it says at once what is wrong."""
-        store = Store(self.require_dsn(), engine_kwargs={"poolclass": NullPool}, retry_timeout=0)
-        await store.open()
+    async def runtime(self, progress_ttl: float | None = None) -> AsyncIterator[Runtime]:
+        """What works on the tables; it says at once what is wrong."""
+        poolclass = {"poolclass": NullPool}
+        database = Database(self.require_dsn(), engine_kwargs=poolclass, retry_timeout=0)
+        await database.open()
+        settings = Settings(models=self.models, codec=Codec(self.config), progress_ttl=progress_ttl)
+        runtime = Runtime(settings, database, Telemetry(self.config.qualified_name))
         try:
-            yield store
+            yield runtime
         finally:
-            await store.close()
+            await runtime.close()
+            await database.close()
 
     @asynccontextmanager
     async def backend(

@@ -1,7 +1,5 @@
 """The commands that tell what tasks are at."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated
@@ -10,10 +8,7 @@ import typer
 
 from taskiq_sa_pg.cli.output import JsonOption, say, say_json, say_table
 from taskiq_sa_pg.cli.target import Target
-from taskiq_sa_pg.layout import Layout
-from taskiq_sa_pg.schema import find_features
-from taskiq_sa_pg.telemetry import Telemetry
-from taskiq_sa_pg.tracking import TaskStatus, Tracking
+from taskiq_sa_pg.results import TaskStatus
 
 
 async def status(
@@ -23,8 +18,8 @@ async def status(
 ) -> None:
     """Says what a task is at: queued, started, retrying, succeeded, failed, expired, unknown."""
     column_id = target.config.to_column_task_id(task_id)
-    async with _tracking(target) as tracking:
-        found = await tracking.read(column_id, task_id)
+    async with target.runtime() as runtime:
+        found = await runtime.statuses.read(column_id, task_id)
     if json:
         say_json(asdict(found))
         return
@@ -43,8 +38,8 @@ async def running(
     Those of brokers with track="started" and TaskMetadataMiddleware; one whose worker was killed
     stays until it is started again or pruned.
     """
-    async with _tracking(target) as tracking:
-        found = await tracking.read_running(limit)
+    async with target.runtime() as runtime:
+        found = await runtime.statuses.read_running(limit)
     if json:
         say_json([asdict(each) for each in found])
         return
@@ -53,18 +48,6 @@ async def running(
         ["started at", "seconds", "attempt", "task", "worker", "task id"],
         [[*_times(each, now), *_names(each)] for each in found],
     )
-
-
-@asynccontextmanager
-async def _tracking(target: Target) -> AsyncIterator[Tracking]:
-    layout = Layout(target.models)
-    async with target.store() as store:
-        layout.expect(await find_features(store, target.models))
-        tracking = Tracking(store, layout, Telemetry(target.config.qualified_name))
-        try:
-            yield tracking
-        finally:
-            await tracking.close()
 
 
 def _times(status: TaskStatus, now: datetime) -> list[str]:

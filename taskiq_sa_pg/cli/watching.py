@@ -34,9 +34,10 @@ async def watch(
     tasks = list(dict.fromkeys(task_ids))
     # Not the backend's check of the tables: nothing is written, which a column of the application's
     # own that is NOT NULL would be in the way of.
-    async with target.store() as store:
+    async with target.runtime() as runtime:
         for select in (select_results, select_progress):
-            await store.fetch(select(target.models), {"task_ids": []}, "watch tasks")
+            statement = select(runtime.settings.models)
+            await runtime.database.fetch(statement, {"task_ids": []}, "watch tasks")
     try:
         async with target.backend(check_schema="off") as backend:
             with view:

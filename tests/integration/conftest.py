@@ -8,11 +8,11 @@ from typing import get_args
 import pytest
 from taskiq_pg.asyncpg import AsyncpgResultBackend
 
-from taskiq_sa_pg.config import TaskIdField
-from taskiq_sa_pg.waiting import Waiting
+from taskiq_sa_pg.models import TaskIdField
+from taskiq_sa_pg.waiting import Waiters
 from tests.conftest import Database, NewDatabase
 from tests.integration.old_tables import old_backend
-from tests.integration.stores import Checkouts, Log, Stores, address
+from tests.integration.databases import Checkouts, Databases, Log, address
 from tests.integration.waiters import Backend, Backends, table_of
 
 
@@ -62,16 +62,18 @@ def each_driver(request: pytest.FixtureRequest, backends: Backends) -> Backends:
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks at regular times: what wakes a waiter is a notification."""
 
-    async def see_nothing(_: Waiting) -> None: ...
+    async def see_nothing(_: Waiters) -> None: ...
 
-    monkeypatch.setattr(Waiting, "_look", see_nothing)
+    monkeypatch.setattr(Waiters, "look", see_nothing)
 
 
 @pytest.fixture
 def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notifications are lost, though the listener believes that it hears: who is woken, looks."""
-    monkeypatch.setattr(Waiting, "_hear", lambda *_: None)
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 0.05)
+    """Notifications are lost, though the listener believes that it hears: who is woken, looks.
+
+    Give the backend timings with short times between its looks.
+    """
+    monkeypatch.setattr(Waiters, "hear", lambda *_: None)
 
 
 @pytest.fixture
@@ -92,10 +94,10 @@ def checkouts() -> Checkouts:
 
 
 @pytest.fixture
-async def stores(dsn: str) -> AsyncIterator[Stores]:
-    stores = Stores(dsn)
-    yield stores
-    await stores.close()
+async def databases(dsn: str) -> AsyncIterator[Databases]:
+    databases = Databases(dsn)
+    yield databases
+    await databases.close()
 
 
 @pytest.fixture

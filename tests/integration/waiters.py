@@ -5,16 +5,17 @@ import gc
 import pickle
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
-from taskiq_sa_pg.engines import make_engine
-from taskiq_sa_pg.listener import Listener
-from taskiq_sa_pg.store import Store
-from taskiq_sa_pg.waiting import Waiting
+from taskiq_sa_pg.database import Database as Connected
+from taskiq_sa_pg.database import make_engine
+from taskiq_sa_pg.timings import DEFAULT_TIMINGS
+from taskiq_sa_pg.waiting import Listener, Waiters
 from tests.conftest import Database, assert_nothing_checked_out, eventually
 from tests.tasks import new_id
 
@@ -24,13 +25,12 @@ Backend = SQLAlchemyResultBackend[Any]
 SOON = 5.0
 
 
-def waiting_of(backend: Backend) -> Waiting:
-    assert backend._parts is not None
-    return backend._parts.waiting
+def waiters_of(backend: Backend) -> Waiters:
+    return backend.runtime.waiters
 
 
 def listener_of(backend: Backend) -> Listener:
-    listener = waiting_of(backend)._listener
+    listener = waiters_of(backend).listener
     assert listener is not None
     return listener
 
@@ -46,15 +46,15 @@ async def until_waiting(backend: Backend, waiters: int = 1) -> None:
     """Returns when that many subscriptions wait, and have looked."""
 
     async def are_waiting() -> bool:
-        subscriptions = set().union(*waiting_of(backend)._subscriptions.values())
-        return len(subscriptions) == waiters and all(s._wakeup._callbacks for s in subscriptions)
+        subscriptions = waiters_of(backend).subscriptions
+        return len(subscriptions) == waiters and all(s.is_awaited for s in subscriptions)
 
     await eventually(are_waiting)
 
 
 async def until_nobody_waits(backend: Backend) -> None:
     async def nobody_waits() -> bool:
-        return not waiting_of(backend)._subscriptions
+        return waiters_of(backend).waiting == 0
 
     await eventually(nobody_waits)
 
@@ -73,22 +73,22 @@ async def heard_by(backend: Backend) -> AsyncIterator[None]:
 
 @contextmanager
 def counted_fetches() -> Iterator[list[str]]:
-    """The purposes of the statements that are run through any store, but for notifications."""
+    """The purposes of the statements that are run through any database, but for notifications."""
     purposes: list[str] = []
-    fetch = Store.fetch
+    fetch = Connected.fetch
 
     async def note(
-        self: Store, statement: Any, parameters: Any, purpose: str, **options: Any
+        self: Connected, statement: Any, parameters: Any, purpose: str, **options: Any
     ) -> Any:
         if not purpose.startswith("send notifications"):
             purposes.append(purpose)
         return await fetch(self, statement, parameters, purpose, **options)
 
-    Store.fetch = note  # type: ignore[method-assign]  # to count
+    Connected.fetch = note  # type: ignore[method-assign]  # to count
     try:
         yield purposes
     finally:
-        Store.fetch = fetch  # type: ignore[method-assign]  # as it was
+        Connected.fetch = fetch  # type: ignore[method-assign]  # as it was
 
 
 class Backends:
@@ -122,12 +122,14 @@ class Backends:
         if self.database.pooler and kwargs.get("notify", True):
             kwargs.setdefault("listen_dsn", self.direct_dsn(driver))
         pool = {key: kwargs.pop(key) for key in ("pool_size",) if key in kwargs}
+        timings = kwargs.pop("timings", DEFAULT_TIMINGS)
         if is_borrowed:
             engine = make_engine(self.dsn(driver), **pool)
             self._engines.append(engine)
             backend = Backend(engine=engine, **kwargs)
         else:
             backend = Backend(self.dsn(driver), **kwargs, **pool)
+        backend.settings = replace(backend.settings, timings=timings)
         await backend.startup()
         self._started.append(backend)
         return backend
@@ -143,7 +145,7 @@ class Backends:
     async def close(self) -> None:
         """Shuts all backends down; nobody may wait, and no session may be left."""
         for backend in self._started:
-            if backend._parts is not None:
+            if backend.is_started:
                 await until_nobody_waits(backend)
             await backend.shutdown()
         for engine in self._engines:

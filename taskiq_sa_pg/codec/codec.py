@@ -1,0 +1,356 @@
+"""Between taskiq's objects and column values: TaskiqResult and TaskProgress, both ways.
+
+Every value is serialized by itself: as it is where the serializer can hold it, else in its
+JSON-able form, else not at all, which makes an error result.
+"""
+
+import dataclasses
+import json
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from enum import Enum
+from typing import Any, Final
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+from taskiq import TaskiqResult
+from taskiq.abc.serializer import TaskiqSerializer
+from taskiq.depends.progress_tracker import TaskProgress
+from taskiq.serializers import JSONSerializer, ORJSONSerializer, PickleSerializer
+
+from taskiq_sa_pg.codec.exceptions import (
+    exception_from_document,
+    exception_to_document,
+    format_traceback,
+    qualified_name,
+    repr_of,
+)
+from taskiq_sa_pg.codec.jsonb import (
+    from_jsonb,
+    is_plain,
+    is_wrapper,
+    storable_text,
+    to_jsonb,
+    unwrap,
+    wrap,
+    wrap_bytes,
+)
+from taskiq_sa_pg.codec.retention import KEEP_FOR_EVER, Retention
+from taskiq_sa_pg.codec.signing import SignedSerializer
+from taskiq_sa_pg.codec.task_metadata import task_metadata_of
+from taskiq_sa_pg.exceptions import (
+    ConfigurationError,
+    PayloadTooLargeError,
+    ResultDecodeError,
+    ResultSerializationError,
+)
+from taskiq_sa_pg.models import TableConfig
+from taskiq_sa_pg.statements import ProgressRow, ResultRow, StoredProgress, StoredResult
+
+logger = logging.getLogger(__name__)
+
+_MAX_INTEGER: Final = 2_147_483_647
+_MAX_REASON_CHARACTERS: Final = 500
+
+# Whatever these can dump they can also load; of others it is found out before a row is written.
+_TRUSTED_TO_LOAD: Final = (PickleSerializer, JSONSerializer, ORJSONSerializer)
+
+
+class Codec:
+    """Encodes and decodes the rows of one table with one serializer.
+
+    Args:
+        config: The table's configuration; its payload type decides about bytes or JSON text.
+        serializer: None for the default: PickleSerializer for "Bytea", JSONSerializer for
+            "Jsonb".
+        max_payload_bytes: The most bytes of a serialized return value, exception or progress's
+            metadata; None sets no limit.
+        retention: When results expire.
+
+    Raises:
+        ConfigurationError: "Jsonb" with a serializer that does not write JSON, or a limit below 1.
+    """
+
+    def __init__(
+        self,
+        config: TableConfig,
+        serializer: TaskiqSerializer | None = None,
+        max_payload_bytes: int | None = None,
+        retention: Retention = KEEP_FOR_EVER,
+    ) -> None:
+        if max_payload_bytes is not None and max_payload_bytes < 1:
+            raise ConfigurationError(
+                f"max_payload_bytes must be 1 or more, or None, not {max_payload_bytes}"
+            )
+        self._max_payload_bytes = max_payload_bytes
+        self._retention = retention
+        self._table = config.qualified_name
+        self._is_jsonb = config.field_for_payload == "Jsonb"
+        if serializer is None:
+            serializer = JSONSerializer() if self._is_jsonb else PickleSerializer()
+        if self._is_jsonb:
+            _check_writes_json(serializer)
+        self.serializer = serializer
+        innermost = (
+            serializer.serializer if isinstance(serializer, SignedSerializer) else serializer
+        )
+        is_trusted_to_load = type(innermost) in _TRUSTED_TO_LOAD
+        self._dump = serializer.dumpb if is_trusted_to_load else self._dump_and_load
+
+    def encode_result(
+        self, task_id: Any, result: TaskiqResult[Any], *, strict: bool = False
+    ) -> ResultRow:
+        """The row of a result. What cannot be stored becomes an error result, and is logged.
+
+        Args:
+            task_id: As the column has it.
+            result: The result.
+            strict: Raise instead.
+
+        Raises:
+            ResultSerializationError: With strict: the serializer cannot hold a value.
+            PayloadTooLargeError: With strict: a value is too large.
+        """
+        error, is_err, labels = result.error, result.is_err, result.labels
+        try:
+            return_value = self._encode_payload("the return value", result.return_value)
+        except (ResultSerializationError, PayloadTooLargeError) as exc:
+            if strict:
+                raise
+            logger.error("task %s: %s", task_id, exc)  # noqa: TRY400 - the reason says it all
+            error, is_err = exc, True
+            return_value = self._encode_unlimited("the return value", None)
+        encoded_error = error_type = traceback = None
+        if error is not None:
+            encoded_error = self._encode_exception(task_id, error, strict)
+            error_type = storable_text(qualified_name(type(error)))
+            traceback = storable_text(format_traceback(error))
+        metadata = task_metadata_of(result)
+        return ResultRow(
+            task_id=task_id,
+            is_err=bool(is_err),
+            return_value=return_value,
+            error=encoded_error,
+            error_type=error_type,
+            traceback=traceback,
+            execution_time=float(result.execution_time),
+            labels=self._encode_labels(labels) if labels else "{}",
+            log=None if result.log is None else storable_text(result.log),
+            attempt=attempt_of(labels) if labels else 0,
+            expires_at=self._retention.seconds_for(bool(is_err), labels),
+            **metadata._asdict(),
+        )
+
+    def decode_result(self, row: StoredResult, *, with_logs: bool = False) -> TaskiqResult[Any]:
+        """The result of a row; without its log unless with_logs is true.
+
+        The row's task id is for errors; None is one that nobody knows.
+
+        Raises:
+            ResultDecodeError: A value of the row cannot be read back.
+        """
+        try:
+            # Not validated: validation copies, and would rebuild the exception once more.
+            return TaskiqResult.model_construct(
+                is_err=row.is_err,
+                log=row.log if with_logs else None,
+                return_value=self._decode_payload(row.return_value),
+                execution_time=row.execution_time,
+                labels=self._decode_labels(row.labels),
+                error=None if row.error is None else self._decode_exception(row.error),
+            )
+        except Exception as exc:
+            raise self.decode_error(row.task_id, exc) from exc
+
+    def decode_error(self, task_id: Any, exc: Exception) -> ResultDecodeError:
+        """The error of a result that cannot be read back for this reason."""
+        what = "a result" if task_id is None else f"the result of task {str(task_id)!r}"
+        return ResultDecodeError(what, self._table, reason_of(exc))
+
+    def encode_progress(self, task_id: Any, progress: TaskProgress[Any]) -> ProgressRow:
+        """The row of a progress; task_id as the column has it.
+
+        Raises:
+            ResultSerializationError: The serializer cannot hold the metadata.
+            PayloadTooLargeError: The metadata is too large.
+        """
+        state = progress.state.value if isinstance(progress.state, Enum) else progress.state
+        meta = progress.meta
+        return ProgressRow(
+            task_id=task_id,
+            state=storable_text(str(state)),
+            meta=None if meta is None else self._encode_payload("the progress's meta", meta),
+        )
+
+    def decode_progress(self, row: StoredProgress) -> TaskProgress[Any]:
+        """The progress of a row.
+
+        Raises:
+            ResultDecodeError: The metadata cannot be read back.
+        """
+        try:
+            meta = None if row.meta is None else self._decode_payload(row.meta)
+        except Exception as exc:
+            what = f"the progress of task {str(row.task_id)!r}"
+            raise ResultDecodeError(what, self._table, reason_of(exc)) from exc
+        return TaskProgress.model_construct(state=row.state, meta=meta)
+
+    def pack(self, value: Any) -> Any:
+        """The value as plain data for an exception's document; see exception_codec.Packer.
+
+        Raises:
+            ResultSerializationError: The serializer cannot hold the value.
+        """
+        if type(value) is bytes:
+            return wrap_bytes(value)
+        if is_plain(value) and self._holds_in_document(value):
+            return value
+        return wrap(self._serialize("a value", value))
+
+    def unpack(self, packed: Any) -> Any:
+        """The inverse of pack()."""
+        return unwrap(packed, self.serializer.loadb) if is_wrapper(packed) else packed
+
+    def _serialize(self, what: str, value: Any) -> bytes:
+        try:
+            return self._dump(value)
+        except Exception as refusal:  # noqa: BLE001 - serializers raise what they like
+            try:
+                return self._dump(_to_jsonable(value))
+            except Exception as exc:  # noqa: BLE001 - as above
+                reasons = f"{reason_of(refusal)}; {reason_of(exc)}"
+                type_name = qualified_name(type(value))
+                raise ResultSerializationError(what, type_name, reasons) from refusal
+
+    def _dump_and_load(self, value: Any) -> bytes:
+        dumped = self.serializer.dumpb(value)
+        self.serializer.loadb(dumped)
+        return dumped
+
+    def _holds_in_document(self, value: Any) -> bool:
+        # Serializers bound integers, and the depth, of which the document takes some.
+        try:
+            self._dump({"exceptions": [{"args": [value]}]})
+        except Exception:  # noqa: BLE001 - serializers raise what they like
+            return False
+        return True
+
+    def _encode_payload(self, what: str, value: Any) -> bytes | str:
+        dumped = self._serialize(what, value)
+        if self._max_payload_bytes is not None and len(dumped) > self._max_payload_bytes:
+            raise PayloadTooLargeError(what, len(dumped), self._max_payload_bytes)
+        return to_jsonb(dumped) if self._is_jsonb else dumped
+
+    def _encode_unlimited(self, what: str, value: Any) -> bytes | str:
+        dumped = self._serialize(what, value)
+        return to_jsonb(dumped) if self._is_jsonb else dumped
+
+    def _decode_payload(self, stored: bytes | str) -> Any:
+        return self.serializer.loadb(stored if isinstance(stored, bytes) else from_jsonb(stored))
+
+    def _encode_exception(
+        self, task_id: Any, exception: BaseException, strict: bool
+    ) -> bytes | str:
+        try:
+            return self._encode_payload("the error", exception_to_document(exception, self))
+        except Exception as exc:
+            if strict:
+                raise
+            logger.exception("task %s: its exception cannot be stored whole", task_id)
+            stand_in = ResultSerializationError(
+                "the error", qualified_name(type(exception)), reason_of(exc)
+            )
+            return self._encode_unlimited("the error", exception_to_document(stand_in, self))
+
+    def _decode_exception(self, stored: bytes | str) -> BaseException:
+        return exception_from_document(self._decode_payload(stored), self)
+
+    def _encode_labels(self, labels: Mapping[str, Any]) -> str:
+        document: Any = {name: self._pack_label(value) for name, value in labels.items()}
+        if not is_plain(document):  # the names are at fault
+            document = self._pack_label(dict(labels))
+        return json.dumps(document, ensure_ascii=False)
+
+    def _pack_label(self, value: Any) -> Any:
+        if is_plain(value):
+            return value
+        try:
+            return self.pack(value)
+        except ResultSerializationError:
+            return repr_of(value)
+
+    def _decode_labels(self, stored: str) -> dict[str, Any]:
+        if stored == "{}":
+            return {}
+        document = json.loads(stored)
+        if not isinstance(document, dict) or is_wrapper(document):
+            unpacked = self.unpack(document)
+            return unpacked if isinstance(unpacked, dict) else {"labels": unpacked}
+        return {name: self.unpack(value) for name, value in document.items()}
+
+
+def _check_writes_json(serializer: TaskiqSerializer) -> None:
+    probe = {"probe": [1, 0.5, "text", True, None]}
+    try:
+        writes_json = json.loads(serializer.dumpb(probe).decode()) == probe
+    except Exception:  # noqa: BLE001 - whatever it does, it does not write JSON
+        writes_json = False
+    if not writes_json:
+        raise ConfigurationError(
+            'field_for_payload="Jsonb" needs a serializer that writes JSON, such as '
+            f"JSONSerializer or ORJSONSerializer, not {type(serializer).__qualname__}; "
+            '"Bytea" takes any'
+        )
+
+
+def attempt_of(labels: Any) -> int:
+    """The number of the attempt, 0 for the first; from the label of taskiq's retry middlewares."""
+    try:  # a label can be anything, and so can labels
+        if "_retries" not in labels:
+            return 0
+        return min(max(int(labels["_retries"]), 0), _MAX_INTEGER)
+    except Exception:  # noqa: BLE001 - anyone's __int__
+        return 0
+
+
+def reason_of(exc: Exception) -> str:
+    """What an error is and says, whatever it is; some hundred characters of it."""
+    try:
+        text = str(exc)
+    except Exception:  # noqa: BLE001 - anyone's __str__
+        text = "(no text)"
+    return f"{qualified_name(type(exc))}: {storable_text(text)[:_MAX_REASON_CHARACTERS]}"
+
+
+def _to_jsonable(value: Any) -> Any:
+    if _holds_iterator(value):
+        # pydantic would make a list of it: of a generator, which may be endless, or of the
+        # lines of an open file.
+        raise TypeError("an iterator is not a value")
+    return to_jsonable_python(value)
+
+
+def _holds_iterator(value: Any) -> bool:
+    pending, seen = [value], set()
+    while pending:
+        current = pending.pop()
+        if isinstance(current, Iterator | AsyncIterator):
+            return True
+        if id(current) not in seen:
+            seen.add(id(current))
+            pending.extend(_parts(current))
+    return False
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return value
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, BaseModel):
+        extra = getattr(value, "__pydantic_extra__", None) or {}
+        return [*value.__dict__.values(), *extra.values()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return ()

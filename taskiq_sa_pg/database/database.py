@@ -1,0 +1,384 @@
+"""The session layer: runs statements on an AsyncEngine that it owns or borrows."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import Executable, NullPool, Select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from taskiq_sa_pg.database.connections import Connections, time_limit
+from taskiq_sa_pg.database.dsn import DsnSource, check_dsn
+from taskiq_sa_pg.database.engine import make_engine
+from taskiq_sa_pg.database.errors import describe, errors_of, invalidates_all, is_disconnect
+from taskiq_sa_pg.database.retry import Retry
+from taskiq_sa_pg.database.stream import Stream
+from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, StorageError
+from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_CONNECTIONS: Final = 4
+
+# Seconds.
+DEFAULT_RETRY_TIMEOUT: Final = 60.0
+DEFAULT_COMMAND_TIMEOUT: Final = 30.0
+
+_NOT_STARTED: Final = (
+    "the result backend is not started: call `await broker.startup()` (or the backend's own "
+    "startup()) first"
+)
+
+_T = TypeVar("_T")
+
+
+class Database:
+    """Runs statements on an engine, again where they failed for a reason that passes.
+
+    An engine that is given is borrowed: its pool is used and it is never disposed. One that is
+    made from a DSN is owned: open() makes it, close() disposes it.
+
+    Args:
+        dsn: Where to connect.
+        engine: The engine, instead.
+        engine_kwargs: With dsn: arguments of the engine.
+        max_connections: How many are in use at once.
+        listen_dsn: Where to listen; None for the same place.
+        retry_timeout: For how many seconds a statement is tried again.
+        command_timeout: How many seconds one attempt may take, the way to a connection included.
+        on_retry: Called for every statement that is tried again.
+
+    Raises:
+        ConfigurationError: Neither a DSN nor an engine, both, a DSN that cannot work, or an
+            engine that is not an AsyncEngine on PostgreSQL.
+    """
+
+    def __init__(
+        self,
+        dsn: DsnSource | None = None,
+        *,
+        engine: AsyncEngine | None = None,
+        engine_kwargs: Mapping[str, Any] | None = None,
+        max_connections: int = DEFAULT_MAX_CONNECTIONS,
+        listen_dsn: DsnSource | None = None,
+        retry_timeout: float = DEFAULT_RETRY_TIMEOUT,
+        command_timeout: float = DEFAULT_COMMAND_TIMEOUT,
+        on_retry: Callable[[], None] = lambda: None,
+    ) -> None:
+        _check_source(dsn, engine, engine_kwargs)
+        if listen_dsn is not None:
+            check_dsn(listen_dsn)
+        if max_connections < 1:
+            raise ConfigurationError(f"max_connections must be 1 or more, not {max_connections}")
+        if retry_timeout < 0:
+            raise ConfigurationError(f"retry_timeout must be 0 or more, not {retry_timeout}")
+        if command_timeout <= 0:
+            raise ConfigurationError(f"command_timeout must be more than 0, not {command_timeout}")
+        self._dsn = dsn
+        self._borrowed = engine
+        self._engine_kwargs = dict(engine_kwargs or {})
+        self._max_connections = max_connections
+        self._listen_dsn = listen_dsn
+        self._retry = Retry(retry_timeout, on_retry)
+        self._command_timeout = command_timeout
+        self._engine: AsyncEngine | None = None
+        self._connections: Connections | None = None
+        self._errors: tuple[type[Exception], ...] = ()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._disposal: AsyncGenerator[None, None] | None = None
+        self._streams: set[Stream] = set()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is open, on this event loop."""
+        return self._engine is not None and self._loop is asyncio.get_running_loop()
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether it makes and disposes its engine."""
+        return self._borrowed is None
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """What it runs on.
+
+        Raises:
+            NotStartedError: It is not open.
+        """
+        if self._engine is None:
+            raise NotStartedError(_NOT_STARTED)
+        return self._engine
+
+    @property
+    def kept(self) -> int:
+        """How many connections are checked out although nothing runs on them."""
+        return 0 if self._connections is None else self._connections.kept
+
+    @property
+    def streams(self) -> int:
+        """How many server-side cursors are open."""
+        return len(self._streams)
+
+    def schema_of(self, schema: str | None) -> str | None:
+        """Where a schema's tables really are: a `schema_translate_map` may lead elsewhere.
+
+        SQLAlchemy leads there the statements that are run here, but not the catalogue's rows.
+        """
+        schemas = self.engine.sync_engine.get_execution_options().get("schema_translate_map") or {}
+        found: str | None = schemas.get(schema, schema)
+        return found
+
+    async def open(self, timings: Timings = DEFAULT_TIMINGS) -> bool:
+        """Gets the engine ready, unless it is; nothing connects yet.
+
+        Args:
+            timings: How long connections are kept.
+
+        Returns:
+            False if it was open, on this event loop.
+
+        Raises:
+            ConfigurationError: The engine cannot be made with these arguments.
+        """
+        if self.is_open:
+            return False
+        if self._connections is not None:
+            self._connections.abandon()
+        if self._borrowed is None:
+            assert self._dsn is not None
+            engine = make_engine(self._dsn, **self._engine_kwargs)
+        else:
+            engine = self._borrowed
+        # Others wait for a borrowed engine's connections: each goes back after its statement.
+        connections = Connections(engine, self._max_connections, keep=self.is_owned, timings=timings)
+        if self.is_owned:
+            self._disposal = _disposing(engine, connections)
+            await anext(self._disposal)
+        self._engine, self._connections = engine, connections
+        self._loop = asyncio.get_running_loop()
+        self._errors = errors_of(engine)
+        return True
+
+    async def close(self) -> None:
+        """Disposes the engine if it is owned; repeated calls do nothing."""
+        engine, self._engine = self._engine, None
+        connections, self._connections = self._connections, None
+        disposal, self._disposal = self._disposal, None
+        streams, self._streams = self._streams, set()
+        if engine is None or connections is None:
+            return
+        if self._loop is not asyncio.get_running_loop():
+            # Connections of another loop cannot be closed here; the garbage collector has them.
+            connections.abandon()
+            if disposal is not None:
+                await engine.dispose(close=False)
+            return
+        for stream in streams:
+            await stream.close()
+        if disposal is not None:
+            await disposal.aclose()
+        else:
+            await connections.close()
+
+    async def fetch(
+        self,
+        statement: Executable,
+        parameters: Mapping[str, Any],
+        purpose: str,
+        *,
+        retry_timeout: float | None = None,
+    ) -> Sequence[Any]:
+        """Runs one statement in AUTOCOMMIT, which is one round trip, and returns its rows.
+
+        Args:
+            statement: What to run, perhaps more than once. It is compiled once, so it must be an
+                object that lasts.
+            parameters: Its parameters, all that are not in the statement itself.
+            purpose: What errors say could not be done: "store the result of ...".
+            retry_timeout: Instead of the usual.
+
+        Raises:
+            NotStartedError: The database is not open.
+            StorageError: PostgreSQL refused the statement or could not be reached in time.
+        """
+
+        async def attempt() -> Sequence[Any]:
+            rows = self._running(purpose).fetch(statement, parameters, self._command_timeout)
+            return await self._watching(rows)
+
+        try:
+            return await self._retry.run(attempt, retry_timeout)
+        except self._errors as exc:
+            raise StorageError(*describe(exc, purpose)) from exc
+
+    async def transact(
+        self,
+        work: Callable[[AsyncConnection], Awaitable[_T]],
+        purpose: str,
+        *,
+        is_answer_final: bool = False,
+        is_limited: bool = True,
+        retry_timeout: float | None = None,
+    ) -> _T:
+        """Does some work in one transaction: committed at the end, rolled back by an exception.
+
+        Args:
+            work: What to do, perhaps more than once.
+            purpose: What errors say could not be done.
+            is_answer_final: Whether the answer counts where the connection was lost in the COMMIT,
+                so that nobody knows whether it was carried out; else the work is done again.
+            is_limited: Whether an attempt has to end in time; the way to a connection always has.
+            retry_timeout: Instead of the usual.
+
+        Returns:
+            What the work returned.
+
+        Raises:
+            NotStartedError: The database is not open.
+            StorageError: PostgreSQL refused a statement or could not be reached in time.
+        """
+
+        async def attempt() -> _T:
+            connections = self._running(purpose)
+            answers: list[_T] = []
+            try:
+                async with (
+                    time_limit(self._command_timeout) as lift_limit,
+                    connections.transaction() as connection,
+                ):
+                    if not is_limited:
+                        lift_limit()
+                    answers.append(await work(connection))
+            except self._errors as exc:
+                self._note_error(exc)
+                if not (answers and is_answer_final and is_disconnect(exc)):
+                    raise
+                logger.warning("the connection was lost in a COMMIT that was to %s", purpose)
+            return answers[0]
+
+        try:
+            return await self._retry.run(attempt, retry_timeout)
+        except self._errors as exc:
+            raise StorageError(*describe(exc, purpose)) from exc
+
+    async def stream(
+        self, statement: Select[Any], size: int, purpose: str
+    ) -> AsyncGenerator[Sequence[Any], None]:
+        """Yields the rows of a statement in batches, which a server-side cursor holds back.
+
+        It has a connection of its own, beside those that statements share: whoever takes the rows
+        may be slow. Close the generator, so that the connection is closed.
+
+        Args:
+            statement: What to run; again where a fault that passes leaves it without a first batch.
+            size: How many rows a batch has at most.
+            purpose: What errors say could not be done.
+
+        Raises:
+            NotStartedError: The database is not open, or was closed meanwhile.
+            StorageError: PostgreSQL refused the statement or could not be reached in time, or the
+                connection was lost between two batches.
+        """
+
+        async def attempt() -> tuple[Stream, Sequence[Any]]:
+            stream = Stream(self._running(purpose), size, self._command_timeout)
+            return stream, await self._watching(stream.open(statement))
+
+        try:
+            stream, rows = await self._retry.run(attempt)
+            self._streams.add(stream)
+            try:
+                while rows:
+                    yield rows
+                    rows = await self._watching(stream.next())
+            finally:
+                self._streams.discard(stream)
+                await stream.close()
+        except self._errors as exc:
+            raise StorageError(*describe(exc, purpose)) from exc
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[Any]:
+        """A connection of the driver's own, outside of every pool; closed at the end.
+
+        It leads to listen_dsn where there is one.
+
+        Raises:
+            NotStartedError: The database is not open.
+            StorageError: PostgreSQL could not be reached.
+        """
+        purpose = "listen for notifications"
+        connections, engine = self._running(purpose), None
+        if self._listen_dsn is not None:
+            engine = make_engine(self._listen_dsn, poolclass=NullPool)
+            connections = Connections(engine, 1, keep=False)
+        errors = self._errors if engine is None else errors_of(engine)
+        try:
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(self._command_timeout):
+                    detached = connections.detached("AUTOCOMMIT")
+                    _, driver = await stack.enter_async_context(detached)
+                yield driver
+        except errors as exc:
+            raise StorageError(*describe(exc, purpose)) from exc
+        finally:
+            if engine is not None:
+                await engine.dispose()
+
+    async def _watching(self, answer: Awaitable[_T]) -> _T:
+        try:
+            return await answer
+        except self._errors as exc:
+            self._note_error(exc)
+            raise
+
+    def _note_error(self, exc: Exception) -> None:
+        if self._connections is not None and invalidates_all(exc):
+            self._connections.invalidate_all()
+
+    def _running(self, purpose: str) -> Connections:
+        if self._connections is None:
+            raise NotStartedError(f"cannot {purpose}: {_NOT_STARTED}")
+        return self._connections
+
+
+def _check_source(
+    dsn: DsnSource | None, engine: object, engine_kwargs: Mapping[str, Any] | None
+) -> None:
+    if (dsn is None) == (engine is None):
+        raise ConfigurationError(
+            "give either dsn= (the backend makes an engine of its own) or engine= (it uses "
+            "yours and never disposes it)"
+        )
+    if dsn is not None:
+        check_dsn(dsn)
+    if engine is None:
+        return
+    if not isinstance(engine, AsyncEngine):
+        raise ConfigurationError(
+            f"engine must be an AsyncEngine, as create_async_engine() makes it, not "
+            f"{type(engine).__qualname__}"
+        )
+    if engine.dialect.name != "postgresql":
+        raise ConfigurationError(
+            f"engine must be one for PostgreSQL, not for {engine.dialect.name}"
+        )
+    if engine_kwargs:
+        raise ConfigurationError(
+            f"{', '.join(sorted(engine_kwargs))}: arguments for an engine go with dsn=; the "
+            "engine that was given is used as it is"
+        )
+
+
+async def _disposing(engine: AsyncEngine, connections: Connections) -> AsyncGenerator[None, None]:
+    # asyncio.run() and its like close the async generators of their event loop before the loop
+    # itself, so connections that nobody shut down are closed while they still can be.
+    try:
+        yield
+    finally:
+        try:
+            await connections.close()
+        finally:
+            await engine.dispose()

@@ -1,0 +1,299 @@
+"""Addresses of a PostgreSQL: every accepted form of DSN, and what it means to each driver."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import unquote, urlencode
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from taskiq_sa_pg.exceptions import ConfigurationError
+
+Dsn = str | URL
+DsnSource = Dsn | Callable[[], Dsn]
+
+_DRIVERNAMES: Final = {
+    "postgres": "postgresql+asyncpg",
+    "postgresql": "postgresql+asyncpg",
+    "postgresql+asyncpg": "postgresql+asyncpg",
+    "postgresql+psycopg": "postgresql+psycopg",
+    "postgresql+psycopg_async": "postgresql+psycopg",
+}
+
+_UNPARSABLE: Final = (
+    "dsn is not an address that can be parsed; it looks like "
+    "postgresql://user:password@host:5432/database, with special characters in user and "
+    "password percent-encoded"
+)
+
+_QUERY: Final = re.compile(r"\w+=")
+
+# Several hosts, as libpq writes them; SQLAlchemy takes the second port for a part of the first.
+_SEVERAL_HOSTS: Final = re.compile(
+    r"(?P<head>[\w+]+://(?:[^@]*@)?)(?P<hosts>[^/?@]*,[^/?@]*)(?P<tail>[/?].*)?", re.DOTALL
+)
+
+# What asyncpg.connect() and SQLAlchemy's asyncpg dialect take as arguments and not from a DSN.
+_ASYNCPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "timeout": float,
+    "command_timeout": float,
+    "statement_cache_size": int,
+    "max_cached_statement_lifetime": int,
+    "max_cacheable_statement_size": int,
+    "prepared_statement_cache_size": int,
+    "ssl": str,
+}
+
+# What psycopg's connect() takes beside libpq's parameters. None turns prepared statements off.
+_PSYCOPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "prepare_threshold": lambda text: None if text.lower() == "none" else int(text),
+}
+
+# libpq's parameters without a counterpart in asyncpg, which would hand them to the server as
+# settings. https://www.postgresql.org/docs/18/libpq-connect.html#LIBPQ-PARAMKEYWORDS
+_LIBPQ_ONLY: Final = frozenset(
+    {
+        "channel_binding",
+        "gssdelegation",
+        "gssencmode",
+        "hostaddr",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "load_balance_hosts",
+        "max_protocol_version",
+        "min_protocol_version",
+        "require_auth",
+        "requirepeer",
+        "requiressl",
+        "scram_client_key",
+        "scram_server_key",
+        "sslcertmode",
+        "sslcompression",
+        "sslcrldir",
+        "sslkeylogfile",
+        "sslsni",
+        "tcp_user_timeout",
+    }
+)
+
+
+# A peer that acknowledges nothing for so long is gone, be the connection idle or not. Seconds, but
+# milliseconds for TCP_USER_TIMEOUT, which macOS lacks.
+TCP_OPTIONS: Final = {
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 10_000,
+}
+
+# The same, as psycopg has libpq set it.
+_LIBPQ_DEFAULTS: Final = {
+    "keepalives_idle": str(TCP_OPTIONS["TCP_KEEPIDLE"]),
+    "keepalives_interval": str(TCP_OPTIONS["TCP_KEEPINTVL"]),
+    "keepalives_count": str(TCP_OPTIONS["TCP_KEEPCNT"]),
+    "tcp_user_timeout": str(TCP_OPTIONS["TCP_USER_TIMEOUT"]),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where and as whom to connect: a DSN taken apart. Its repr shows no secret.
+
+    Attributes:
+        drivername: SQLAlchemy's name of dialect and driver.
+        hosts: Host (or directory of a Unix socket) and port, tried in this order; an empty
+            host and a None are left to the driver's default.
+        options: Everything else that the DSN says, under libpq's or the driver's names.
+    """
+
+    drivername: str
+    username: str | None
+    password: str | None = field(repr=False)
+    hosts: tuple[tuple[str, int | None], ...]
+    database: str | None
+    options: Mapping[str, str] = field(repr=False)
+
+    @property
+    def url(self) -> URL:
+        """The address without its options, to show and to choose the dialect by."""
+        host, port = self.hosts[0] if len(self.hosts) == 1 else (None, None)
+        return URL.create(
+            self.drivername, self.username, self.password, host or None, port, self.database
+        )
+
+    def connect_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the driver's connect()."""
+        arguments = {
+            "user": self.username,
+            "password": self.password,
+            **(
+                self._asyncpg_arguments()
+                if self.drivername == "postgresql+asyncpg"
+                else self._psycopg_arguments()
+            ),
+        }
+        return {
+            name: value
+            for name, value in arguments.items()
+            if value is not None or name in _PSYCOPG_ARGUMENTS
+        }
+
+    def _asyncpg_arguments(self) -> dict[str, Any]:
+        rest = dict(self.options)
+        arguments: dict[str, Any] = {
+            name: convert(rest.pop(name))
+            for name, convert in _ASYNCPG_ARGUMENTS.items()
+            if name in rest
+        }
+        if "connect_timeout" in rest:
+            # libpq's 0 is no limit; asyncpg's would be no time at all.
+            arguments.setdefault("timeout", float(rest.pop("connect_timeout")) or None)
+        if "fallback_application_name" in rest:
+            rest.setdefault("application_name", rest.pop("fallback_application_name"))
+        if rest:
+            # asyncpg reads libpq's parameters only where they stand in a DSN.
+            arguments["dsn"] = f"postgresql://?{urlencode(rest)}"
+        arguments["database"] = self.database
+        if any(host for host, _ in self.hosts):
+            arguments["host"] = [host for host, _ in self.hosts]
+        if len(self.hosts) == 1:
+            arguments["port"] = self.hosts[0][1]
+        elif any(port for _, port in self.hosts):
+            arguments["port"] = [port or 5432 for _, port in self.hosts]
+        return arguments
+
+    def _psycopg_arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {**_LIBPQ_DEFAULTS, **self.options, "dbname": self.database}
+        for name in _PSYCOPG_ARGUMENTS.keys() & self.options:
+            arguments[name] = _PSYCOPG_ARGUMENTS[name](self.options[name])
+        if any(host for host, _ in self.hosts):
+            arguments["host"] = ",".join(host for host, _ in self.hosts)
+        if any(port for _, port in self.hosts):
+            arguments["port"] = ",".join(str(port or "") for _, port in self.hosts)
+        return arguments
+
+
+def parse_dsn(dsn: Dsn) -> Address:
+    """Takes a DSN apart: libpq's URI, a SQLAlchemy URL, or either's text.
+
+    Raises:
+        ConfigurationError: Not a PostgreSQL address, a driver that is not asynchronous, or a
+            parameter that the driver does not know. The text shows no part of the DSN that
+            could hold a secret.
+    """
+    if not isinstance(dsn, str | URL):
+        raise ConfigurationError(
+            f"dsn must be a str, a sqlalchemy.URL or a callable, not {type(dsn).__qualname__}"
+        )
+    hosts: list[str] = []
+    if isinstance(dsn, str):
+        dsn = _with_quoted_query(dsn)
+        several = _SEVERAL_HOSTS.fullmatch(dsn)
+        if several:
+            hosts = several["hosts"].split(",")
+            dsn = several["head"] + (several["tail"] or "")
+    try:
+        url = make_url(dsn)
+    except (ArgumentError, ValueError):
+        # `from None`: what SQLAlchemy and int() say quotes the DSN, password and all.
+        raise ConfigurationError(_UNPARSABLE) from None
+    if "@" in (url.host or ""):
+        raise ConfigurationError(_UNPARSABLE)  # the end of a password
+    address = _address(url, hosts or (url.host or "").split(","))
+    _check_options(address)
+    return address
+
+
+def _with_quoted_query(dsn: str) -> str:
+    # SQLAlchemy ends the password at any "@", one in a parameter's value too.
+    base, mark, query = dsn.partition("?")
+    return base + mark + query.replace("@", "%40") if _QUERY.match(query) else dsn
+
+
+def _address(url: URL, hosts: list[str]) -> Address:
+    drivername = _DRIVERNAMES.get(url.drivername)
+    if drivername is None:
+        raise ConfigurationError(
+            f"dsn names the driver {url.drivername!r}; use postgresql:// (asyncpg) or "
+            "postgresql+psycopg://"
+        )
+    options = {
+        name: value if isinstance(value, str) else ",".join(value)
+        for name, value in url.query.items()
+    }
+    # As in libpq, the query wins.
+    hosts = options.pop("host", ",".join(hosts)).split(",")
+    ports = options.pop("port", str(url.port or "")).split(",")
+    if len(ports) not in {1, len(hosts)}:
+        raise ConfigurationError(f"dsn names {len(hosts)} hosts and {len(ports)} ports")
+    if len(ports) == 1:
+        ports *= len(hosts)
+    places = tuple(map(_host_and_port, hosts, ports))
+    if len(places) > 1 and not all(host for host, _ in places):
+        raise ConfigurationError("dsn names an empty host beside others")
+    return Address(
+        drivername,
+        options.pop("user", url.username) or None,
+        options.pop("password", url.password) or None,
+        places,
+        options.pop("dbname", options.pop("database", url.database)) or None,
+        options,
+    )
+
+
+def _host_and_port(host: str, default_port: str) -> tuple[str, int | None]:
+    port = default_port
+    if host.startswith("["):
+        host, _, after = host[1:].partition("]")
+        port = after.removeprefix(":") or port
+    elif not host.startswith("/") and host.count(":") == 1:
+        host, _, own_port = host.partition(":")
+        port = own_port or port
+    if port and not (port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigurationError(f"dsn has a port that is no port number, beside host {host!r}")
+    # Not before the ports are off: "%2Frun%2Fpostgresql:5432" is a socket's directory and a port.
+    return unquote(host), int(port) if port else None
+
+
+def _check_options(address: Address) -> None:
+    if address.drivername == "postgresql+asyncpg":
+        driver, other, foreign = "asyncpg", "psycopg", _LIBPQ_ONLY.union(_PSYCOPG_ARGUMENTS)
+    else:
+        driver, other, foreign = "psycopg", "asyncpg", frozenset(_ASYNCPG_ARGUMENTS)
+    unknown = sorted(foreign.intersection(address.options))
+    if unknown:
+        raise ConfigurationError(
+            f"{driver} does not know the dsn's parameter {', '.join(unknown)}: leave it out, or "
+            f"use postgresql+{other}://"
+        )
+    try:
+        address.connect_arguments()
+    except ValueError:
+        numbers = ", ".join(name for name, kind in _ASYNCPG_ARGUMENTS.items() if kind is not str)
+        raise ConfigurationError(
+            f"the dsn's parameters {numbers} and connect_timeout take numbers, and "
+            "prepare_threshold takes a number or none"
+        ) from None
+
+
+def check_dsn(source: DsnSource) -> None:
+    """Raises what is wrong with a DSN; a callable is asked when it is needed.
+
+    Raises:
+        ConfigurationError: As parse_dsn().
+    """
+    if not callable(source):
+        parse_dsn(source)
+
+
+def ask(source: DsnSource) -> Address:
+    """The address that a source names now.
+
+    Raises:
+        ConfigurationError: As parse_dsn().
+    """
+    return parse_dsn(source() if callable(source) else source)

@@ -1,0 +1,77 @@
+"""Rows that a server-side cursor holds back until they are asked for."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+
+from sqlalchemy import Select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncResult
+
+from taskiq_sa_pg.database.connections import MAX_SECONDS_TO_CLOSE, Connections, time_limit
+from taskiq_sa_pg.exceptions import NotStartedError
+
+
+class Stream:
+    """A statement's rows, in batches, on a connection and in a transaction of its own.
+
+    Args:
+        connections: Where the connection comes from; it takes no place of theirs.
+        size: How many rows a batch has at most.
+        timeout: How many seconds a batch may take, and the first with the way to a connection.
+    """
+
+    def __init__(self, connections: Connections, size: int, timeout: float) -> None:
+        self._connections = connections
+        self._size = size
+        self._timeout = timeout
+        self._stack = AsyncExitStack()
+        self._result: AsyncResult[Any] | None = None
+        # A driver's connection cannot be closed safely while another task waits for its answer.
+        self._lock = asyncio.Lock()
+        self._is_closed = False
+
+    async def open(self, statement: Select[Any]) -> Sequence[Any]:
+        """Runs the statement, and returns the first rows.
+
+        Raises:
+            TimeoutError: It took too long.
+        """
+        async with AsyncExitStack() as stack, time_limit(self._timeout):
+            # Explicitly: there are no cursors in AUTOCOMMIT, which may be the engine's default.
+            connection, _ = await stack.enter_async_context(
+                self._connections.detached("READ COMMITTED")
+            )
+            result = await connection.stream(statement, execution_options={"yield_per": self._size})
+            stack.push_async_callback(_close, result)
+            rows: Sequence[Any] = await result.fetchmany(self._size)
+            self._stack, self._result = stack.pop_all(), result
+        return rows
+
+    async def next(self) -> Sequence[Any]:
+        """The next rows, none at the end.
+
+        Raises:
+            NotStartedError: It was closed.
+            TimeoutError: It took too long.
+        """
+        async with self._lock:
+            if self._is_closed or self._result is None:
+                raise NotStartedError("the result backend was shut down while results were read")
+            async with time_limit(self._timeout):
+                return await self._result.fetchmany(self._size)
+
+    async def close(self) -> None:
+        """Ends the transaction and closes the connection, as soon as nothing runs on it."""
+        async with self._lock:
+            self._is_closed = True
+            await self._stack.aclose()
+
+
+async def _close(result: AsyncResult[Any]) -> None:
+    # psycopg complains of cursors that are left open. Whatever goes wrong here, the connection is
+    # closed next.
+    with suppress(SQLAlchemyError, OSError):
+        async with time_limit(MAX_SECONDS_TO_CLOSE):
+            await result.close()

@@ -1,0 +1,11 @@
+"""Results and progress of taskiq-postgres, into the tables of a backend.
+
+    report = await import_results(backend, "old_results", serializer=PickleSerializer())
+
+Nothing is changed in the old table, and nothing is overwritten in ours, so an import may be
+interrupted at any moment, run again, and run while workers store results in both tables.
+"""
+
+from taskiq_sa_pg.importing.copy import ImportReport, Unreadable, count_rows, import_results
+
+__all__ = ["ImportReport", "Unreadable", "count_rows", "import_results"]

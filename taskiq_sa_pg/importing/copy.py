@@ -1,0 +1,311 @@
+"""Stores what old tables hold and ours do not, a batch after the other."""
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+from uuid import UUID
+
+import taskiq.exceptions
+from sqlalchemy import Select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from taskiq import TaskiqResult
+from taskiq.abc.serializer import TaskiqSerializer
+from taskiq.depends.progress_tracker import TaskProgress
+from taskiq.serializers import PickleSerializer
+
+from taskiq_sa_pg.backend import SQLAlchemyResultBackend
+from taskiq_sa_pg.batching import MAX_BYTES, blames_a_row
+from taskiq_sa_pg.codec import reason_of, storable_text
+from taskiq_sa_pg.database import Database
+from taskiq_sa_pg.exceptions import ConfigurationError, InvalidTaskIdError, StorageError
+from taskiq_sa_pg.importing.source import OldRow, OldTable, find_old_table
+from taskiq_sa_pg.statements import (
+    ProgressRow,
+    ResultRow,
+    Upsert,
+    insert_progress,
+    insert_results,
+    select_having_progress,
+    select_ready,
+)
+
+# Without [Any]: older pydantic would refuse the objects that other packages have pickled.
+_RESULT: Final[type[TaskiqResult[Any]]] = TaskiqResult
+_PROGRESS: Final[type[TaskProgress[Any]]] = TaskProgress
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A result or a progress that was left out.
+
+    Attributes:
+        task_id: The task.
+        reason: What cannot be read or stored, and why: one line.
+    """
+
+    task_id: str
+    reason: str
+
+
+@dataclass(slots=True)
+class ImportReport:
+    """What became of the old rows, each of which has a result, progress or both.
+
+    Attributes:
+        rows: How many were read.
+        results: Results stored; with dry_run, those that would be.
+        progress: Progress stored, likewise.
+        already_there: Results and progress that our tables had.
+        unreadable: How often something was left out, because it could not be read or stored.
+    """
+
+    rows: int = 0
+    results: int = 0
+    progress: int = 0
+    already_there: int = 0
+    unreadable: int = 0
+
+
+async def import_results(
+    backend: SQLAlchemyResultBackend[Any],
+    from_table: str,
+    *,
+    from_engine: AsyncEngine | None = None,
+    from_schema: str | None = None,
+    serializer: TaskiqSerializer | None = None,
+    batch_size: int = 1000,
+    dry_run: bool = False,
+    on_batch: Callable[[ImportReport], None] | None = None,
+    on_unreadable: Callable[[Unreadable], None] | None = None,
+) -> ImportReport:
+    """Stores what a table of taskiq-postgres holds and ours do not.
+
+    The old rows are read in the order of their task ids, and one batch after the other is
+    committed. Where ours have a result or progress of a task already, it stays. What comes into
+    the old table behind the batch that is being read is left for the next run.
+
+    Old tables do not tell when a task finished: `finished_at` is the time of the import. Nobody is
+    notified; whoever waits for a result finds it within 3 seconds. Of UUIDs that go into a text
+    column the task id becomes the 32 digits that taskiq makes its ids of.
+
+    Args:
+        backend: Started; its tables, serializer and connections are used.
+        from_table: The old table, to the letter: its columns are task_id (VARCHAR, TEXT or UUID),
+            result and, but for very old ones, progress (BYTEA).
+        from_engine: Where the old table is. It is borrowed. None is the backend's database.
+        from_schema: PostgreSQL schema of the old table; None leaves it to the search_path.
+        serializer: Of the old rows; None is PickleSerializer, which runs code that whoever wrote
+            the rows has chosen.
+        batch_size: The most rows that are read at once; large ones come in smaller batches.
+        dry_run: True reads everything and stores nothing.
+        on_batch: Called after each batch has been committed, with the counts until then: always
+            the same object.
+        on_unreadable: Called for all that is left out.
+
+    Returns:
+        The counts.
+
+    Raises:
+        NotStartedError: The backend is not started.
+        ConfigurationError: A batch_size below 1, or an engine that is not one for PostgreSQL.
+        SchemaError: There is no such table, or it is not one of taskiq-postgres.
+        StorageError: PostgreSQL refused a statement or could not be reached; what was committed
+            stays, and the next run goes on from there.
+    """
+    if batch_size < 1:
+        raise ConfigurationError(f"batch_size must be 1 or more, not {batch_size}")
+    target = _Target(backend, serializer or PickleSerializer(), dry_run, on_unreadable)
+    async with _old_table(backend, from_engine, from_table, from_schema) as table:
+        async for rows in table.read(batch_size, MAX_BYTES):
+            await target.add(rows)
+            if on_batch is not None:
+                on_batch(target.report)
+    return target.report
+
+
+async def count_rows(
+    backend: SQLAlchemyResultBackend[Any],
+    from_table: str,
+    *,
+    from_engine: AsyncEngine | None = None,
+    from_schema: str | None = None,
+) -> int:
+    """How many rows import_results() would read now, for a progress bar's total.
+
+    Arguments as import_results().
+
+    Raises:
+        NotStartedError: The backend is not started.
+        ConfigurationError: An engine that is not one for PostgreSQL.
+        SchemaError: There is no such table, or it is not one of taskiq-postgres.
+        StorageError: PostgreSQL could not be asked.
+    """
+    async with _old_table(backend, from_engine, from_table, from_schema) as table:
+        return await table.count_rows()
+
+
+@asynccontextmanager
+async def _old_table(
+    backend: SQLAlchemyResultBackend[Any],
+    engine: AsyncEngine | None,
+    table_name: str,
+    schema: str | None,
+) -> AsyncIterator[OldTable]:
+    runtime = backend.runtime
+    if engine is None:
+        yield await find_old_table(runtime.database, table_name, schema)
+        return
+    database = Database(engine=engine, max_connections=1)
+    await database.open()
+    try:
+        # Not tried again: nobody has been there yet, and a wrong address is told at once.
+        yield await find_old_table(database, table_name, schema, retry_timeout=0)
+    finally:
+        await database.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One of our tables: what is stored in it of an old row, where it has none of the task."""
+
+    name: str
+    encode: Callable[[Any, bytes], ResultRow | ProgressRow]
+    insert: Upsert
+    select_present: Select[Any]
+
+
+class _Target:
+    """Our tables: turns old rows into rows of theirs, stores those and counts."""
+
+    def __init__(
+        self,
+        backend: SQLAlchemyResultBackend[Any],
+        serializer: TaskiqSerializer,
+        dry_run: bool,
+        on_unreadable: Callable[[Unreadable], None] | None,
+    ) -> None:
+        self.report = ImportReport()
+        models = backend.models
+        self._config = models.config
+        self._codec = backend.settings.codec
+        self._database = backend.runtime.database
+        self._purpose = f"import into table {models.config.qualified_name}"
+        self._serializer = serializer
+        self._dry_run = dry_run
+        self._on_unreadable = on_unreadable
+        results, progress = insert_results(models), insert_progress(models)
+        self._results = _Part("result", self._encode_result, results, select_ready(models))
+        having = select_having_progress(models)
+        self._progress = _Part("progress", self._encode_progress, progress, having)
+
+    async def add(self, rows: Iterable[OldRow]) -> None:
+        """Stores what a batch holds and our tables do not."""
+        results: dict[Any, tuple[str, bytes]] = {}
+        progress: dict[Any, tuple[str, bytes]] = {}
+        for row in rows:
+            self.report.rows += 1
+            task_id = row.task_id.hex if isinstance(row.task_id, UUID) else row.task_id
+            try:
+                column_id = self._config.to_column_task_id(task_id)
+            except InvalidTaskIdError as exc:
+                self._leave_out(task_id, str(exc))
+                continue
+            for values, dumped in ((results, row.result), (progress, row.progress)):
+                if dumped is None:
+                    continue
+                if column_id in values:  # a UUID in another spelling
+                    self.report.already_there += 1
+                else:
+                    values[column_id] = task_id, dumped
+        self.report.results += await self._add(self._results, results)
+        self.report.progress += await self._add(self._progress, progress)
+
+    async def _add(self, part: _Part, values: Mapping[Any, tuple[str, bytes]]) -> int:
+        """How many rows were stored."""
+        if not values:
+            return 0
+        task_ids = {"task_ids": list(values)}
+        found = await self._database.fetch(part.select_present, task_ids, self._purpose)
+        present = {column_id for (column_id,) in found}
+        self.report.already_there += len(present)
+        rows: list[ResultRow | ProgressRow] = []
+        for column_id, (task_id, dumped) in values.items():
+            if column_id not in present:
+                try:
+                    rows.append(part.encode(column_id, dumped))
+                except Exception as exc:  # noqa: BLE001 - unpickling raises what it likes
+                    self._leave_out(task_id, f"{part.name}: {reason_of(exc)}")
+        if self._dry_run or not rows:
+            return len(rows)
+        return await self._insert(part, rows, values)
+
+    async def _insert(
+        self,
+        part: _Part,
+        rows: Sequence[ResultRow | ProgressRow],
+        values: Mapping[Any, tuple[str, bytes]],
+    ) -> int:
+        async def insert(connection: AsyncConnection) -> int:
+            return sum([len((await connection.execute(*call)).all()) for call in calls])
+
+        calls = part.insert.of(rows)
+        try:
+            stored = await self._database.transact(insert, self._purpose)
+        except StorageError as exc:
+            if not blames_a_row(exc):
+                raise
+            if len(rows) == 1:
+                task_id, _ = values[rows[0].task_id]
+                self._leave_out(task_id, f"{part.name}: {exc}")
+                return 0
+            middle = len(rows) // 2
+            halves = rows[:middle], rows[middle:]
+            return sum([await self._insert(part, half, values) for half in halves])
+        self.report.already_there += len(rows) - stored  # a worker was faster
+        return stored
+
+    def _leave_out(self, task_id: str, reason: str) -> None:
+        self.report.unreadable += 1
+        if self._on_unreadable is not None:
+            self._on_unreadable(Unreadable(task_id, storable_text(" ".join(reason.split()))))
+
+    def _encode_result(self, column_id: Any, dumped: bytes) -> ResultRow:
+        document = self._serializer.loadb(dumped)
+        result = _RESULT.model_validate(document)
+        if result.error is not None and isinstance(document, dict):
+            _name_stand_ins(result.error, document.get("error"))
+        return self._codec.encode_result(column_id, result, strict=True)
+
+    def _encode_progress(self, column_id: Any, dumped: bytes) -> ProgressRow:
+        progress = _PROGRESS.model_validate(self._serializer.loadb(dumped))
+        return self._codec.encode_progress(column_id, progress)
+
+
+def _name_stand_ins(exception: BaseException, document: Any) -> None:
+    """Gives the exceptions of classes that are not imported here the name of their module.
+
+    taskiq puts its stand-ins into a module of its own; with the name of theirs, a reader that has
+    the class gets it.
+    """
+    if not isinstance(document, dict):
+        return
+    cls, module = type(exception), document.get("exc_module")
+    is_stand_in = (
+        cls.__module__ == taskiq.exceptions.__name__
+        and getattr(taskiq.exceptions, cls.__name__, None) is not cls
+    )
+    if is_stand_in and isinstance(module, str):
+        cls.__module__ = module
+        # Pickle would import the module to look whether the class is in it.
+        cls.__reduce_ex__ = _refuse_pickle  # type: ignore[assignment]  # of a stand-in of our own
+    for chained, name in (
+        (exception.__cause__, "exc_cause"),
+        (exception.__context__, "exc_context"),
+    ):
+        if chained is not None:
+            _name_stand_ins(chained, document.get(name))
+
+
+def _refuse_pickle(exception: BaseException, _protocol: int) -> NoReturn:
+    raise TypeError(f"the class of {type(exception).__qualname__} is not imported here")

@@ -1,0 +1,179 @@
+"""TableConfig: what the results table is called and made of, with every check of names and ids."""
+
+import uuid
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
+
+from taskiq_sa_pg.exceptions import ConfigurationError, InvalidTaskIdError
+
+TaskIdField = Literal["VarChar", "Text", "Uuid"]
+PayloadField = Literal["Bytea", "Jsonb"]
+
+DEFAULT_TABLE_NAME: Final = "taskiq_results"
+
+# NAMEDATALEN - 1: PostgreSQL cuts longer identifiers in silence.
+_MAX_IDENTIFIER_BYTES: Final = 63
+
+# A third of a b-tree's page, without the headers of tuple and value. A text that compresses well
+# could be longer, but nobody can tell beforehand.
+_MAX_TASK_ID_BYTES: Final = 2_692
+
+
+@dataclass(frozen=True, slots=True)
+class TableConfig:
+    """Names and column types of one results table and the tables that go with it.
+
+    Attributes:
+        table_name: The results table, to the letter. Every other name derives from it.
+        field_for_task_id: Type of the task-id column: VARCHAR, TEXT or UUID.
+        field_for_payload: Type of the serialized values' columns: BYTEA or JSONB.
+        schema: PostgreSQL schema of the tables; None leaves it to the search_path.
+
+    Raises:
+        ConfigurationError: A name that PostgreSQL cannot hold whole, or an unknown type.
+    """
+
+    table_name: str = DEFAULT_TABLE_NAME
+    field_for_task_id: TaskIdField = "VarChar"
+    field_for_payload: PayloadField = "Bytea"
+    schema: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("field_for_task_id", self.field_for_task_id, get_args(TaskIdField))
+        _check_choice("field_for_payload", self.field_for_payload, get_args(PayloadField))
+        _check_identifier("table_name", self.table_name)
+        for derived in self.derived_names:
+            _check_identifier(f"a name derived from table_name {self.table_name!r}", derived)
+        if self.schema is not None:
+            _check_identifier("schema", self.schema)
+
+    @property
+    def progress_table_name(self) -> str:
+        """The progress table."""
+        return f"{self.table_name}_progress"
+
+    @property
+    def status_table_name(self) -> str:
+        """The table of tasks that have not finished."""
+        return f"{self.table_name}_status"
+
+    @property
+    def version_table_name(self) -> str:
+        """The Alembic version table; each results table has its own."""
+        return f"{self.table_name}_version"
+
+    @property
+    def results_channel(self) -> str:
+        """Where notifications tell of results.
+
+        Without the schema: one process may leave it to the search_path and another name it.
+        """
+        return self.table_name
+
+    @property
+    def progress_channel(self) -> str:
+        """Where notifications tell of progress."""
+        return self.progress_table_name
+
+    @property
+    def finished_at_index_name(self) -> str:
+        """The BRIN index on finished_at."""
+        return f"{self.table_name}_finished_at_idx"
+
+    @property
+    def expires_at_index_name(self) -> str:
+        """The partial b-tree index on expires_at."""
+        return f"{self.table_name}_expires_at_idx"
+
+    @property
+    def table_names(self) -> tuple[str, str, str]:
+        """All tables but the version table."""
+        return self.table_name, self.progress_table_name, self.status_table_name
+
+    @property
+    def derived_names(self) -> tuple[str, ...]:
+        """Every name that is made from table_name."""
+        return (
+            self.progress_table_name,
+            self.status_table_name,
+            self.version_table_name,
+            f"{self.version_table_name}_pkc",  # Alembic's name for that table's primary key
+            *map(primary_key_name, self.table_names),
+            self.finished_at_index_name,
+            self.expires_at_index_name,
+        )
+
+    @property
+    def qualified_name(self) -> str:
+        """The results table as messages name it; not quoted, not for SQL."""
+        return self.table_name if self.schema is None else f"{self.schema}.{self.table_name}"
+
+    def to_column_task_id(self, task_id: str) -> Any:
+        """The task id as the column stores it: a str, or a uuid.UUID for "Uuid".
+
+        Raises:
+            InvalidTaskIdError: The column cannot hold this id.
+        """
+        if self.field_for_task_id == "Uuid":
+            try:
+                return uuid.UUID(task_id)
+            except (ValueError, AttributeError, TypeError):
+                raise InvalidTaskIdError(
+                    task_id,
+                    "is not a UUID, and the table was configured with "
+                    'field_for_task_id="Uuid"; "VarChar" and "Text" hold any id',
+                ) from None
+        if not isinstance(task_id, str):
+            raise InvalidTaskIdError(task_id, f"is not a str but {type(task_id).__qualname__}")
+        if len(task_id) <= _MAX_TASK_ID_BYTES and task_id.isascii() and "\x00" not in task_id:
+            return task_id  # nearly every id, on the way of every call
+        flaw = _flaw_of_text(task_id)
+        if flaw:
+            raise InvalidTaskIdError(task_id, f"{flaw}, which PostgreSQL cannot store")
+        if len(task_id) > _MAX_TASK_ID_BYTES // 4 and len(task_id.encode()) > _MAX_TASK_ID_BYTES:
+            raise InvalidTaskIdError(
+                f"{task_id[:50]}...",
+                f"is longer than the {_MAX_TASK_ID_BYTES} bytes that fit into the primary key's "
+                "index",
+            )
+        return task_id
+
+
+def primary_key_name(table_name: str) -> str:
+    """The primary key of any of the tables."""
+    return f"{table_name}_pkey"
+
+
+def _check_choice(parameter: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        accepted = ", ".join(f'"{choice}"' for choice in choices)
+        raise ConfigurationError(f"{parameter} must be one of {accepted}, not {value!r}")
+
+
+def _check_identifier(what: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise ConfigurationError(f"{what} must be a str, not {name!r}")
+    if not name:
+        raise ConfigurationError(f"{what} must not be empty")
+    flaw = _flaw_of_text(name)
+    if flaw:
+        raise ConfigurationError(f"{what} {flaw}, which PostgreSQL cannot store: {name!r}")
+    size = len(name.encode())
+    if size > _MAX_IDENTIFIER_BYTES:
+        raise ConfigurationError(
+            f"{what} is {size} bytes long in UTF-8, and PostgreSQL cuts names at "
+            f"{_MAX_IDENTIFIER_BYTES}: {name!r}. Choose a shorter one"
+        )
+
+
+def _flaw_of_text(text: str) -> str | None:
+    """Why PostgreSQL's UTF-8 cannot hold this text; None when it can."""
+    if "\x00" in text:
+        return "contains a NUL character"
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "contains a lone surrogate"
+    return None

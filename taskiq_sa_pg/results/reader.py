@@ -1,0 +1,235 @@
+"""Reading results and progress, gathered: what is asked for at once shares a statement."""
+
+import asyncio
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Select
+from sqlalchemy.ext.asyncio import AsyncConnection
+from taskiq import TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg.batching import Batcher, Entry
+from taskiq_sa_pg.codec import Codec
+from taskiq_sa_pg.database import Database
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.statements import (
+    MAX_IDS,
+    StoredProgress,
+    StoredResult,
+    select_progress,
+    select_ready,
+    select_results,
+    take_results,
+)
+from taskiq_sa_pg.telemetry import BatchMeter, Telemetry
+
+_Answer = TypeVar("_Answer")
+
+
+class Lookup(Generic[_Answer]):
+    """What a select says of task ids, by id as the column has it.
+
+    Args:
+        database: Where it runs.
+        build: Builds the select, when it is first needed.
+        answer: Makes an answer of a row, of which the first column is the id.
+        purpose: What errors say could not be done.
+        meter: Counts calls and batches.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        build: Callable[[], Select[Any]],
+        answer: Callable[[Sequence[Any]], _Answer],
+        purpose: str,
+        meter: BatchMeter,
+    ) -> None:
+        self._database = database
+        self._build = build
+        self._answer = answer
+        self._purpose = purpose
+        self._batcher: Batcher[Any, None, None, _Answer] = Batcher(
+            self.at_once, encode=lambda *_: None, max_rows=MAX_IDS, meter=meter
+        )
+
+    @cached_property
+    def _statement(self) -> Select[Any]:
+        return self._build()
+
+    async def one(self, column_id: Any) -> _Answer | None:
+        """The answer for one id, None if there is none."""
+        return await self._batcher.submit(column_id, None)
+
+    async def many(self, column_ids: Collection[Any]) -> dict[Any, _Answer]:
+        """The answers that there are, in one statement for every 200 ids."""
+        answers: dict[Any, _Answer] = {}
+        for some in slices(list(column_ids)):
+            answers |= await self.at_once(some)
+        return answers
+
+    async def at_once(self, column_ids: Collection[Any]) -> dict[Any, _Answer]:
+        """The same in one statement, however many ids there are."""
+        parameters = {"task_ids": list(column_ids)}
+        rows = await self._database.fetch(self._statement, parameters, self._purpose)
+        return {row[0]: self._answer(row) for row in rows}
+
+    async def close(self) -> None:
+        """Refuses further calls, and returns when those before have been answered."""
+        await self._batcher.close()
+
+
+class Reader:
+    """Reads what was stored, and deletes results as they are read unless they are kept.
+
+    Made for one event loop. Task ids come as the column has them.
+
+    Args:
+        database: Where the statements run.
+        codec: How rows become values.
+        models: The tables.
+        telemetry: Counts what is done.
+        keep_results: Whether results stay.
+        is_tracked: Whether statuses go with results that do not stay.
+
+    Raises everywhere:
+        ResultDecodeError: A value cannot be read back.
+        StorageError: PostgreSQL could not be asked.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        codec: Codec,
+        models: Models,
+        telemetry: Telemetry,
+        *,
+        keep_results: bool,
+        is_tracked: bool,
+    ) -> None:
+        meters, table = telemetry.meters, models.config.qualified_name
+        self._database = database
+        self._codec = codec
+        self._models = models
+        self._table = table
+        self._is_tracked = is_tracked
+        self.keep_results = keep_results
+        self._ready: Lookup[bool] = Lookup(
+            database,
+            partial(select_ready, models),
+            lambda _: True,
+            f"look for results in table {table}",
+            meters["is_result_ready"],
+        )
+        self._results: Lookup[StoredResult] = Lookup(
+            database,
+            partial(select_results, models),
+            StoredResult._make,
+            f"read results in table {table}",
+            meters["get_result"],
+        )
+        self._progress: Lookup[StoredProgress] = Lookup(
+            database,
+            partial(select_progress, models),
+            StoredProgress._make,
+            f"read its progress in table {table}_progress",
+            meters["get_progress"],
+        )
+        self._taken: Batcher[Any, None, None, TaskiqResult[Any]] = Batcher(
+            self._take_wanted,
+            encode=lambda *_: None,
+            max_rows=MAX_IDS,
+            is_shared=False,
+            meter=meters["get_result"],
+        )
+
+    async def is_ready(self, column_id: Any) -> bool:
+        """Whether there is a result."""
+        return await self._ready.one(column_id) is not None
+
+    async def find_ready(self, column_ids: Collection[Any]) -> set[Any]:
+        """Those of the tasks that have a result, in one statement however many there are."""
+        return set(await self._ready.at_once(column_ids))
+
+    async def get(self, column_id: Any, with_logs: bool) -> TaskiqResult[Any] | None:
+        """A result, None if there is none; of several callers one gets what is not kept."""
+        if not self.keep_results:
+            result = await self._taken.submit(column_id, None)
+            if result is not None and not with_logs:
+                result.log = None
+            return result
+        row = await self._results.one(column_id)
+        return None if row is None else self._codec.decode_result(row, with_logs=with_logs)
+
+    async def get_all(
+        self, column_ids: Collection[Any], with_logs: bool
+    ) -> dict[Any, TaskiqResult[Any]]:
+        """The results that are there; of those that are not kept, all or none are taken."""
+        if self.keep_results:
+            rows = await self._results.many(column_ids)
+            return {
+                column_id: self._codec.decode_result(row, with_logs=with_logs)
+                for column_id, row in rows.items()
+            }
+        results = await self._take(column_ids, lambda _: True)
+        if not with_logs:
+            for result in results.values():
+                result.log = None
+        return results
+
+    async def read_progress(self, column_id: Any) -> StoredProgress | None:
+        """The row of a progress, None if there is none."""
+        return await self._progress.one(column_id)
+
+    def decode_progress(self, row: StoredProgress) -> TaskProgress[Any]:
+        """The progress of a row."""
+        return self._codec.decode_progress(row)
+
+    async def close(self) -> None:
+        """Refuses further calls, and returns when those before have been answered."""
+        await asyncio.gather(
+            self._ready.close(), self._results.close(), self._progress.close(), self._taken.close()
+        )
+
+    @cached_property
+    def _take_results(self) -> Select[Any]:
+        return take_results(self._models, is_tracked=self._is_tracked)
+
+    async def _take_wanted(
+        self, batch: Mapping[Any, Entry[None]]
+    ) -> Mapping[Any, TaskiqResult[Any]]:
+        return await self._take(batch, lambda column_id: batch[column_id].is_wanted)
+
+    async def _take(
+        self, column_ids: Collection[Any], is_wanted: Callable[[Any], bool]
+    ) -> dict[Any, TaskiqResult[Any]]:
+        """Results with their logs, deleted as they were read, in one transaction."""
+
+        async def take(connection: AsyncConnection) -> dict[Any, TaskiqResult[Any]] | None:
+            results: dict[Any, TaskiqResult[Any]] = {}
+            for some in slices([column_id for column_id in column_ids if is_wanted(column_id)]):
+                taken = await connection.execute(self._take_results, {"task_ids": some})
+                # Before the commit: what cannot be decoded is not deleted.
+                for row in map(StoredResult._make, taken.all()):
+                    results[row.task_id] = self._codec.decode_result(row, with_logs=True)
+            if all(map(is_wanted, results)):
+                return results
+            # A caller went away meanwhile: its result stays for another.
+            await connection.rollback()
+            return None
+
+        results: dict[Any, TaskiqResult[Any]] | None = None
+        while results is None and any(map(is_wanted, column_ids)):
+            # Where the COMMIT may have been carried out, a second reading might find nothing.
+            results = await self._database.transact(
+                take, f"take results from table {self._table}", is_answer_final=True
+            )
+        return results or {}
+
+
+def slices(column_ids: list[Any]) -> Iterator[list[Any]]:
+    """The ids in parts of as many as one statement takes."""
+    for start in range(0, len(column_ids), MAX_IDS):
+        yield column_ids[start : start + MAX_IDS]

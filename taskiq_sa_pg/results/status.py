@@ -1,0 +1,181 @@
+"""What a task is at, from its being sent to its result: the status table, written and read."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from typing import Any, Final, Literal, get_args
+
+from sqlalchemy import Select, Table
+
+from taskiq_sa_pg.batching import Batcher, Entry
+from taskiq_sa_pg.database import Database
+from taskiq_sa_pg.exceptions import ConfigurationError
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.results.reader import Lookup
+from taskiq_sa_pg.statements import (
+    StatusRow,
+    StoredStatus,
+    Upsert,
+    delete_statuses,
+    select_running,
+    select_statuses,
+    upsert_status,
+)
+from taskiq_sa_pg.telemetry import Telemetry
+from taskiq_sa_pg.timings import Timings
+
+Track = Literal["started"]
+
+Unfinished = Literal["queued", "started", "retrying"]
+State = Literal["unknown", Unfinished, "succeeded", "failed", "expired"]
+
+# What can be written; "unknown" deletes.
+_WRITTEN: Final = (*get_args(Unfinished), "unknown")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStatus:
+    """What a task is at.
+
+    Attributes:
+        task_id: The task.
+        state: "queued" since queued_at; "started" at started_at by worker; "retrying", sent again
+            or to be sent again after a failure; "succeeded", "failed" at finished_at; "expired",
+            which was one of these; "unknown" if there is nothing of it.
+        task_name: Its name.
+        attempt: 0 for the first, and one more with each of taskiq's retries.
+        queued_at: When this attempt was sent, by the sender's clock.
+        started_at: When it was last started, by the worker's clock.
+        finished_at: When its result was stored, by the database's clock.
+        worker: Who executed it last.
+    """
+
+    task_id: str
+    state: State
+    task_name: str | None = None
+    attempt: int = 0
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
+    worker: str | None = None
+    finished_at: datetime | None = None
+
+
+class Statuses:
+    """Writes and reads the status table, gathered; made for one event loop.
+
+    Args:
+        database: Where the statements run.
+        models: The tables.
+        telemetry: Counts what is done.
+        timings: For how long a status is tried to be stored.
+    """
+
+    def __init__(
+        self, database: Database, models: Models, telemetry: Telemetry, timings: Timings
+    ) -> None:
+        self._database = database
+        self._models = models
+        self._retry_timeout = timings.status_retry
+        self._table = models.config.qualified_name
+        self._written: Batcher[Any, StatusRow, StatusRow, None] = Batcher(
+            self._write,
+            encode=lambda _, row: row,
+            rank=lambda row: row.attempt,
+            meter=telemetry.meters["set_status"],
+        )
+        self._lookup: Lookup[StoredStatus] = Lookup(
+            database,
+            partial(select_statuses, models),
+            StoredStatus._make,
+            f"read the status of tasks of table {self._table}",
+            telemetry.meters["get_status"],
+        )
+
+    async def close(self) -> None:
+        """Refuses further calls, and returns when those before have been answered."""
+        await asyncio.gather(self._written.close(), self._lookup.close())
+
+    async def write(self, column_id: Any, status: TaskStatus) -> None:
+        """Stores a status; "unknown" deletes it. A later attempt's stays.
+
+        Raises:
+            ConfigurationError: A state that only a result can give.
+        """
+        if status.state not in _WRITTEN:
+            raise ConfigurationError(
+                f"the state must be one of {', '.join(map(repr, _WRITTEN))}, not "
+                f"{status.state!r}: the others come from results"
+            )
+        row = StatusRow(
+            column_id,
+            status.state,
+            status.task_name,
+            status.attempt,
+            status.queued_at,
+            status.started_at,
+            status.worker,
+        )
+        await self._written.submit(column_id, row)
+
+    async def read(self, column_id: Any, task_id: str) -> TaskStatus:
+        """What a task is at; task_id is what it is called in the answer."""
+        stored = await self._lookup.one(column_id)
+        return TaskStatus(task_id, "unknown") if stored is None else _status_of(task_id, stored)
+
+    async def read_running(self, limit: int) -> list[TaskStatus]:
+        """The tasks that are executed, the longest first."""
+        if self._models.status_table is None:
+            return []
+        purpose = f"list the running tasks of table {self._table}"
+        rows = await self._database.fetch(self._select_running, {"limit": limit}, purpose)
+        return [_status_of(str(row[0]), StoredStatus._make(row)) for row in rows]
+
+    async def _write(self, batch: Mapping[Any, Entry[StatusRow]]) -> Mapping[Any, None]:
+        rows = [entry.row for entry in batch.values()]
+        stored = [row for row in rows if row.state != "unknown"]
+        if stored:
+            purpose = f"store its status in table {self._table}_status"
+            for statement, parameters in self._upsert.of(stored):
+                await self._fetch(statement, parameters, purpose)
+        deleted = [row for row in rows if row.state == "unknown"]
+        if deleted:
+            arrays = {
+                "task_id": [row.task_id for row in deleted],
+                "attempt": [row.attempt for row in deleted],
+            }
+            purpose = f"delete its status from table {self._table}_status"
+            await self._fetch(self._delete, arrays, purpose)
+        return {}
+
+    async def _fetch(self, statement: Any, parameters: Mapping[str, Any], purpose: str) -> None:
+        await self._database.fetch(
+            statement, parameters, purpose, retry_timeout=self._retry_timeout
+        )
+
+    @property
+    def _status_table(self) -> Table:
+        assert self._models.status_table is not None
+        return self._models.status_table
+
+    @cached_property
+    def _upsert(self) -> Upsert:
+        return upsert_status(self._status_table)
+
+    @cached_property
+    def _delete(self) -> Select[Any]:
+        return delete_statuses(self._status_table)
+
+    @cached_property
+    def _select_running(self) -> Select[Any]:
+        return select_running(self._models, self._status_table)
+
+
+def _status_of(task_id: str, stored: StoredStatus) -> TaskStatus:
+    # Drivers give times in various zones.
+    values: dict[str, Any] = {
+        name: value.astimezone(UTC) if isinstance(value, datetime) else value
+        for name, value in stored._asdict().items()
+    }
+    return TaskStatus(**values | {"task_id": task_id})

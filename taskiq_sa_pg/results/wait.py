@@ -1,0 +1,188 @@
+"""Results and progress as they come: woken by those who store them."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from functools import lru_cache
+from itertools import chain
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+from taskiq import AsyncTaskiqTask, TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+from taskiq.exceptions import TaskiqResultTimeoutError
+
+from taskiq_sa_pg.exceptions import ResultIsMissingError
+from taskiq_sa_pg.models import TableConfig
+from taskiq_sa_pg.results.reader import Reader
+from taskiq_sa_pg.waiting import Waiters
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+Task = AsyncTaskiqTask[_T] | str
+
+
+class Wait:
+    """Waits for results and progress, and reads them.
+
+    Args:
+        config: The tables.
+        reader: What reads them.
+        waiters: What wakes.
+
+    Raises everywhere:
+        InvalidTaskIdError: The task-id column cannot hold an id.
+        TaskiqResultTimeoutError: The time limit has passed.
+        ResultDecodeError: A value cannot be read back.
+        StorageError: PostgreSQL could not be asked.
+    """
+
+    def __init__(self, config: TableConfig, reader: Reader, waiters: Waiters) -> None:
+        self._config = config
+        self._reader = reader
+        self._waiters = waiters
+
+    async def one(
+        self, task: Task[Any], timeout: float | None, with_logs: bool
+    ) -> TaskiqResult[Any]:
+        """A result, once it is there."""
+        column_id = self._column_id_of(task)
+        limit = _TimeLimit(timeout)
+        reader = self._reader
+        with self._waiters.subscribe([self._waiters.result_topic(column_id)]) as subscription:
+            while True:
+                if reader.keep_results:
+                    result = await limit.of(reader.get(column_id, with_logs))
+                else:
+                    # To take it has no limit: what was deleted must be returned.
+                    is_ready = await limit.of(reader.is_ready(column_id))
+                    result = await reader.get(column_id, with_logs) if is_ready else None
+                if result is not None:
+                    return _restored(task, result)
+                await limit.of_wait(subscription.woken())
+
+    async def all(
+        self, tasks: Iterable[Task[Any]], timeout: float | None, with_logs: bool
+    ) -> list[TaskiqResult[Any]]:
+        """The results of all the tasks in their order, once they are all there.
+
+        Raises:
+            ResultIsMissingError: One was deleted again before it was read.
+        """
+        column_ids = [(task, self._column_id_of(task)) for task in tasks]
+        async for _ in self._become_ready(column_ids, timeout):
+            pass
+        results = await self._reader.get_all({c for _, c in column_ids}, with_logs)
+        for task, column_id in column_ids:
+            if column_id not in results:
+                raise ResultIsMissingError(_id_of(task), self._config.qualified_name)
+        return [_restored(task, results[column_id]) for task, column_id in column_ids]
+
+    async def as_completed(
+        self, tasks: Iterable[Task[Any]], timeout: float | None, with_logs: bool
+    ) -> AsyncGenerator[tuple[Task[Any], TaskiqResult[Any]], None]:
+        """Each task with its result, as they come."""
+        column_ids = [(task, self._column_id_of(task)) for task in tasks]
+        async for ready in self._become_ready(column_ids, timeout):
+            # Those to be deleted one by one: whoever stops in the middle leaves the others there.
+            for some in [ready] if self._reader.keep_results else [{c: ready[c]} for c in ready]:
+                results = await self._reader.get_all(some, with_logs)
+                for task in chain(*(some[column_id] for column_id in results)):
+                    yield task, _restored(task, results[self._column_id_of(task)])
+
+    async def watch_progress(
+        self, task: Task[Any], timeout: float | None
+    ) -> AsyncGenerator[TaskProgress[Any], None]:
+        """The progress of a task, whenever it has changed, until its result is there."""
+        column_id = self._column_id_of(task)
+        limit = _TimeLimit(timeout)
+        reader = self._reader
+        result = self._waiters.result_topic(column_id)
+        topics = [result, self._waiters.progress_topic(column_id)]
+        with self._waiters.subscribe(topics) as subscription:
+            last = None
+            is_over = await limit.of(reader.is_ready(column_id))
+            while True:
+                row = await limit.of(reader.read_progress(column_id))
+                if row is not None and row != last:
+                    yield reader.decode_progress(row)
+                    last = row
+                if is_over:
+                    return
+                woken = await limit.of_wait(subscription.woken())
+                if result in woken:
+                    # One that is deleted as it is read may be gone again.
+                    is_over = not reader.keep_results or await limit.of(reader.is_ready(column_id))
+
+    async def _become_ready(
+        self, column_ids: Iterable[tuple[Task[Any], Any]], timeout: float | None
+    ) -> AsyncIterator[dict[Any, list[Task[Any]]]]:
+        """The tasks whose results are there, by id, in parts as they come."""
+        limit = _TimeLimit(timeout)
+        missing: dict[Any, list[Task[Any]]] = {}
+        for task, column_id in column_ids:
+            missing.setdefault(column_id, []).append(task)
+        topics = {self._waiters.result_topic(column_id): column_id for column_id in missing}
+        with self._waiters.subscribe(topics) as subscription:
+            asked = set(missing)
+            while missing:
+                ready = await limit.of(self._reader.find_ready(asked)) if asked else set()
+                if ready:
+                    yield {column_id: missing.pop(column_id) for column_id in ready}
+                if missing:
+                    woken = await limit.of_wait(subscription.woken())
+                    asked = {topics[topic] for topic in woken} & missing.keys()
+
+    def _column_id_of(self, task: Task[Any]) -> Any:
+        return self._config.to_column_task_id(_id_of(task))
+
+
+class _TimeLimit:
+    """Seconds in all for what is awaited one after the other.
+
+    Not an asyncio.timeout() around it: in an asynchronous iterator that would also end what its
+    user does between two steps.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._deadline: float | None = None
+        if seconds is not None and seconds >= 0:
+            self._deadline = asyncio.get_running_loop().time() + seconds
+        # Without any time at all it is still looked, until there would be something to wait for.
+        self._is_looking = seconds == 0
+
+    async def of_wait(self, awaitable: Awaitable[_T]) -> _T:
+        self._is_looking = False
+        return await self.of(awaitable)
+
+    async def of(self, awaitable: Awaitable[_T]) -> _T:
+        if self._is_looking:
+            return await awaitable
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await awaitable
+        except TimeoutError:
+            raise TaskiqResultTimeoutError(timeout=self._seconds) from None
+
+
+def _id_of(task: Task[Any]) -> str:
+    return task if isinstance(task, str) else task.task_id
+
+
+def _restored(task: Task[Any], result: TaskiqResult[Any]) -> TaskiqResult[Any]:
+    """The result with the return type that the task declares, as its own get_result() has it."""
+    return_type: Any = None if isinstance(task, str) else task.return_type
+    if return_type is not None and not result.is_err:
+        try:
+            result.return_value = _adapter(return_type).validate_python(result.return_value)
+        except ValueError:
+            logger.warning("cannot make the result of task %s a %s", _id_of(task), return_type)
+    return result
+
+
+@lru_cache
+def _adapter(return_type: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(return_type)

@@ -1,0 +1,209 @@
+"""Storing results and progress, gathered: what is stored at once shares a statement."""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+from taskiq import TaskiqResult
+from taskiq.depends.progress_tracker import TaskProgress
+
+from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row
+from taskiq_sa_pg.codec import NO_TASK_METADATA, Codec, attempt_of, task_metadata_of
+from taskiq_sa_pg.database import CONVERSION_ERRORS, Database, describe, is_transient
+from taskiq_sa_pg.exceptions import StorageError, TaskiqSaPgError
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.results.extra_values import ExtendedRow, ExtendedUpserts, ExtraValues
+from taskiq_sa_pg.statements import (
+    Call,
+    ProgressRow,
+    ResultRow,
+    Upsert,
+    upsert_progress,
+    upsert_results,
+)
+from taskiq_sa_pg.telemetry import Telemetry
+from taskiq_sa_pg.waiting import Notifier
+
+logger = logging.getLogger(__name__)
+
+# A result and the values for columns of the application's own.
+_Extended = tuple[TaskiqResult[Any], Mapping[str, Any]]
+
+
+class Writer:
+    """Stores results and progress; made for one event loop. Task ids come as the column has them.
+
+    Args:
+        database: Where the statements run.
+        codec: How values become rows.
+        models: The tables.
+        notifier: Told of what was committed.
+        telemetry: Counts what is done.
+        extra_values: Asked for the values of the application's own columns.
+        is_tracked: Whether the status of a task goes when its result is stored.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        codec: Codec,
+        models: Models,
+        notifier: Notifier | None,
+        telemetry: Telemetry,
+        *,
+        extra_values: ExtraValues | None,
+        is_tracked: bool,
+    ) -> None:
+        self._database = database
+        self._codec = codec
+        self._models = models
+        self._notifier = notifier
+        self._extra_values = extra_values
+        self._is_tracked = is_tracked
+        self._lacks_middleware = False
+        self._purpose = f"store its result in table {models.config.qualified_name}"
+        meters = telemetry.meters
+        self._results: Batcher[Any, TaskiqResult[Any], ResultRow, None] = Batcher(
+            self._store_results,
+            encode=codec.encode_result,
+            size=_size_of,
+            rank=_attempt_of,
+            meter=meters["set_result"],
+        )
+        self._extended: Batcher[Any, _Extended, ExtendedRow, None] = Batcher(
+            self._store_extended,
+            encode=self._encode_extended,
+            size=lambda row: _size_of(row.values()),
+            rank=lambda item: _attempt_of(item[0]),
+            meter=meters["set_result"],
+        )
+        self._progress: Batcher[Any, TaskProgress[Any], ProgressRow, None] = Batcher(
+            self._store_progress,
+            encode=codec.encode_progress,
+            size=_size_of,
+            meter=meters["set_progress"],
+        )
+
+    async def set_result(self, column_id: Any, task_id: str, result: TaskiqResult[Any]) -> None:
+        """Stores a result, with the values that the application has for its own columns.
+
+        Args:
+            column_id: The task id.
+            task_id: The same as it was given, which the application is asked with.
+            result: The result.
+        """
+        if self._is_tracked and not self._lacks_middleware:
+            self._look_for_middleware(task_id, result)
+        if self._extra_values is None:
+            await self._results.submit(column_id, result)
+        else:
+            # Here, where the caller's context is.
+            extra = self._extra_values.of(task_id, result)
+            await self._extended.submit(column_id, (result, extra))
+
+    async def set_progress(self, column_id: Any, progress: TaskProgress[Any]) -> None:
+        """Stores progress."""
+        await self._progress.submit(column_id, progress)
+
+    async def close(self) -> None:
+        """Refuses further calls, and returns when those before have been answered."""
+        await asyncio.gather(self._results.close(), self._extended.close(), self._progress.close())
+
+    @cached_property
+    def _upsert_results(self) -> Upsert:
+        return upsert_results(self._models, is_tracked=self._is_tracked)
+
+    @cached_property
+    def _upsert_extended(self) -> ExtendedUpserts:
+        return ExtendedUpserts(self._models, is_tracked=self._is_tracked)
+
+    @cached_property
+    def _upsert_progress(self) -> Upsert:
+        return upsert_progress(self._models)
+
+    def _look_for_middleware(self, task_id: str, result: TaskiqResult[Any]) -> None:
+        if task_metadata_of(result) is NO_TASK_METADATA:
+            self._lacks_middleware = True
+            logger.warning(
+                'task %s: track="started" needs TaskMetadataMiddleware, and its broker has none: '
+                "broker.add_middlewares(TaskMetadataMiddleware())",
+                task_id,
+            )
+
+    async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
+        rows = [entry.row for entry in batch.values()]
+        await self._upsert(self._upsert_results.of(rows), self._purpose)
+        self._announce(self._models.config.results_channel, batch)
+        return {}
+
+    async def _store_progress(self, batch: Mapping[Any, Entry[ProgressRow]]) -> Mapping[Any, None]:
+        rows = [entry.row for entry in batch.values()]
+        purpose = f"store its progress in table {self._models.config.qualified_name}_progress"
+        await self._upsert(self._upsert_progress.of(rows), purpose)
+        self._announce(self._models.config.progress_channel, batch)
+        return {}
+
+    def _encode_extended(self, column_id: Any, item: _Extended) -> ExtendedRow:
+        result, extra = item
+        return {**self._codec.encode_result(column_id, result)._asdict(), **extra}
+
+    async def _store_extended(self, batch: Mapping[Any, Entry[ExtendedRow]]) -> Mapping[Any, None]:
+        rows = [entry.row for entry in batch.values()]
+        try:
+            await self._upsert_rows(rows)
+        except StorageError as exc:
+            if blames_a_row(exc) and len(rows) > 1:
+                raise  # the batcher tries it in halves
+            await self._upsert_without_extra(rows, exc)
+        self._announce(self._models.config.results_channel, batch)
+        return {}
+
+    async def _upsert_rows(self, rows: Sequence[ExtendedRow]) -> None:
+        try:
+            await self._upsert(self._upsert_extended.of(rows), self._purpose)
+        except TaskiqSaPgError:
+            raise
+        except CONVERSION_ERRORS as exc:
+            text, _ = describe(exc, self._purpose)
+            raise StorageError(text, None) from exc
+
+    async def _upsert_without_extra(
+        self, rows: Sequence[ExtendedRow], refusal: StorageError
+    ) -> None:
+        """Stores results without their extra values, where it may be those that were refused."""
+        bare = [self._upsert_extended.without_extra(row) for row in rows]
+        extended = [row["task_id"] for row, alone in zip(rows, bare, strict=True) if row != alone]
+        cause = refusal.__cause__
+        if not extended or (isinstance(cause, Exception) and is_transient(cause)):
+            raise refusal
+        await self._upsert_rows(bare)
+        for task_id in extended:
+            logger.error("task %s: its result goes without its extra_values: %s", task_id, refusal)
+
+    async def _upsert(self, calls: Sequence[Call], purpose: str) -> None:
+        if len(calls) == 1:
+            [(statement, parameters)] = calls
+            await self._database.fetch(statement, parameters, purpose)
+            return
+
+        async def upsert(connection: AsyncConnection) -> None:
+            for call in calls:
+                await connection.execute(*call)
+
+        # All or none: those that are tried again may have been read and deleted meanwhile.
+        await self._database.transact(upsert, purpose)
+
+    def _announce(self, channel: str, batch: Mapping[Any, Any]) -> None:
+        if self._notifier is not None:
+            self._notifier.announce(channel, batch)
+
+
+def _attempt_of(result: TaskiqResult[Any]) -> int:
+    return attempt_of(getattr(result, "labels", None))
+
+
+def _size_of(values: Any) -> int:
+    return sum(len(value) for value in values if isinstance(value, bytes | str))

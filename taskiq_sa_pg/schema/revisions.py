@@ -1,0 +1,102 @@
+"""The schema's versions, for an Alembic history of your own."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from taskiq_sa_pg.models import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
+from taskiq_sa_pg.schema.steps import downgrade_step, upgrade_step
+
+# What Alembic asks: a name, its kind ("schema", "table", "column", ...), the names above it.
+IncludeName = Callable[[str | None, Any, Any], bool]
+
+
+def upgrade(
+    op: Any,
+    version: int,
+    *,
+    table_name: str = DEFAULT_TABLE_NAME,
+    field_for_task_id: TaskIdField = "VarChar",
+    field_for_payload: PayloadField = "Bytea",
+    schema: str | None = None,
+) -> None:
+    """Takes the tables from version - 1 to version: one step, for a revision of your own.
+
+    Args:
+        op: Alembic's `op`.
+        version: The step; 1, the latest, makes the tables.
+        table_name: The results table.
+        field_for_task_id: Type of the task-id columns.
+        field_for_payload: Type of return_value, error and meta.
+        schema: PostgreSQL schema of the tables, which must exist; None is the search_path's.
+
+    Raises:
+        ConfigurationError: A version that does not exist, or a name or type that cannot work.
+    """
+    config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
+    upgrade_step(op, version, config)
+
+
+def downgrade(
+    op: Any,
+    version: int,
+    *,
+    table_name: str = DEFAULT_TABLE_NAME,
+    field_for_task_id: TaskIdField = "VarChar",
+    field_for_payload: PayloadField = "Bytea",
+    schema: str | None = None,
+) -> None:
+    """Takes the tables from version back to version - 1; of step 1, drops them.
+
+    Arguments as upgrade().
+
+    Raises:
+        ConfigurationError: As upgrade().
+    """
+    config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
+    downgrade_step(op, version, config)
+
+
+def include_name(
+    hook: IncludeName | None = None,
+    *,
+    table_name: str = DEFAULT_TABLE_NAME,
+    schema: str | None = None,
+) -> IncludeName:
+    """For Alembic's `context.configure(include_name=...)` in an env.py of your own.
+
+    Where your metadata does not know our tables, it keeps `alembic revision --autogenerate` and
+    `alembic check` from dropping them, the version table included. Several results tables take one
+    call around the other. Leave it out where the models are in your metadata.
+
+    Args:
+        hook: Your own, asked about every name that is not one of ours.
+        table_name: The results table.
+        schema: PostgreSQL schema of the tables; None is the default one, the first of the
+            search_path.
+
+    Raises:
+        ConfigurationError: A name that cannot work.
+    """
+    config = TableConfig(table_name, schema=schema)
+    ours = {*config.table_names, config.version_table_name}
+
+    def is_included(name: str | None, kind: str, parent_names: Mapping[str, Any]) -> bool:
+        if kind == "table" and name in ours:
+            found_in = parent_names["schema_name"]
+            if found_in == schema or (found_in is None and schema == _default_schema()):
+                return False
+        return hook is None or hook(name, kind, parent_names)
+
+    return is_included
+
+
+def _default_schema() -> str | None:
+    """The schema that Alembic calls None, as the connection of its command has it."""
+    # Here, because Alembic is slow to import, and who is asked this has done so.
+    from alembic import context  # noqa: PLC0415
+
+    try:
+        connection = context.get_bind()
+    except NameError:  # outside of a command
+        return None
+    return connection.dialect.default_schema_name

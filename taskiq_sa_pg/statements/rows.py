@@ -1,0 +1,121 @@
+"""What travels between the codec and the tables: rows as they are written and as they are read."""
+
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+
+class ResultRow(NamedTuple):
+    """What set_result() writes, in the order of the columns; JSON columns as text."""
+
+    task_id: Any
+    is_err: bool
+    return_value: bytes | str
+    error: bytes | str | None
+    error_type: str | None
+    traceback: str | None
+    execution_time: float
+    labels: str
+    log: str | None
+    task_name: str | None
+    attempt: int
+    expires_at: float | None  # in so many seconds, by the database's clock
+    args: str | None = None
+    kwargs: str | None = None
+    worker: str | None = None
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
+
+
+# All columns of the results table that are ours.
+RESULT_COLUMNS: Final = frozenset({*ResultRow._fields, "finished_at"})
+
+
+class ProgressRow(NamedTuple):
+    """What set_progress() writes; meta as ResultRow's return_value."""
+
+    task_id: Any
+    state: str
+    meta: bytes | str | None
+
+
+class StatusRow(NamedTuple):
+    """What set_status() writes."""
+
+    task_id: Any
+    state: str
+    task_name: str | None
+    attempt: int
+    queued_at: datetime | None
+    started_at: datetime | None
+    worker: str | None
+
+
+class StoredResult(NamedTuple):
+    """What reading a result returns, in the order of select_results() and take_results()."""
+
+    task_id: Any
+    is_err: bool
+    return_value: bytes | str
+    error: bytes | str | None
+    error_type: str | None
+    execution_time: float
+    labels: str
+    log: str | None
+
+
+class StoredProgress(NamedTuple):
+    """What reading progress returns, in the order of select_progress()."""
+
+    task_id: Any
+    state: str
+    meta: bytes | str | None
+
+
+class StoredStatus(NamedTuple):
+    """What reading a status returns, in the order of select_statuses() and select_running()."""
+
+    task_id: Any
+    state: str
+    task_name: str | None
+    attempt: int
+    queued_at: datetime | None
+    started_at: datetime | None
+    worker: str | None
+    finished_at: datetime | None
+
+
+class Details(NamedTuple):
+    """What select_details() returns of a result, beside a StoredResult: what people ask."""
+
+    traceback: str | None
+    task_name: str | None
+    attempt: int
+    finished_at: datetime
+    expires_at: datetime | None
+    args: str | None  # JSON as text
+    kwargs: str | None
+    worker: str | None
+    queued_at: datetime | None
+    started_at: datetime | None
+
+
+class Listed(NamedTuple):
+    """One line of a list of results, as select_list() returns it."""
+
+    task_id: Any
+    is_err: bool
+    error_type: str | None
+    task_name: str | None
+    execution_time: float
+    attempt: int
+    finished_at: datetime
+
+
+class Counts(NamedTuple):
+    """The results table in figures, as select_counts() returns it; all but `expired` are live."""
+
+    results: int
+    failures: int
+    expired: int
+    oldest: datetime | None
+    newest: datetime | None

@@ -1,0 +1,130 @@
+"""What is read of the tables, as SQLAlchemy Core statements. Where ids are asked for: `task_ids`.
+
+Reads return JSON as text, so that neither the driver's nor the application's JSON codec has a say
+in it.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import Select, Table, Text, any_, bindparam, cast, func, select
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.sql.elements import ColumnElement
+
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.statements.rows import Details, Listed, StoredProgress, StoredResult
+
+MAX_IDS: Final = 200
+
+
+def select_ready(models: Models) -> Select[Any]:
+    """Those of the task ids that have a result."""
+    results = models.results_table
+    return select(results.c.task_id).where(is_asked_for(results), is_live(results))
+
+
+def select_results(models: Models) -> Select[Any]:
+    """The results of the task ids, as StoredResult."""
+    results = models.results_table
+    columns = readable(results, StoredResult._fields)
+    return select(*columns).where(is_asked_for(results), is_live(results))
+
+
+def select_progress(models: Models) -> Select[Any]:
+    """The progress of the task ids, as StoredProgress."""
+    progress = models.progress_table
+    return select(*readable(progress, StoredProgress._fields)).where(is_asked_for(progress))
+
+
+def select_having_progress(models: Models) -> Select[Any]:
+    """Those of the task ids that have progress."""
+    progress = models.progress_table
+    return select(progress.c.task_id).where(is_asked_for(progress))
+
+
+def select_details(models: Models) -> Select[Any]:
+    """What people ask of the results of the task ids, as Details."""
+    results = models.results_table
+    columns = readable(results, Details._fields)
+    return select(*columns).where(is_asked_for(results), is_live(results))
+
+
+def select_matching(
+    models: Models, where: Sequence[ColumnElement[bool]], order_by: Sequence[ColumnElement[Any]]
+) -> Select[Any]:
+    """The results that meet all the conditions, as StoredResult."""
+    results = models.results_table
+    columns = readable(results, StoredResult._fields)
+    return select(*columns).where(is_live(results), *where).order_by(*order_by)
+
+
+def select_list(
+    models: Models,
+    *,
+    is_err: bool | None = None,
+    since: datetime | None = None,
+    task_name: str | None = None,
+    limit: int,
+) -> Select[Any]:
+    """The latest results first, as Listed.
+
+    Args:
+        models: The tables.
+        is_err: Failures alone, or successes alone; None for both.
+        since: Not those that finished before.
+        task_name: Those of one task.
+        limit: How many at most.
+    """
+    results = models.results_table
+    listed = select(*[results.c[name] for name in Listed._fields]).where(is_live(results))
+    if is_err is not None:
+        listed = listed.where(results.c.is_err.is_(is_err))
+    if since is not None:
+        listed = listed.where(results.c.finished_at >= since)
+    if task_name is not None:
+        listed = listed.where(results.c.task_name == task_name)
+    return listed.order_by(results.c.finished_at.desc(), results.c.task_id).limit(limit)
+
+
+def select_counts(models: Models) -> Select[Any]:
+    """The results in figures, as Counts."""
+    results = models.results_table
+    live = is_live(results)
+    counts: list[ColumnElement[Any]] = [
+        func.count().filter(live),
+        func.count().filter(results.c.is_err, live),
+        func.count().filter(~live),
+        func.min(results.c.finished_at).filter(live),
+        func.max(results.c.finished_at).filter(live),
+    ]
+    return select(*counts).select_from(results)
+
+
+def count_progress(models: Models) -> Select[Any]:
+    """How many tasks have progress."""
+    return select(func.count()).select_from(models.progress_table)
+
+
+def notify() -> Select[Any]:
+    """Sends notifications: on `channel` the `payloads`, texts of less than 8,000 bytes each."""
+    payload = func.unnest(bindparam("payloads", type_=ARRAY(Text))).column_valued("payload")
+    return select(func.pg_notify(bindparam("channel", type_=Text), payload).label("sent"))
+
+
+def readable(source: Table, names: Sequence[str]) -> list[ColumnElement[Any]]:
+    """Columns as the codec reads them: JSON as text."""
+    columns = [source.c[name] for name in names]
+    return [cast(c, Text).label(c.name) if isinstance(c.type, JSONB) else c for c in columns]
+
+
+def is_live(results: Table) -> ColumnElement[bool]:
+    """Whether a result has not expired; one that has is missing."""
+    expires_at = results.c.expires_at
+    return expires_at.is_(None) | (expires_at > func.now())
+
+
+def is_asked_for(source: Table) -> ColumnElement[bool]:
+    """Whether a row is of one of the `task_ids`, a list of column values."""
+    task_id = source.c.task_id
+    return task_id == any_(bindparam("task_ids", type_=ARRAY(task_id.type)))

@@ -1,0 +1,107 @@
+"""What is stored over what: INSERT ... ON CONFLICT for results, progress and statuses."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Column, Insert, Table, and_, or_
+from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
+from sqlalchemy.sql.elements import ColumnElement
+
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.statements.delete import delete_finished
+from taskiq_sa_pg.statements.rows import ProgressRow, ResultRow, StatusRow
+from taskiq_sa_pg.statements.shapes import NOTHING, Inserted, Upsert
+
+
+def upsert_results(
+    models: Models, extra: Mapping[str, Column[Any]] = NOTHING, *, is_tracked: bool = False
+) -> Upsert:
+    """Stores results over those of equal or earlier attempts, and over those that have expired.
+
+    Args:
+        models: The tables.
+        extra: Columns of the application's own that are stored, by parameter.
+        is_tracked: Whether the status of the tasks is deleted with it, unless of a later attempt.
+    """
+    results = models.results_table
+    status = models.status_table if is_tracked else None
+    overwritten = (*ResultRow._fields[1:], "finished_at", *[c.key for c in extra.values()])
+
+    def finish(statement: PostgresInsert, inserted: Inserted) -> Insert:
+        is_not_earlier = statement.excluded.attempt >= results.c.attempt
+        where = is_not_earlier | _has_expired(results, statement)
+        upsert = _on_conflict(statement, overwritten, where)
+        if status is None:
+            return upsert
+        finished = inserted([status.c.task_id, status.c.attempt])
+        return upsert.add_cte(delete_finished(status, finished))
+
+    return Upsert(results, ResultRow._fields, finish, extra)
+
+
+def upsert_progress(models: Models) -> Upsert:
+    """Stores progress, replacing what was there."""
+    overwritten = (*ProgressRow._fields[1:], "updated_at")
+    return Upsert(
+        models.progress_table,
+        ProgressRow._fields,
+        lambda statement, _: _on_conflict(statement, overwritten),
+    )
+
+
+def upsert_status(status: Table) -> Upsert:
+    """Stores statuses, unless one of a later attempt or execution is there."""
+
+    def finish(statement: PostgresInsert, _: Inserted) -> Insert:
+        new, old = statement.excluded, status.c
+        is_same_or_later_execution = or_(
+            new.started_at.is_(None), old.started_at.is_(None), new.started_at >= old.started_at
+        )
+        where = (new.attempt > old.attempt) | and_(
+            new.attempt == old.attempt, is_same_or_later_execution
+        )
+        return _on_conflict(statement, (*StatusRow._fields[1:], "updated_at"), where)
+
+    return Upsert(status, StatusRow._fields, finish)
+
+
+def insert_results(models: Models) -> Upsert:
+    """Stores results where there are none but expired ones; returns the task ids of those."""
+    results = models.results_table
+
+    def finish(statement: PostgresInsert, _: Inserted) -> Insert:
+        overwritten = (*ResultRow._fields[1:], "finished_at")
+        upsert = _on_conflict(statement, overwritten, _has_expired(results, statement))
+        return upsert.returning(results.c.task_id)
+
+    return Upsert(results, ResultRow._fields, finish)
+
+
+def insert_progress(models: Models) -> Upsert:
+    """Stores progress where there is none, and returns the task ids of that."""
+    progress = models.progress_table
+
+    def finish(statement: PostgresInsert, _: Inserted) -> Insert:
+        unless_there = statement.on_conflict_do_nothing(index_elements=["task_id"])
+        return unless_there.returning(progress.c.task_id)
+
+    return Upsert(progress, ProgressRow._fields, finish)
+
+
+def _on_conflict(
+    statement: PostgresInsert,
+    overwritten: Sequence[str],
+    where: ColumnElement[bool] | None = None,
+) -> PostgresInsert:
+    # `excluded` alone on the right, because Citus refuses now() there; its finished_at and
+    # updated_at are the columns' defaults.
+    return statement.on_conflict_do_update(
+        index_elements=["task_id"],
+        set_={name: statement.excluded[name] for name in overwritten},
+        where=where,
+    )
+
+
+def _has_expired(results: Table, statement: PostgresInsert) -> ColumnElement[bool]:
+    # Of the row in the way. The new one's finished_at is now, which Citus refuses to be asked for.
+    return results.c.expires_at <= statement.excluded.finished_at

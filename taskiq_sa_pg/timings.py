@@ -1,0 +1,46 @@
+"""How long the parts of a backend wait, in one record: tests shorten what applications cannot."""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds, but for the last two. No argument of the backend: each default has its reason here.
+
+    Attributes:
+        keep_connection: How long a connection stays checked out between statements. Afterwards the
+            pool's own care, such as pool_recycle and pool_pre_ping, has its turn.
+        between_looks: How late what was stored without a notification is noticed at most.
+        between_unheard_looks: The same where nothing can be heard; taskiq's own waiting takes 0.2.
+        between_any_looks: Whatever asks for looks, they come no faster than this.
+        between_probes: How often the listener is probed, and within which time a probe is heard.
+        first_reconnect: How soon a lost listener connects again; each failure doubles it.
+        last_reconnect: Up to this.
+        after_notification: The pause after a notification of one task. It takes a lock of the whole
+            database, so under load the ids of several batches share one.
+        after_notifications: The pause after one of several tasks.
+        lock: For how long a step of the schema waits for a lock: whoever comes meanwhile waits
+            behind it, so better to give way and to try again.
+        status_retry: For how long a status is tried to be stored: a task waits for it.
+        max_pending_notifications: Beyond so many ids nobody is told one by one: a look is cheaper.
+        pruned_at_once: Rows that a pruning statement deletes at most. Those who store results
+            hardly notice so few; with ten times as many their slowest calls took thrice as long.
+    """
+
+    keep_connection: float = 5.0
+    between_looks: float = 3.0
+    between_unheard_looks: float = 0.1
+    between_any_looks: float = 0.02
+    between_probes: float = 3.0
+    first_reconnect: float = 0.1
+    last_reconnect: float = 30.0
+    after_notification: float = 0.005
+    after_notifications: float = 0.01
+    lock: float = 3.0
+    status_retry: float = 5.0
+    max_pending_notifications: int = 100_000
+    pruned_at_once: int = 100
+
+
+DEFAULT_TIMINGS: Final = Timings()

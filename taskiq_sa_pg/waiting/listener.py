@@ -1,0 +1,189 @@
+"""The LISTEN connection: hears notifications, proves that it does, and comes back when lost."""
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from taskiq_sa_pg.exceptions import StorageError
+from taskiq_sa_pg.telemetry import ListenerState
+from taskiq_sa_pg.timings import Timings
+
+logger = logging.getLogger(__name__)
+
+_Hear = Callable[[str, str], None]
+
+
+class Listener:
+    """Hears the notifications of some channels on one connection.
+
+    It is healthy from the moment in which a probe that was sent the writers' way has been heard,
+    until the connection is lost or a later probe is not heard in time. Where LISTEN is accepted and
+    never delivers, as behind a transaction pooler, it is never healthy.
+
+    Args:
+        connect: Opens the driver's connection.
+        channels: What to listen to; the probes go to the first.
+        send: Sends payloads to a channel, the writers' way.
+        hear: Called with channel and payload of every notification that is no probe.
+        on_healthy: Called each time it becomes healthy. What was notified before may be unheard.
+        timings: How often it is probed, and how soon it comes back.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], AbstractAsyncContextManager[Any]],
+        channels: Sequence[str],
+        *,
+        send: Callable[[str, list[str]], Awaitable[None]],
+        hear: _Hear,
+        on_healthy: Callable[[], None],
+        timings: Timings,
+    ) -> None:
+        self._connect = connect
+        self._channels = channels
+        self._send = send
+        self._hear = hear
+        self._on_healthy = on_healthy
+        self._timings = timings
+        # What it sends to itself; nobody else understands it.
+        self.probe = json.dumps({"probe": uuid.uuid4().hex})
+        self._task: asyncio.Task[None] | None = None
+        self._limit: asyncio.Timeout | None = None
+        self._is_warned = False
+        self.is_healthy = False
+
+    @property
+    def state(self) -> ListenerState:
+        """Whether it hears, tries to, or has nothing to do."""
+        if self.is_healthy:
+            return "listening"
+        return "idle" if self._task is None or self._task.done() else "connecting"
+
+    def start(self) -> None:
+        """Begins to listen, unless it does already."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Closes the connection."""
+        task, self._task = self._task, None
+        if task is not None:
+            await end(task)
+
+    async def _run(self) -> None:
+        first, last = self._timings.first_reconnect, self._timings.last_reconnect
+        retry_after = first
+        while True:
+            try:
+                async with self._connect() as driver:
+                    reason = await self._listen(driver)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, another attempt may succeed
+                reason = str(exc) or type(exc).__name__
+            finally:
+                was_healthy, self.is_healthy = self.is_healthy, False
+            retry_after = first if was_healthy else retry_after * 2
+            self._warn(reason)
+            await asyncio.sleep(min(retry_after, last))
+
+    def _warn(self, reason: str) -> None:
+        if self._is_warned:
+            logger.debug("still not listening for results: %s", reason)
+            return
+        self._is_warned = True
+        logger.warning(
+            "not listening for results, so waiting looks for them several times a second: %s. It "
+            "goes on trying. Behind a transaction pooler give listen_dsn=, the server's own "
+            "address, or notify=False",
+            reason,
+        )
+
+    async def _listen(self, driver: Any) -> str:
+        """Listens until the connection is lost or silent, and says which."""
+        is_asyncpg = hasattr(driver, "add_listener")
+        listen = _listen_with_asyncpg if is_asyncpg else _listen_with_psycopg
+        prober: asyncio.Task[None] | None = None
+        try:
+            async with asyncio.timeout(self._timings.between_probes) as self._limit:
+                lost = await listen(driver, self._channels, self._receive)
+                prober = asyncio.create_task(self._send_probes())
+                await lost
+        except TimeoutError:
+            return "the connection delivers no notifications"
+        finally:
+            self._limit = None
+            if prober is not None:
+                await end(prober)
+        return "the connection was lost"
+
+    async def _send_probes(self) -> None:
+        while True:
+            try:
+                await self._send(self._channels[0], [self.probe])
+            except StorageError as exc:
+                # If it stays so, the time limit ends.
+                logger.debug("could not send a probe: %s", exc)
+            await asyncio.sleep(self._timings.between_probes)
+
+    def _receive(self, channel: str, payload: str) -> None:
+        if payload == self.probe:
+            self._prove()
+        elif not payload.startswith("{"):  # else another process's probe
+            self._hear(channel, payload)
+
+    def _prove(self) -> None:
+        if self._limit is None or self._limit.expired():
+            return  # too late: as it comes after the event loop was blocked
+        now = asyncio.get_running_loop().time()
+        self._limit.reschedule(now + 2 * self._timings.between_probes)
+        if self.is_healthy:
+            return
+        self.is_healthy = True
+        if self._is_warned:
+            self._is_warned = False
+            logger.info("listening for results again")
+        self._on_healthy()
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancels a task, and returns when its connection is back where it came from."""
+    while not task.done():
+        # Again and again: psycopg has been seen to swallow a cancellation as it connects.
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
+
+
+async def _listen_with_asyncpg(
+    driver: Any, channels: Sequence[str], receive: _Hear
+) -> Awaitable[None]:
+    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_termination(_connection: Any) -> None:
+        if not lost.done():
+            lost.set_result(None)
+
+    def on_notification(_connection: Any, _pid: int, channel: str, payload: str) -> None:
+        receive(channel, payload)
+
+    driver.add_termination_listener(on_termination)
+    for channel in channels:
+        await driver.add_listener(channel, on_notification)
+    return lost
+
+
+async def _listen_with_psycopg(
+    driver: Any, channels: Sequence[str], receive: _Hear
+) -> Awaitable[None]:
+    from psycopg.sql import SQL, Identifier  # noqa: PLC0415 - psycopg is an extra
+
+    for channel in channels:
+        await driver.execute(SQL("LISTEN {}").format(Identifier(channel)))
+
+    async def receive_all() -> None:
+        async for notification in driver.notifies():
+            receive(notification.channel, notification.payload)
+
+    return receive_all()

@@ -1,0 +1,103 @@
+"""What is told to those who wait: the ids of rows that were stored, in PostgreSQL's notifications.
+
+A notification is a hint, and the table is the truth. A payload is a JSON array of task ids; an
+empty one tells of ids that are too long for any payload, for which their waiters have to look.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from taskiq_sa_pg.database import Database
+from taskiq_sa_pg.exceptions import StorageError
+from taskiq_sa_pg.statements import notify
+from taskiq_sa_pg.timings import Timings
+
+logger = logging.getLogger(__name__)
+
+# https://www.postgresql.org/docs/18/sql-notify.html
+_MAX_PAYLOAD_BYTES: Final = 7999
+
+
+class Notifier:
+    """Sends notifications after what they tell of was committed; nobody waits for it.
+
+    They go in statements of their own: the lock that a notification takes would otherwise make
+    all commits of results wait for each other.
+
+    Args:
+        database: Where the statements run.
+        timings: The pauses between them, in which further ids gather.
+    """
+
+    def __init__(self, database: Database, timings: Timings) -> None:
+        self._database = database
+        self._timings = timings
+        self._statement = notify()
+        self._pending: dict[str, list[Any]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def announce(self, channel: str, ids: Iterable[Any]) -> None:
+        """Tells of rows that were stored."""
+        pending = self._pending.setdefault(channel, [])
+        if len(pending) <= self._timings.max_pending_notifications:
+            pending.extend(ids)
+        if self._task is None:
+            self._task = asyncio.create_task(self._send_pending())
+
+    async def send(self, channel: str, payloads: list[str]) -> None:
+        """Sends payloads at once.
+
+        Raises:
+            StorageError: They could not be sent.
+        """
+        await self._database.fetch(
+            self._statement,
+            {"channel": channel, "payloads": payloads},
+            f"send notifications on channel {channel}",
+            retry_timeout=0,  # they are hints; whoever listens looks again after an outage
+        )
+
+    async def close(self) -> None:
+        """Returns when all has been sent."""
+        while self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def _send_pending(self) -> None:
+        try:
+            while self._pending:
+                await asyncio.sleep(0)  # those whose results are stored go first
+                pending, self._pending = self._pending, {}
+                for channel, ids in pending.items():
+                    await self._try_to_send(channel, ids)
+                is_one = max(map(len, pending.values())) == 1
+                timings = self._timings
+                await asyncio.sleep(
+                    timings.after_notification if is_one else timings.after_notifications
+                )
+        finally:
+            self._task = None
+
+    async def _try_to_send(self, channel: str, ids: list[Any]) -> None:
+        told = ids if len(ids) <= self._timings.max_pending_notifications else []
+        try:
+            await self.send(channel, pack([str(task_id) for task_id in told]))
+        except StorageError as exc:
+            logger.warning("waiters will notice %d results late: %s", len(ids), exc)
+
+
+def pack(ids: Sequence[str]) -> list[str]:
+    """Payloads that tell of these ids."""
+    if sum(map(len, ids)) + 3 * len(ids) <= _MAX_PAYLOAD_BYTES:  # else there is no need to try
+        payload = _to_json(ids)
+        if len(payload.encode()) <= _MAX_PAYLOAD_BYTES:
+            return [payload]
+    if len(ids) == 1:
+        return ["[]"]
+    middle = len(ids) // 2
+    return [*pack(ids[:middle]), *pack(ids[middle:])]
+
+
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -1,0 +1,231 @@
+"""Who waits for which task: woken by notifications, and by a look at the table now and then.
+
+A notification is a hint that may be missing, late or repeated; only the table says that a result
+is there. So everybody who is woken looks, and whatever was stored without a notification is found
+by the look that is made for all who wait.
+"""
+
+import asyncio
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from typing import Any, Final, NamedTuple
+
+from taskiq_sa_pg.exceptions import NotStartedError
+from taskiq_sa_pg.models import TableConfig
+from taskiq_sa_pg.telemetry import ListenerState
+from taskiq_sa_pg.timings import Timings
+from taskiq_sa_pg.waiting.listener import Listener, end
+from taskiq_sa_pg.waiting.notifier import Notifier
+
+logger = logging.getLogger(__name__)
+
+
+class Topic(NamedTuple):
+    """What can be waited for: a row of a table, whose notifications come on its channel."""
+
+    channel: str
+    task_id: str
+
+
+class Subscription:
+    """Topics of which somebody wants to hear.
+
+    Attributes:
+        is_awaited: Whether he has looked, and waits now.
+    """
+
+    def __init__(self, topics: Iterable[Topic]) -> None:
+        self.topics: Final = frozenset(topics)
+        self._woken: set[Topic] = set()
+        self.is_awaited = False
+        self._wakeup: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._is_closed = False
+
+    def wake(self, topics: Iterable[Topic]) -> None:
+        """Tells of topics."""
+        self._woken.update(topics)
+        if not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+    def close(self) -> None:
+        """Ends the waiting."""
+        self._is_closed = True
+        self.wake(())
+
+    async def woken(self) -> set[Topic]:
+        """The topics that were told of since the last time; waits for one.
+
+        Raises:
+            NotStartedError: The backend was shut down.
+        """
+        self.is_awaited = True
+        try:
+            await self._wakeup
+        finally:
+            self.is_awaited = False
+        if self._is_closed:
+            raise NotStartedError("the result backend was shut down while this waited")
+        self._wakeup = asyncio.get_running_loop().create_future()
+        woken, self._woken = self._woken, set()
+        return woken
+
+
+class Waiters:
+    """Wakes those who wait for the tasks of one results table.
+
+    Nothing is asked and no connection is opened before somebody waits.
+
+    Args:
+        config: The tables.
+        find_ready: Which of these ids, as the column has them, have a result, by one look.
+        connect: Opens a connection for listening.
+        notifier: Sends notifications as the writers do; None never listens.
+        timings: How often it looks.
+
+    Attributes:
+        listener: What hears notifications.
+        waiting: How many wait.
+    """
+
+    def __init__(
+        self,
+        config: TableConfig,
+        find_ready: Callable[[Collection[Any]], Awaitable[set[Any]]],
+        connect: Callable[[], AbstractAsyncContextManager[Any]],
+        notifier: Notifier | None,
+        timings: Timings,
+    ) -> None:
+        self._config = config
+        self._find_ready = find_ready
+        self._timings = timings
+        self.listener: Final = (
+            None
+            if notifier is None
+            else Listener(
+                connect,
+                (config.results_channel, config.progress_channel),
+                send=notifier.send,
+                hear=self.hear,
+                on_healthy=self._look_at_once,
+                timings=timings,
+            )
+        )
+        self._subscriptions: defaultdict[Topic, set[Subscription]] = defaultdict(set)
+        self.waiting = 0
+        self._looker: asyncio.Task[None] | None = None
+        self._is_look_due = asyncio.Event()
+        self._is_warned = False
+        self._is_closed = False
+
+    @property
+    def listener_state(self) -> ListenerState:
+        """What is known of the listening connection."""
+        return "off" if self.listener is None else self.listener.state
+
+    @property
+    def subscriptions(self) -> set[Subscription]:
+        """Who waits."""
+        return set().union(*self._subscriptions.values())
+
+    def result_topic(self, column_id: Any) -> Topic:
+        """The result of a task."""
+        return Topic(self._config.results_channel, str(column_id))
+
+    def progress_topic(self, column_id: Any) -> Topic:
+        """The progress of a task."""
+        return Topic(self._config.progress_channel, str(column_id))
+
+    @contextmanager
+    def subscribe(self, topics: Iterable[Topic]) -> Iterator[Subscription]:
+        """Hears of these topics from now on; what is there already has to be looked for.
+
+        Raises:
+            NotStartedError: After close().
+        """
+        if self._is_closed:
+            raise NotStartedError("the result backend was shut down: call startup() again")
+        subscription = Subscription(topics)
+        self.waiting += 1
+        for topic in subscription.topics:
+            self._subscriptions[topic].add(subscription)
+        if self.listener is not None:
+            self.listener.start()
+        if self._looker is None or self._looker.done():
+            self._looker = asyncio.create_task(self._look_regularly())
+        try:
+            yield subscription
+        finally:
+            self.waiting -= 1
+            for topic in subscription.topics:
+                self._subscriptions[topic].discard(subscription)
+                if not self._subscriptions[topic]:
+                    del self._subscriptions[topic]
+
+    async def close(self) -> None:
+        """Ends all waiting, with an error."""
+        self._is_closed = True
+        looker, self._looker = self._looker, None
+        if looker is not None:
+            await end(looker)
+        if self.listener is not None:
+            await self.listener.stop()
+        for subscription in self.subscriptions:
+            subscription.close()
+
+    def hear(self, channel: str, payload: str) -> None:
+        """Takes a notification."""
+        try:
+            task_ids = [str(task_id) for task_id in json.loads(payload)]
+        except (ValueError, TypeError, RecursionError):
+            task_ids = []  # anybody may send anything
+        if not task_ids:
+            self._is_look_due.set()
+        for task_id in task_ids:
+            self._wake(Topic(channel, task_id))
+
+    def _wake(self, topic: Topic) -> None:
+        for subscription in self._subscriptions.get(topic, ()):
+            subscription.wake([topic])
+
+    def _look_at_once(self) -> None:
+        # Whatever was notified until now may have been missed.
+        self._is_look_due.set()
+
+    async def _look_regularly(self) -> None:
+        timings = self._timings
+        while self._subscriptions:
+            try:
+                await self.look()
+            except Exception as exc:  # noqa: BLE001 - those who wait need the next look
+                self._warn(exc)
+            else:
+                self._is_warned = False
+            await asyncio.sleep(timings.between_any_looks)
+            is_heard = self.listener is not None and self.listener.is_healthy
+            with suppress(TimeoutError):
+                async with asyncio.timeout(
+                    timings.between_looks if is_heard else timings.between_unheard_looks
+                ):
+                    await self._is_look_due.wait()
+            self._is_look_due.clear()
+
+    async def look(self) -> None:
+        """Looks once, for all who wait."""
+        topics = list(self._subscriptions)
+        asked = {t.task_id for t in topics if t.channel == self._config.results_channel}
+        if asked:
+            column_ids = list(map(self._config.to_column_task_id, asked))
+            for task_id in await self._find_ready(column_ids):
+                self._wake(self.result_topic(task_id))
+        # Who follows progress reads it for himself, together with all the others.
+        for topic in topics:
+            if topic.channel == self._config.progress_channel:
+                self._wake(topic)
+
+    def _warn(self, exc: Exception) -> None:
+        if not self._is_warned:
+            logger.warning("those who wait for results have to wait: %s", exc)
+        self._is_warned = True
