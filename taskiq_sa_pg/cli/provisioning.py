@@ -10,7 +10,7 @@ from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import SchemaError
 from taskiq_sa_pg.schema import LATEST_VERSION
 from taskiq_sa_pg.schema import check as check_schema
-from taskiq_sa_pg.schema.migrate import current_revision, downgrade_to, offline_sql, upgrade_to
+from taskiq_sa_pg.schema.migrate import current_revision, move_to, offline_sql
 
 
 def upgrade(
@@ -19,7 +19,7 @@ def upgrade(
 ) -> None:
     """Makes the tables, or brings them up to date. Any number may run at once."""
     before = asyncio.run(_current(target))
-    upgrade_to(target.config, target.require_dsn(), revision)
+    move_to(target.config, target.require_dsn(), revision)
     _say_change(target, before)
 
 
@@ -29,7 +29,7 @@ def downgrade(
 ) -> None:
     """Takes the tables back to an earlier revision; what it does not have is lost."""
     before = asyncio.run(_current(target))
-    downgrade_to(target.config, target.require_dsn(), revision)
+    move_to(target.config, target.require_dsn(), revision, is_down=True)
     _say_change(target, before)
 
 

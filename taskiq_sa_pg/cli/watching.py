@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from math import isnan
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
@@ -30,7 +30,7 @@ async def watch(
 
     Metadata with `percent`, or with `current` and `total`, fills a bar.
     """
-    view: _View = _JsonLines() if json else _Bars() if sys.stdout.isatty() else _Lines()
+    view = _JsonLines() if json else _Bars() if sys.stdout.isatty() else _Lines()
     tasks = list(dict.fromkeys(task_ids))
     # Not the backend's check of the tables: nothing is written, which a column of the application's
     # own that is NOT NULL would be in the way of.
@@ -54,7 +54,7 @@ async def watch(
 
 
 async def _watch(
-    backend: SQLAlchemyResultBackend[Any], task_id: str, timeout: float | None, view: "_View"
+    backend: SQLAlchemyResultBackend[Any], task_id: str, timeout: float | None, view: "_Lines"
 ) -> bool:
     """Whether the task has succeeded."""
     try:
@@ -69,14 +69,6 @@ async def _watch(
         view.tell_result(task_id, result)
         return not result.is_err
     return False
-
-
-class _View(Protocol):
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *exc_info: Any) -> Any: ...
-    def tell_progress(self, task_id: str, progress: TaskProgress[Any]) -> None: ...
-    def tell_result(self, task_id: str, result: TaskiqResult[Any]) -> None: ...
-    def tell_trouble(self, task_id: str, event: str, reason: str) -> None: ...
 
 
 class _Lines:

@@ -1,33 +1,18 @@
 """Between taskiq's objects and the rows of the tables."""
 
-from taskiq_sa_pg.codec.codec import Codec, attempt_of, reason_of
-from taskiq_sa_pg.codec.decoding import RowDecoder
-from taskiq_sa_pg.codec.exceptions import qualified_name
-from taskiq_sa_pg.codec.jsonb import is_plain, storable_text, wrap
-from taskiq_sa_pg.codec.retention import Retention, Seconds, check_seconds
-from taskiq_sa_pg.codec.signing import SignedSerializer
-from taskiq_sa_pg.codec.task_metadata import (
-    NO_TASK_METADATA,
-    TaskMetadata,
-    attach,
-    task_metadata_of,
-)
-
-__all__ = [
-    "NO_TASK_METADATA",
-    "Codec",
-    "Retention",
-    "RowDecoder",
-    "Seconds",
-    "SignedSerializer",
-    "TaskMetadata",
-    "attach",
-    "attempt_of",
-    "check_seconds",
-    "is_plain",
-    "qualified_name",
-    "reason_of",
-    "storable_text",
-    "task_metadata_of",
-    "wrap",
-]
+from taskiq_sa_pg.codec.codec import Codec as Codec
+from taskiq_sa_pg.codec.codec import attempt_of as attempt_of
+from taskiq_sa_pg.codec.codec import reason_of as reason_of
+from taskiq_sa_pg.codec.decoding import RowDecoder as RowDecoder
+from taskiq_sa_pg.codec.exceptions import qualified_name as qualified_name
+from taskiq_sa_pg.codec.jsonb import is_plain as is_plain
+from taskiq_sa_pg.codec.jsonb import storable_text as storable_text
+from taskiq_sa_pg.codec.jsonb import wrap as wrap
+from taskiq_sa_pg.codec.retention import Retention as Retention
+from taskiq_sa_pg.codec.retention import Seconds as Seconds
+from taskiq_sa_pg.codec.retention import check_seconds as check_seconds
+from taskiq_sa_pg.codec.signing import SignedSerializer as SignedSerializer
+from taskiq_sa_pg.codec.task_metadata import NO_TASK_METADATA as NO_TASK_METADATA
+from taskiq_sa_pg.codec.task_metadata import TaskMetadata as TaskMetadata
+from taskiq_sa_pg.codec.task_metadata import attach as attach
+from taskiq_sa_pg.codec.task_metadata import task_metadata_of as task_metadata_of

@@ -120,7 +120,7 @@ class Codec:
                 raise
             logger.error("task %s: %s", task_id, exc)  # noqa: TRY400 - the reason says it all
             error, is_err = exc, True
-            return_value = self._encode_unlimited("the return value", None)
+            return_value = self._encode_payload("the return value", None, is_limited=False)
         encoded_error = error_type = traceback = None
         if error is not None:
             encoded_error = self._encode_exception(task_id, error, strict)
@@ -236,14 +236,10 @@ class Codec:
             return False
         return True
 
-    def _encode_payload(self, what: str, value: Any) -> bytes | str:
-        dumped = self._serialize(what, value)
-        if self._max_payload_bytes is not None and len(dumped) > self._max_payload_bytes:
-            raise PayloadTooLargeError(what, len(dumped), self._max_payload_bytes)
-        return to_jsonb(dumped) if self._is_jsonb else dumped
-
-    def _encode_unlimited(self, what: str, value: Any) -> bytes | str:
-        dumped = self._serialize(what, value)
+    def _encode_payload(self, what: str, value: Any, *, is_limited: bool = True) -> bytes | str:
+        dumped, limit = self._serialize(what, value), self._max_payload_bytes
+        if is_limited and limit is not None and len(dumped) > limit:
+            raise PayloadTooLargeError(what, len(dumped), limit)
         return to_jsonb(dumped) if self._is_jsonb else dumped
 
     def _decode_payload(self, stored: bytes | str) -> Any:
@@ -261,7 +257,8 @@ class Codec:
             stand_in = ResultSerializationError(
                 "the error", qualified_name(type(exception)), reason_of(exc)
             )
-            return self._encode_unlimited("the error", exception_to_document(stand_in, self))
+            document = exception_to_document(stand_in, self)
+            return self._encode_payload("the error", document, is_limited=False)
 
     def _decode_exception(self, stored: bytes | str) -> BaseException:
         return exception_from_document(self._decode_payload(stored), self)

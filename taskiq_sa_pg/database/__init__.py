@@ -1,34 +1,15 @@
 """A database: where it is, the connections to it, and what becomes of its statements."""
 
-from taskiq_sa_pg.database.connections import time_limit
-from taskiq_sa_pg.database.database import (
-    DEFAULT_COMMAND_TIMEOUT,
-    DEFAULT_MAX_CONNECTIONS,
-    DEFAULT_RETRY_TIMEOUT,
-    Database,
-)
-from taskiq_sa_pg.database.dsn import DsnSource, parse_dsn
-from taskiq_sa_pg.database.engine import make_engine
-from taskiq_sa_pg.database.errors import (
-    CONVERSION_ERRORS,
-    describe,
-    is_transient,
-    is_unfit_value,
-    reason_of,
-)
-
-__all__ = [
-    "CONVERSION_ERRORS",
-    "DEFAULT_COMMAND_TIMEOUT",
-    "DEFAULT_MAX_CONNECTIONS",
-    "DEFAULT_RETRY_TIMEOUT",
-    "Database",
-    "DsnSource",
-    "describe",
-    "is_transient",
-    "is_unfit_value",
-    "make_engine",
-    "parse_dsn",
-    "reason_of",
-    "time_limit",
-]
+from taskiq_sa_pg.database.connections import time_limit as time_limit
+from taskiq_sa_pg.database.database import DEFAULT_COMMAND_TIMEOUT as DEFAULT_COMMAND_TIMEOUT
+from taskiq_sa_pg.database.database import DEFAULT_MAX_CONNECTIONS as DEFAULT_MAX_CONNECTIONS
+from taskiq_sa_pg.database.database import DEFAULT_RETRY_TIMEOUT as DEFAULT_RETRY_TIMEOUT
+from taskiq_sa_pg.database.database import Database as Database
+from taskiq_sa_pg.database.dsn import DsnSource as DsnSource
+from taskiq_sa_pg.database.dsn import parse_dsn as parse_dsn
+from taskiq_sa_pg.database.engine import make_engine as make_engine
+from taskiq_sa_pg.database.errors import CONVERSION_ERRORS as CONVERSION_ERRORS
+from taskiq_sa_pg.database.errors import describe as describe
+from taskiq_sa_pg.database.errors import is_transient as is_transient
+from taskiq_sa_pg.database.errors import is_unfit_value as is_unfit_value
+from taskiq_sa_pg.database.errors import reason_of as reason_of

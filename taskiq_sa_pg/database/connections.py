@@ -44,7 +44,7 @@ class Connections:
 
     Args:
         engine: Where they come from.
-        limit: How many at once; no more than the places of the engine's pool.
+        limit: How many at once; never more than the places of the engine's pool.
         keep: Whether a connection stays checked out after its statement, for some seconds in all.
             Others who use the same pool might have to wait for it.
         timings: For how long.
@@ -74,13 +74,8 @@ class Connections:
     ) -> Sequence[Any]:
         """The rows of a statement in AUTOCOMMIT.
 
-        Args:
-            statement: What to run.
-            parameters: Its parameters, all that are not in the statement itself.
-            timeout: How many seconds it may take, the way to a connection included.
-
         Raises:
-            TimeoutError: It took longer.
+            TimeoutError: It took longer than `timeout` seconds, the way to a connection included.
         """
         # As time_limit(), which would be one generator more for every statement.
         async with (
@@ -233,7 +228,7 @@ class _Connection:
         self.answered_at = opened_at
 
     async def close(self, invalidate: bool = False) -> None:
-        """Gives it back to the pool, which may have to forget the driver's connection."""
+        """Gives it back to the pool."""
         if invalidate:
             await self._connection.invalidate()
         else:

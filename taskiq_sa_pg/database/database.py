@@ -131,13 +131,10 @@ class Database:
         return found
 
     async def open(self, timings: Timings = DEFAULT_TIMINGS) -> bool:
-        """Gets the engine ready, unless it is; nothing connects yet.
-
-        Args:
-            timings: How long connections are kept.
+        """Gets the engine ready, unless it is, on this event loop; nothing connects yet.
 
         Returns:
-            False if it was open, on this event loop.
+            False if it was.
 
         Raises:
             ConfigurationError: The engine cannot be made with these arguments.
@@ -152,7 +149,9 @@ class Database:
         else:
             engine = self._borrowed
         # Others wait for a borrowed engine's connections: each goes back after its statement.
-        connections = Connections(engine, self._max_connections, keep=self.is_owned, timings=timings)
+        connections = Connections(
+            engine, self._max_connections, keep=self.is_owned, timings=timings
+        )
         if self.is_owned:
             self._disposal = _disposing(engine, connections)
             await anext(self._disposal)

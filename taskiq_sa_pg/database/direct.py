@@ -24,11 +24,7 @@ _DIALECT_EVENTS: Final = ("do_execute", "do_execute_no_params", "handle_error")
 
 
 class Execution:
-    """Runs statements as SQLAlchemy does.
-
-    Args:
-        connection: Where.
-    """
+    """Runs statements as SQLAlchemy does."""
 
     def __init__(self, connection: AsyncConnection) -> None:
         self._connection = connection
@@ -52,19 +48,12 @@ class Execution:
 
 
 class _Text(NamedTuple):
-    """A compiled statement.
-
-    Attributes:
-        text: For asyncpg.
-        names: Of its parameters, in their order.
-        own: The values of those that are in the statement itself.
-        conversions: By position: what the parameter's type does to a value.
-    """
+    """A compiled statement, for asyncpg."""
 
     text: str
-    names: Sequence[str]
-    own: Mapping[str, Any]
-    conversions: Sequence[tuple[int, Callable[[Any], Any]]]
+    names: Sequence[str]  # of its parameters, in their order
+    own: Mapping[str, Any]  # the values of those that are in the statement itself
+    conversions: Sequence[tuple[int, Callable[[Any], Any]]]  # by position: what a type does
 
 
 # The compiled statements of an engine; None for one that SQLAlchemy completes as it executes it:
@@ -73,13 +62,7 @@ Texts = dict[Executable, _Text | None]
 
 
 class DirectExecution(Execution):
-    """Runs statements past SQLAlchemy.
-
-    Args:
-        connection: Where.
-        driver: asyncpg's connection.
-        texts: What was compiled until now.
-    """
+    """Runs statements past SQLAlchemy, on asyncpg's connection `driver`."""
 
     def __init__(self, connection: AsyncConnection, driver: Any, texts: Texts) -> None:
         super().__init__(connection)

@@ -53,33 +53,13 @@ _PSYCOPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
 
 # libpq's parameters without a counterpart in asyncpg, which would hand them to the server as
 # settings. https://www.postgresql.org/docs/18/libpq-connect.html#LIBPQ-PARAMKEYWORDS
-_LIBPQ_ONLY: Final = frozenset(
-    {
-        "channel_binding",
-        "gssdelegation",
-        "gssencmode",
-        "hostaddr",
-        "keepalives",
-        "keepalives_count",
-        "keepalives_idle",
-        "keepalives_interval",
-        "load_balance_hosts",
-        "max_protocol_version",
-        "min_protocol_version",
-        "require_auth",
-        "requirepeer",
-        "requiressl",
-        "scram_client_key",
-        "scram_server_key",
-        "sslcertmode",
-        "sslcompression",
-        "sslcrldir",
-        "sslkeylogfile",
-        "sslsni",
-        "tcp_user_timeout",
-    }
-)
-
+_OF_LIBPQ: Final = """
+    channel_binding gssdelegation gssencmode hostaddr keepalives keepalives_count keepalives_idle
+    keepalives_interval load_balance_hosts max_protocol_version min_protocol_version require_auth
+    requirepeer requiressl scram_client_key scram_server_key sslcertmode sslcompression sslcrldir
+    sslkeylogfile sslsni tcp_user_timeout
+"""
+_LIBPQ_ONLY: Final = frozenset(_OF_LIBPQ.split())
 
 # A peer that acknowledges nothing for so long is gone, be the connection idle or not. Seconds, but
 # milliseconds for TCP_USER_TIMEOUT, which macOS lacks.

@@ -36,11 +36,7 @@ class Retry:
         self._outage_since: float | None = None
 
     async def run(self, attempt: Callable[[], Awaitable[_T]], timeout: float | None = None) -> _T:
-        """What an attempt returns.
-
-        Args:
-            attempt: What is done, once or more.
-            timeout: Instead of the usual.
+        """What an attempt returns, made once or more; `timeout` instead of the usual.
 
         Raises:
             Exception: What the attempt raised, where it does not pass or did not in time.

@@ -18,8 +18,8 @@ class Stream:
 
     Args:
         connections: Where the connection comes from; it takes no place of theirs.
-        size: How many rows a batch has at most.
-        timeout: How many seconds a batch may take, and the first with the way to a connection.
+        size: The most rows in a batch.
+        timeout: Seconds that a batch may take, the first with the way to a connection.
     """
 
     def __init__(self, connections: Connections, size: int, timeout: float) -> None:

@@ -6,6 +6,7 @@ Nothing is changed in the old table, and nothing is overwritten in ours, so an i
 interrupted at any moment, run again, and run while workers store results in both tables.
 """
 
-from taskiq_sa_pg.importing.copy import ImportReport, Unreadable, count_rows, import_results
-
-__all__ = ["ImportReport", "Unreadable", "count_rows", "import_results"]
+from taskiq_sa_pg.importing.copy import ImportReport as ImportReport
+from taskiq_sa_pg.importing.copy import Unreadable as Unreadable
+from taskiq_sa_pg.importing.copy import count_rows as count_rows
+from taskiq_sa_pg.importing.copy import import_results as import_results

@@ -1,34 +1,15 @@
 """The tables as declarative classes: their names and types, their columns, and build_models()."""
 
-from taskiq_sa_pg.models.build import Models, build_models
-from taskiq_sa_pg.models.config import (
-    DEFAULT_TABLE_NAME,
-    PayloadField,
-    TableConfig,
-    TaskIdField,
-    primary_key_name,
-)
-from taskiq_sa_pg.models.mixins import (
-    ProgressMixin,
-    ResultMixin,
-    StatusMixin,
-    as_interval,
-    final,
-    quoted,
-)
-
-__all__ = [
-    "DEFAULT_TABLE_NAME",
-    "Models",
-    "PayloadField",
-    "ProgressMixin",
-    "ResultMixin",
-    "StatusMixin",
-    "TableConfig",
-    "TaskIdField",
-    "as_interval",
-    "build_models",
-    "final",
-    "primary_key_name",
-    "quoted",
-]
+from taskiq_sa_pg.models.build import Models as Models
+from taskiq_sa_pg.models.build import build_models as build_models
+from taskiq_sa_pg.models.config import DEFAULT_TABLE_NAME as DEFAULT_TABLE_NAME
+from taskiq_sa_pg.models.config import PayloadField as PayloadField
+from taskiq_sa_pg.models.config import TableConfig as TableConfig
+from taskiq_sa_pg.models.config import TaskIdField as TaskIdField
+from taskiq_sa_pg.models.config import primary_key_name as primary_key_name
+from taskiq_sa_pg.models.mixins import ProgressMixin as ProgressMixin
+from taskiq_sa_pg.models.mixins import ResultMixin as ResultMixin
+from taskiq_sa_pg.models.mixins import StatusMixin as StatusMixin
+from taskiq_sa_pg.models.mixins import as_interval as as_interval
+from taskiq_sa_pg.models.mixins import final as final
+from taskiq_sa_pg.models.mixins import quoted as quoted

@@ -1,20 +1,12 @@
 """What can be done with results: stored, read, waited for, searched, tracked, pruned."""
 
-from taskiq_sa_pg.results.extra_values import ExtraValues, ExtraValuesFunction
-from taskiq_sa_pg.results.methods import ResultMethods
-from taskiq_sa_pg.results.pruner import Pruned
-from taskiq_sa_pg.results.runtime import Runtime, SchemaCheck, Settings
-from taskiq_sa_pg.results.status import State, TaskStatus, Track
-
-__all__ = [
-    "ExtraValues",
-    "ExtraValuesFunction",
-    "Pruned",
-    "ResultMethods",
-    "Runtime",
-    "SchemaCheck",
-    "Settings",
-    "State",
-    "TaskStatus",
-    "Track",
-]
+from taskiq_sa_pg.results.extra_values import ExtraValues as ExtraValues
+from taskiq_sa_pg.results.extra_values import ExtraValuesFunction as ExtraValuesFunction
+from taskiq_sa_pg.results.methods import ResultMethods as ResultMethods
+from taskiq_sa_pg.results.pruner import Pruned as Pruned
+from taskiq_sa_pg.results.runtime import Runtime as Runtime
+from taskiq_sa_pg.results.settings import SchemaCheck as SchemaCheck
+from taskiq_sa_pg.results.settings import Settings as Settings
+from taskiq_sa_pg.results.settings import Track as Track
+from taskiq_sa_pg.results.status import State as State
+from taskiq_sa_pg.results.status import TaskStatus as TaskStatus

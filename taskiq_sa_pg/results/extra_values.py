@@ -24,10 +24,6 @@ ExtendedRow = Mapping[str, Any]
 class ExtraValues:
     """Asks the application for the values of its own columns.
 
-    Args:
-        function: The application's.
-        models: The tables.
-
     Raises:
         ConfigurationError: The function cannot be called or is asynchronous, or there is no column
             to fill.

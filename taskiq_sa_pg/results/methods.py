@@ -10,8 +10,9 @@ from taskiq.depends.progress_tracker import TaskProgress
 from taskiq_sa_pg.codec import RowDecoder, Seconds
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.results.pruner import Pruned, check_limits
-from taskiq_sa_pg.results.runtime import Runtime, Settings
+from taskiq_sa_pg.results.runtime import Runtime
 from taskiq_sa_pg.results.search import DEFAULT_BATCH_SIZE, OrderBy, Where, find_results
+from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.results.status import TaskStatus
 from taskiq_sa_pg.results.wait import Task
 

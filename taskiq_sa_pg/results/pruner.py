@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 from sqlalchemy import Select, Table
@@ -14,17 +15,15 @@ from sqlalchemy import Select, Table
 from taskiq_sa_pg.codec import Seconds, check_seconds
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError, StorageError
-from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
-    ResultsSlice,
-    StaleSlice,
+    Slice,
     count_expired,
     count_stale,
     prune_results,
     prune_stale,
 )
 from taskiq_sa_pg.telemetry import Telemetry
-from taskiq_sa_pg.timings import Timings
 from taskiq_sa_pg.waiting import end
 
 logger = logging.getLogger(__name__)
@@ -48,35 +47,16 @@ class Pruned:
 
 
 class Pruner:
-    """Prunes one results table and those that go with it, on demand and at regular times.
+    """Prunes one results table and those that go with it, on demand and at regular times."""
 
-    Args:
-        database: Where the statements run.
-        models: The tables.
-        telemetry: Counts what is deleted.
-        timings: How many rows a statement deletes.
-        progress_ttl: After how many seconds progress and status are deleted of a task that has no
-            result; None keeps them.
-        interval: Seconds between two runs in the background, give or take a tenth; None runs none.
-    """
-
-    def __init__(
-        self,
-        database: Database,
-        models: Models,
-        telemetry: Telemetry,
-        timings: Timings,
-        *,
-        progress_ttl: float | None,
-        interval: float | None,
-    ) -> None:
+    def __init__(self, settings: Settings, database: Database, telemetry: Telemetry) -> None:
         self._database = database
-        self._models = models
+        self._models = settings.models
         self._telemetry = telemetry
-        self._at_once = timings.pruned_at_once
-        self._progress_ttl = progress_ttl
-        self._interval = interval
-        self._purpose = f"prune table {models.config.qualified_name}"
+        self._at_once = settings.timings.pruned_at_once
+        self._progress_ttl = settings.progress_ttl
+        self._interval = settings.prune_interval
+        self._purpose = f"prune table {settings.table}"
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -113,14 +93,30 @@ class Pruner:
         Raises:
             StorageError: PostgreSQL refused it or could not be reached.
         """
-        rest = _Rest(limit, time_budget, self._at_once)
-        stale = dict.fromkeys(("progress", "status"), 0)
+        rest = _Rest(limit, time_budget)
+        parameters: dict[str, Any] = {"size": self._at_once, "is_exclusive": is_exclusive}
+        deleted = {}
         with self._telemetry.pruning():
-            results = await self._prune_results(rest, is_exclusive)
-            if self._progress_ttl is not None:
-                for name, statement in self._prune_stale.items():
-                    stale[name] = await self._prune_table(rest, name, statement, is_exclusive)
-        return Pruned(results, stale["progress"], stale["status"], not rest.was_too_little)
+            for name, statement in self._statements.items():
+                if name != "results":
+                    parameters["seconds"] = self._progress_ttl
+                deleted[name] = await self._prune(name, statement, parameters, rest)
+        return _pruned(deleted, is_complete=not rest.was_too_little)
+
+    async def _prune(
+        self, name: str, statement: Select[Any], parameters: Mapping[str, Any], rest: "_Rest"
+    ) -> int:
+        deleted, start, is_last = 0, None, False
+        while not is_last and rest.has_more():
+            most = self._at_once if rest.rows is None else rest.rows
+            given = {**parameters, "start": start, "most": most}
+            [row] = await self._database.fetch(statement, given, self._purpose)
+            gone, start, is_last = Slice._make(row)
+            self._telemetry.note_pruned(name, gone)
+            deleted += gone
+            if rest.rows is not None:
+                rest.rows -= gone
+        return deleted
 
     async def count(self) -> Pruned:
         """What run() would delete.
@@ -128,56 +124,16 @@ class Pruner:
         Raises:
             StorageError: PostgreSQL refused it or could not be reached.
         """
-        [[results]] = await self._database.fetch(count_expired(self._models), {}, self._purpose)
-        stale = dict.fromkeys(("progress", "status"), 0)
-        if self._progress_ttl is not None:
-            for name, table in self._stale_tables.items():
-                statement, parameters = (
-                    count_stale(self._models, table),
-                    {"seconds": self._progress_ttl},
-                )
-                [[stale[name]]] = await self._database.fetch(statement, parameters, self._purpose)
-        return Pruned(results, stale["progress"], stale["status"], is_complete=True)
-
-    async def _prune_results(self, rest: "_Rest", is_exclusive: bool) -> int:
-        deleted, start = 0, None
-        while size := rest.next_slice():
-            parameters = {"size": size, "start": start, "is_exclusive": is_exclusive}
-            done = ResultsSlice._make(await self._one(self._prune_expired, parameters))
-            self._note("results", done.deleted, rest)
-            deleted += done.deleted
-            start = done.last
-            if done.deleted < size:
-                break
-        return deleted
-
-    async def _prune_table(
-        self, rest: "_Rest", name: str, statement: Select[Any], is_exclusive: bool
-    ) -> int:
-        deleted, start = 0, None
-        while most := rest.next_slice():
-            parameters = {
-                "size": self._at_once,
-                "most": most,
-                "seconds": self._progress_ttl,
-                "start": start,
-                "is_exclusive": is_exclusive,
-            }
-            done = StaleSlice._make(await self._one(statement, parameters))
-            self._note(name, done.deleted, rest)
-            deleted += done.deleted
-            start = done.last
-            if done.looked_at < self._at_once:
-                break
-        return deleted
-
-    def _note(self, name: str, deleted: int, rest: "_Rest") -> None:
-        self._telemetry.note_pruned(name, deleted)
-        rest.take(deleted)
-
-    async def _one(self, statement: Select[Any], parameters: Mapping[str, Any]) -> Any:
-        [row] = await self._database.fetch(statement, parameters, self._purpose)
-        return row
+        deleted = {}
+        for name, table in self._tables.items():
+            statement = (
+                count_stale(self._models, table)
+                if name != "results"
+                else count_expired(self._models)
+            )
+            parameters = {"seconds": self._progress_ttl} if name != "results" else {}
+            [[deleted[name]]] = await self._database.fetch(statement, parameters, self._purpose)
+        return _pruned(deleted, is_complete=True)
 
     async def _run_regularly(self, interval: float) -> None:
         # Not all processes at once, which may have started together.
@@ -193,40 +149,41 @@ class Pruner:
             await asyncio.sleep(interval * random.uniform(0.9, 1.1))  # noqa: S311 - as above
 
     @property
-    def _stale_tables(self) -> dict[str, Table]:
-        return dict(zip(("progress", "status"), self._models.other_tables, strict=False))
+    def _tables(self) -> dict[str, Table]:
+        tables = {"results": self._models.results_table}
+        if self._progress_ttl is not None:
+            others = zip(("progress", "status"), self._models.other_tables, strict=False)
+            tables.update(others)
+        return tables
 
     @cached_property
-    def _prune_expired(self) -> Select[Any]:
-        return prune_results(self._models)
+    def _statements(self) -> dict[str, Select[Any]]:
+        return {
+            name: prune_results(self._models)
+            if name == "results"
+            else prune_stale(self._models, table)
+            for name, table in self._tables.items()
+        }
 
-    @cached_property
-    def _prune_stale(self) -> dict[str, Select[Any]]:
-        tables = self._stale_tables
-        return {name: prune_stale(self._models, table) for name, table in tables.items()}
+
+def _pruned(deleted: Mapping[str, int], *, is_complete: bool) -> Pruned:
+    return Pruned(
+        deleted["results"], deleted.get("progress", 0), deleted.get("status", 0), is_complete
+    )
 
 
 class _Rest:
-    """How much may still be done."""
+    """How much may still be done: so many `rows`, None for any number."""
 
-    def __init__(self, limit: int | None, time_budget: float | None, at_once: int) -> None:
-        self._rows = limit
-        self._deadline = None if time_budget is None else time.monotonic() + time_budget
-        self._at_once = at_once
+    def __init__(self, rows: int | None, time_budget: float | None) -> None:
+        self.rows = rows
+        self._deadline = inf if time_budget is None else time.monotonic() + time_budget
         self.was_too_little = False
 
-    def next_slice(self) -> int:
-        """How many rows may be deleted next; 0 if it is enough."""
-        is_late = self._deadline is not None and time.monotonic() >= self._deadline
-        if is_late or self._rows == 0:
-            self.was_too_little = True
-            return 0
-        return self._at_once if self._rows is None else min(self._rows, self._at_once)
-
-    def take(self, rows: int) -> None:
-        """Notes what was deleted."""
-        if self._rows is not None:
-            self._rows -= rows
+    def has_more(self) -> bool:
+        """Whether a further slice may be begun."""
+        self.was_too_little = self.rows == 0 or time.monotonic() >= self._deadline
+        return not self.was_too_little
 
 
 def check_limits(limit: int | None, time_budget: Seconds | None) -> float | None:

@@ -11,9 +11,8 @@ from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg.batching import Batcher, Entry
-from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.database import Database
-from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
     MAX_IDS,
     StoredProgress,
@@ -86,36 +85,18 @@ class Reader:
 
     Made for one event loop. Task ids come as the column has them.
 
-    Args:
-        database: Where the statements run.
-        codec: How rows become values.
-        models: The tables.
-        telemetry: Counts what is done.
-        keep_results: Whether results stay.
-        is_tracked: Whether statuses go with results that do not stay.
-
     Raises everywhere:
         ResultDecodeError: A value cannot be read back.
         StorageError: PostgreSQL could not be asked.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        codec: Codec,
-        models: Models,
-        telemetry: Telemetry,
-        *,
-        keep_results: bool,
-        is_tracked: bool,
-    ) -> None:
-        meters, table = telemetry.meters, models.config.qualified_name
+    def __init__(self, settings: Settings, database: Database, telemetry: Telemetry) -> None:
+        meters, models, table = telemetry.meters, settings.models, settings.table
         self._database = database
-        self._codec = codec
-        self._models = models
-        self._table = table
-        self._is_tracked = is_tracked
-        self.keep_results = keep_results
+        self._codec = settings.codec
+        self._take_purpose = f"take results from table {table}"
+        self._build_take = partial(take_results, models, is_tracked=settings.is_tracked)
+        self.keep_results = settings.keep_results
         self._ready: Lookup[bool] = Lookup(
             database,
             partial(select_ready, models),
@@ -195,7 +176,7 @@ class Reader:
 
     @cached_property
     def _take_results(self) -> Select[Any]:
-        return take_results(self._models, is_tracked=self._is_tracked)
+        return self._build_take()
 
     async def _take_wanted(
         self, batch: Mapping[Any, Entry[None]]
@@ -223,9 +204,7 @@ class Reader:
         results: dict[Any, TaskiqResult[Any]] | None = None
         while results is None and any(map(is_wanted, column_ids)):
             # Where the COMMIT may have been carried out, a second reading might find nothing.
-            results = await self._database.transact(
-                take, f"take results from table {self._table}", is_answer_final=True
-            )
+            results = await self._database.transact(take, self._take_purpose, is_answer_final=True)
         return results or {}
 
 

@@ -1,69 +1,22 @@
 """What a backend works with between startup() and shutdown(), made from what it was told."""
 
 import logging
-from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final
 
-from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.database import Database
-from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError
-from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.results.extra_values import ExtraValues
+from taskiq_sa_pg.exceptions import SchemaError
 from taskiq_sa_pg.results.pruner import Pruner
 from taskiq_sa_pg.results.reader import Reader
 from taskiq_sa_pg.results.search import Search
-from taskiq_sa_pg.results.status import Statuses, Track
+from taskiq_sa_pg.results.settings import Settings
+from taskiq_sa_pg.results.status import Statuses
 from taskiq_sa_pg.results.wait import Wait
 from taskiq_sa_pg.results.writer import Writer
 from taskiq_sa_pg.schema import check
 from taskiq_sa_pg.telemetry import Telemetry
-from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 from taskiq_sa_pg.waiting import Notifier, Waiters
 
 logger = logging.getLogger(__name__)
-
-SchemaCheck = Literal["error", "warn", "off"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Arguments of SQLAlchemyResultBackend; `codec` and the Database have taken in the others.
-
-    Raises:
-        ConfigurationError: One that cannot work.
-    """
-
-    models: Models
-    codec: Codec
-    extra_values: ExtraValues | None = None
-    keep_results: bool = True
-    notify: bool = True
-    track: Track | None = None
-    progress_ttl: float | None = None
-    prune_interval: float | None = None
-    check_schema: SchemaCheck = "error"
-    run_migrations: bool = False
-    startup_timeout: float = 30.0
-    timings: Timings = DEFAULT_TIMINGS
-
-    def __post_init__(self) -> None:
-        if self.check_schema not in get_args(SchemaCheck):
-            raise ConfigurationError(
-                f'check_schema must be "error", "warn" or "off", not {self.check_schema!r}'
-            )
-        if self.startup_timeout < 0:
-            raise ConfigurationError(
-                f"startup_timeout must be 0 or more, not {self.startup_timeout}"
-            )
-        if self.track is None:
-            return
-        if self.track not in get_args(Track):
-            raise ConfigurationError(f'track must be "started" or None, not {self.track!r}')
-        if self.models.status_table is None:
-            raise ConfigurationError(
-                "track needs a status table: subclass StatusMixin on your Base, and pass "
-                "models=Models(Result, Progress, Status)"
-            )
 
 
 class Runtime:
@@ -71,53 +24,25 @@ class Runtime:
 
     It is what the package's commands, import_results(), the middleware, tests and benchmarks use of
     a backend beside its public methods.
-
-    Args:
-        settings: What the backend was told.
-        database: Where the tables are; open.
-        telemetry: Counts what is done.
     """
 
     def __init__(self, settings: Settings, database: Database, telemetry: Telemetry) -> None:
-        models, codec, timings = settings.models, settings.codec, settings.timings
-        is_tracked = settings.track is not None
+        config, timings = settings.models.config, settings.timings
         for meter in telemetry.meters.values():
             meter.queues.clear()  # of an event loop that has ended
         self.settings: Final = settings
         self.database: Final = database
         self.telemetry: Final = telemetry
         self.notifier: Final = Notifier(database, timings) if settings.notify else None
-        self.writer: Final = Writer(
-            database,
-            codec,
-            models,
-            self.notifier,
-            telemetry,
-            extra_values=settings.extra_values,
-            is_tracked=is_tracked,
-        )
-        self.reader: Final = Reader(
-            database,
-            codec,
-            models,
-            telemetry,
-            keep_results=settings.keep_results,
-            is_tracked=is_tracked,
-        )
+        self.writer: Final = Writer(settings, database, telemetry, self.notifier)
+        self.reader: Final = Reader(settings, database, telemetry)
         self.waiters: Final = Waiters(
-            models.config, self.reader.find_ready, database.listening, self.notifier, timings
+            config, self.reader.find_ready, database.listening, self.notifier, timings
         )
-        self.wait: Final = Wait(models.config, self.reader, self.waiters)
-        self.search: Final = Search(database, codec, models)
-        self.statuses: Final = Statuses(database, models, telemetry, timings)
-        self.pruner: Final = Pruner(
-            database,
-            models,
-            telemetry,
-            timings,
-            progress_ttl=settings.progress_ttl,
-            interval=settings.prune_interval,
-        )
+        self.wait: Final = Wait(config, self.reader, self.waiters)
+        self.search: Final = Search(settings, database)
+        self.statuses: Final = Statuses(settings, database, telemetry)
+        self.pruner: Final = Pruner(settings, database, telemetry)
 
     async def prepare(self) -> None:
         """Makes the tables, or looks at them, as the settings say.

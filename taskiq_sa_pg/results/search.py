@@ -8,11 +8,11 @@ from typing import Any, Final
 from sqlalchemy import ColumnExpressionArgument, Select, SQLColumnExpression, TextClause
 from taskiq import TaskiqResult
 
-from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.results.reader import slices
+from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import StoredResult, forget_results, select_matching
 
 DEFAULT_BATCH_SIZE: Final = 200
@@ -24,19 +24,13 @@ OrderBy = ColumnExpressionArgument[Any] | Iterable[ColumnExpressionArgument[Any]
 
 
 class Search:
-    """Finds and deletes results of one results table.
+    """Finds and deletes results of one results table."""
 
-    Args:
-        database: Where the statements run.
-        codec: How rows become results.
-        models: The tables.
-    """
-
-    def __init__(self, database: Database, codec: Codec, models: Models) -> None:
+    def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
-        self._codec = codec
-        self._models = models
-        self._table = models.config.qualified_name
+        self._codec = settings.codec
+        self._models = settings.models
+        self._table = settings.table
 
     async def iterate(
         self, statement: Select[Any], batch_size: int, with_logs: bool

@@ -12,8 +12,8 @@ from sqlalchemy import Select, Table
 from taskiq_sa_pg.batching import Batcher, Entry
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError
-from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.results.reader import Lookup
+from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
     StatusRow,
     StoredStatus,
@@ -24,9 +24,6 @@ from taskiq_sa_pg.statements import (
     upsert_status,
 )
 from taskiq_sa_pg.telemetry import Telemetry
-from taskiq_sa_pg.timings import Timings
-
-Track = Literal["started"]
 
 Unfinished = Literal["queued", "started", "retrying"]
 State = Literal["unknown", Unfinished, "succeeded", "failed", "expired"]
@@ -63,22 +60,13 @@ class TaskStatus:
 
 
 class Statuses:
-    """Writes and reads the status table, gathered; made for one event loop.
+    """Writes and reads the status table, gathered; made for one event loop."""
 
-    Args:
-        database: Where the statements run.
-        models: The tables.
-        telemetry: Counts what is done.
-        timings: For how long a status is tried to be stored.
-    """
-
-    def __init__(
-        self, database: Database, models: Models, telemetry: Telemetry, timings: Timings
-    ) -> None:
+    def __init__(self, settings: Settings, database: Database, telemetry: Telemetry) -> None:
         self._database = database
-        self._models = models
-        self._retry_timeout = timings.status_retry
-        self._table = models.config.qualified_name
+        self._models = settings.models
+        self._retry_timeout = settings.timings.status_retry
+        self._table = settings.table
         self._written: Batcher[Any, StatusRow, StatusRow, None] = Batcher(
             self._write,
             encode=lambda _, row: row,
@@ -87,7 +75,7 @@ class Statuses:
         )
         self._lookup: Lookup[StoredStatus] = Lookup(
             database,
-            partial(select_statuses, models),
+            partial(select_statuses, settings.models),
             StoredStatus._make,
             f"read the status of tasks of table {self._table}",
             telemetry.meters["get_status"],

@@ -27,11 +27,6 @@ Task = AsyncTaskiqTask[_T] | str
 class Wait:
     """Waits for results and progress, and reads them.
 
-    Args:
-        config: The tables.
-        reader: What reads them.
-        waiters: What wakes.
-
     Raises everywhere:
         InvalidTaskIdError: The task-id column cannot hold an id.
         TaskiqResultTimeoutError: The time limit has passed.

@@ -11,11 +11,11 @@ from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row
-from taskiq_sa_pg.codec import NO_TASK_METADATA, Codec, attempt_of, task_metadata_of
+from taskiq_sa_pg.codec import NO_TASK_METADATA, attempt_of, task_metadata_of
 from taskiq_sa_pg.database import CONVERSION_ERRORS, Database, describe, is_transient
 from taskiq_sa_pg.exceptions import StorageError, TaskiqSaPgError
-from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.results.extra_values import ExtendedRow, ExtendedUpserts, ExtraValues
+from taskiq_sa_pg.results.extra_values import ExtendedRow, ExtendedUpserts
+from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
     Call,
     ProgressRow,
@@ -34,37 +34,26 @@ _Extended = tuple[TaskiqResult[Any], Mapping[str, Any]]
 
 
 class Writer:
-    """Stores results and progress; made for one event loop. Task ids come as the column has them.
+    """Stores results and progress, and tells the notifier of what was committed.
 
-    Args:
-        database: Where the statements run.
-        codec: How values become rows.
-        models: The tables.
-        notifier: Told of what was committed.
-        telemetry: Counts what is done.
-        extra_values: Asked for the values of the application's own columns.
-        is_tracked: Whether the status of a task goes when its result is stored.
+    Made for one event loop. Task ids come as the column has them.
     """
 
     def __init__(
         self,
+        settings: Settings,
         database: Database,
-        codec: Codec,
-        models: Models,
-        notifier: Notifier | None,
         telemetry: Telemetry,
-        *,
-        extra_values: ExtraValues | None,
-        is_tracked: bool,
+        notifier: Notifier | None,
     ) -> None:
         self._database = database
-        self._codec = codec
-        self._models = models
         self._notifier = notifier
-        self._extra_values = extra_values
-        self._is_tracked = is_tracked
+        self._codec = codec = settings.codec
+        self._models = settings.models
+        self._extra_values = settings.extra_values
+        self._is_tracked = settings.is_tracked
         self._lacks_middleware = False
-        self._purpose = f"store its result in table {models.config.qualified_name}"
+        self._purpose = f"store its result in table {settings.table}"
         meters = telemetry.meters
         self._results: Batcher[Any, TaskiqResult[Any], ResultRow, None] = Batcher(
             self._store_results,
@@ -90,10 +79,7 @@ class Writer:
     async def set_result(self, column_id: Any, task_id: str, result: TaskiqResult[Any]) -> None:
         """Stores a result, with the values that the application has for its own columns.
 
-        Args:
-            column_id: The task id.
-            task_id: The same as it was given, which the application is asked with.
-            result: The result.
+        It is asked for them with the task id as that was given.
         """
         if self._is_tracked and not self._lacks_middleware:
             self._look_for_middleware(task_id, result)

@@ -1,18 +1,11 @@
 """The tables' schema: its versions for a history of your own, and the check of a database."""
 
-from taskiq_sa_pg.schema.catalogue import describe_columns, select_sizes
-from taskiq_sa_pg.schema.check import check, located
-from taskiq_sa_pg.schema.revisions import IncludeName, downgrade, include_name, upgrade
-from taskiq_sa_pg.schema.steps import LATEST_VERSION
-
-__all__ = [
-    "LATEST_VERSION",
-    "IncludeName",
-    "check",
-    "describe_columns",
-    "downgrade",
-    "include_name",
-    "located",
-    "select_sizes",
-    "upgrade",
-]
+from taskiq_sa_pg.schema.catalogue import describe_columns as describe_columns
+from taskiq_sa_pg.schema.catalogue import select_sizes as select_sizes
+from taskiq_sa_pg.schema.check import check as check
+from taskiq_sa_pg.schema.check import located as located
+from taskiq_sa_pg.schema.revisions import IncludeName as IncludeName
+from taskiq_sa_pg.schema.revisions import downgrade as downgrade
+from taskiq_sa_pg.schema.revisions import include_name as include_name
+from taskiq_sa_pg.schema.revisions import upgrade as upgrade
+from taskiq_sa_pg.schema.steps import LATEST_VERSION as LATEST_VERSION

@@ -54,8 +54,7 @@ async def check(
     Args:
         database: Where the tables are.
         models: What they should be.
-        timeout: For how many seconds a PostgreSQL that does not answer is tried; None for as long
-            as the database tries.
+        timeout: Seconds for which a silent PostgreSQL is tried; None for as long as usual.
         extra_columns: Those of the application's own in the results table that it may fill.
 
     Raises:

@@ -54,16 +54,10 @@ async def provision(
     The steps that are missing run in one transaction under an advisory lock, and are recorded
     in the version table as `alembic upgrade head` records them.
 
-    Args:
-        database: Where the tables are.
-        config: Their names and types.
-        timeout: For how many seconds a PostgreSQL that does not answer is tried; None for as long
-            as the database tries.
-        timings: For how long locks are waited for.
-
     Raises:
         SchemaError: The tables cannot be made; says why and what to do.
-        StorageError: PostgreSQL could not be reached.
+        StorageError: PostgreSQL could not be reached for `timeout` seconds, or for as long as the
+            database tries.
     """
 
     def upgrade(connection: sa.Connection, config: TableConfig) -> None:
@@ -106,32 +100,14 @@ async def _in_transaction(
         raise SchemaError(f"cannot {purpose}: {reason_of(exc.__cause__)}; {remedy}") from exc
 
 
-def upgrade_to(config: TableConfig, dsn: str, revision: str = "head") -> None:
-    """Does what `alembic upgrade` does, on an event loop of its own.
-
-    Args:
-        config: The tables.
-        dsn: Where they are.
-        revision: "0001", "+1", "head".
+def move_to(config: TableConfig, dsn: str, revision: str, *, is_down: bool = False) -> None:
+    """Does what `alembic upgrade` or `alembic downgrade` does, on an event loop of its own.
 
     Raises:
         SchemaError: It cannot be done; says why and what to do.
     """
-    _run_command(config, lambda alembic: command.upgrade(alembic, revision), dsn)
-
-
-def downgrade_to(config: TableConfig, dsn: str, revision: str) -> None:
-    """Does what `alembic downgrade` does, on an event loop of its own.
-
-    Args:
-        config: The tables.
-        dsn: Where they are.
-        revision: "0001", "-1", or "base", which drops the tables.
-
-    Raises:
-        SchemaError: It cannot be done; says why and what to do.
-    """
-    _run_command(config, lambda alembic: command.downgrade(alembic, revision), dsn)
+    move = command.downgrade if is_down else command.upgrade
+    _run_command(config, lambda alembic: move(alembic, revision), dsn)
 
 
 def offline_sql(config: TableConfig, start: str, end: str) -> str:

@@ -1,89 +1,40 @@
 """From models to SQLAlchemy Core statements: nothing here awaits, connects or formats a name."""
 
-from taskiq_sa_pg.statements.delete import (
-    ResultsSlice,
-    StaleSlice,
-    count_expired,
-    count_stale,
-    delete_statuses,
-    forget_results,
-    prune_results,
-    prune_stale,
-    take_results,
-)
-from taskiq_sa_pg.statements.rows import (
-    RESULT_COLUMNS,
-    Counts,
-    Details,
-    Listed,
-    ProgressRow,
-    ResultRow,
-    StatusRow,
-    StoredProgress,
-    StoredResult,
-    StoredStatus,
-)
-from taskiq_sa_pg.statements.select import (
-    MAX_IDS,
-    count_progress,
-    notify,
-    select_counts,
-    select_details,
-    select_having_progress,
-    select_list,
-    select_matching,
-    select_progress,
-    select_ready,
-    select_results,
-)
-from taskiq_sa_pg.statements.shapes import Call, Upsert
-from taskiq_sa_pg.statements.status import select_running, select_statuses
-from taskiq_sa_pg.statements.upsert import (
-    insert_progress,
-    insert_results,
-    upsert_progress,
-    upsert_results,
-    upsert_status,
-)
-
-__all__ = [
-    "MAX_IDS",
-    "RESULT_COLUMNS",
-    "Call",
-    "Counts",
-    "Details",
-    "Listed",
-    "ProgressRow",
-    "ResultRow",
-    "ResultsSlice",
-    "StaleSlice",
-    "StatusRow",
-    "StoredProgress",
-    "StoredResult",
-    "StoredStatus",
-    "Upsert",
-    "count_expired",
-    "count_progress",
-    "count_stale",
-    "delete_statuses",
-    "forget_results",
-    "insert_progress",
-    "insert_results",
-    "notify",
-    "prune_results",
-    "prune_stale",
-    "select_counts",
-    "select_details",
-    "select_having_progress",
-    "select_list",
-    "select_matching",
-    "select_progress",
-    "select_ready",
-    "select_results",
-    "select_running",
-    "select_statuses",
-    "take_results",
-    "upsert_progress",
-    "upsert_results",
-    "upsert_status",
-]
+from taskiq_sa_pg.statements.delete import Slice as Slice
+from taskiq_sa_pg.statements.delete import count_expired as count_expired
+from taskiq_sa_pg.statements.delete import count_stale as count_stale
+from taskiq_sa_pg.statements.delete import delete_statuses as delete_statuses
+from taskiq_sa_pg.statements.delete import forget_results as forget_results
+from taskiq_sa_pg.statements.delete import prune_results as prune_results
+from taskiq_sa_pg.statements.delete import prune_stale as prune_stale
+from taskiq_sa_pg.statements.delete import take_results as take_results
+from taskiq_sa_pg.statements.rows import RESULT_COLUMNS as RESULT_COLUMNS
+from taskiq_sa_pg.statements.rows import Counts as Counts
+from taskiq_sa_pg.statements.rows import Details as Details
+from taskiq_sa_pg.statements.rows import Listed as Listed
+from taskiq_sa_pg.statements.rows import ProgressRow as ProgressRow
+from taskiq_sa_pg.statements.rows import ResultRow as ResultRow
+from taskiq_sa_pg.statements.rows import StatusRow as StatusRow
+from taskiq_sa_pg.statements.rows import StoredProgress as StoredProgress
+from taskiq_sa_pg.statements.rows import StoredResult as StoredResult
+from taskiq_sa_pg.statements.rows import StoredStatus as StoredStatus
+from taskiq_sa_pg.statements.select import MAX_IDS as MAX_IDS
+from taskiq_sa_pg.statements.select import count_progress as count_progress
+from taskiq_sa_pg.statements.select import notify as notify
+from taskiq_sa_pg.statements.select import select_counts as select_counts
+from taskiq_sa_pg.statements.select import select_details as select_details
+from taskiq_sa_pg.statements.select import select_having_progress as select_having_progress
+from taskiq_sa_pg.statements.select import select_list as select_list
+from taskiq_sa_pg.statements.select import select_matching as select_matching
+from taskiq_sa_pg.statements.select import select_progress as select_progress
+from taskiq_sa_pg.statements.select import select_ready as select_ready
+from taskiq_sa_pg.statements.select import select_results as select_results
+from taskiq_sa_pg.statements.shapes import Call as Call
+from taskiq_sa_pg.statements.shapes import Upsert as Upsert
+from taskiq_sa_pg.statements.status import select_running as select_running
+from taskiq_sa_pg.statements.status import select_statuses as select_statuses
+from taskiq_sa_pg.statements.upsert import insert_progress as insert_progress
+from taskiq_sa_pg.statements.upsert import insert_results as insert_results
+from taskiq_sa_pg.statements.upsert import upsert_progress as upsert_progress
+from taskiq_sa_pg.statements.upsert import upsert_results as upsert_results
+from taskiq_sa_pg.statements.upsert import upsert_status as upsert_status

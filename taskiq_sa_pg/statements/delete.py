@@ -42,22 +42,17 @@ from taskiq_sa_pg.statements.shapes import unnested
 _TIME: Final = DateTime(timezone=True)
 _FIRST_TIME: Final = literal_column("'-infinity'::timestamptz", _TIME)
 _FIRST_TEXT: Final = literal_column("''", Text)
+_SIZE: Final = bindparam("size", type_=Integer)
+_MOST: Final = bindparam("most", type_=Integer)
 _FIRST_UUID: Final = literal_column(f"'{uuid.UUID(int=0)}'::uuid", Uuid)
 
 
-class ResultsSlice(NamedTuple):
-    """What prune_results() has done."""
+class Slice(NamedTuple):
+    """What prune_results() or prune_stale() has done."""
 
-    deleted: int
-    last: datetime | None  # where the next slice begins
-
-
-class StaleSlice(NamedTuple):
-    """What prune_stale() has done."""
-
-    looked_at: int
     deleted: int
     last: Any  # where the next slice begins
+    is_last: bool
 
 
 def take_results(models: Models, *, is_tracked: bool) -> Select[Any]:
@@ -133,14 +128,15 @@ def _locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:
 
 
 def prune_results(models: Models) -> Select[Any]:
-    """Deletes expired results with their progress and status, the oldest first: a ResultsSlice.
+    """Deletes expired results with their progress and status, the oldest first: a Slice.
 
-    Takes `size`, the most rows; `start`, an expires_at, or None to begin with the oldest: nothing
-    is looked at twice, of which PostgreSQL would have to see that it is deleted; and
-    `is_exclusive`, whether to do nothing while another exclusive one is at work.
+    Takes `size` and `most`, of which the smaller is the most rows; `start`, an expires_at, or None
+    to begin with the oldest: nothing is looked at twice, of which PostgreSQL would have to see that
+    it is deleted; and `is_exclusive`, whether to do nothing while another exclusive one is at work.
     """
     results = models.results_table
     expires_at = results.c.expires_at
+    most = func.least(_SIZE, _MOST, type_=Integer)
     expired = (
         select(results.c.task_id)
         .where(
@@ -149,7 +145,7 @@ def prune_results(models: Models) -> Select[Any]:
             _may_run(models),
         )
         .order_by(expires_at)
-        .limit(bindparam("size", type_=Integer))
+        .limit(most)
         .with_for_update(of=results, skip_locked=True)
         .cte("expired")
     )
@@ -159,7 +155,8 @@ def prune_results(models: Models) -> Select[Any]:
         .returning(results.c.task_id, expires_at)
         .cte("gone")
     )
-    done: list[ColumnElement[Any]] = [func.count(), func.max(gone.c.expires_at)]
+    count = func.count()
+    done: list[ColumnElement[Any]] = [count, func.max(gone.c.expires_at), count < most]
     others = [_forget(other, gone) for other in models.other_tables]
     return select(*done).select_from(gone).add_cte(*others)
 
@@ -171,7 +168,7 @@ def _forget(other: Table, gone: CTE) -> CTE:
 
 
 def prune_stale(models: Models, source: Table) -> Select[Any]:
-    """Deletes old rows, of progress or status, of tasks without a result: a StaleSlice.
+    """Deletes old rows, of progress or status, of tasks without a result: a Slice.
 
     No index has their time, so it goes through all of them in the order of the task ids. Takes
     `size`, the rows to look at, `most`, those to delete, `seconds`, how old they have to be,
@@ -186,14 +183,14 @@ def prune_stale(models: Models, source: Table) -> Select[Any]:
             _may_run(models),
         )
         .order_by(task_id)
-        .limit(bindparam("size", type_=Integer))
+        .limit(_SIZE)
         .cte("page")
     )
     old = select(page.c.task_id).where(_is_old(page.c.updated_at))
     stale = (
         select(task_id)
         .where(task_id == _any_of(old), _is_stale(models, source))
-        .limit(bindparam("most", type_=Integer))
+        .limit(_MOST)
         .with_for_update(of=source, skip_locked=True)
         .cte("stale")
     )
@@ -203,10 +200,11 @@ def prune_stale(models: Models, source: Table) -> Select[Any]:
         .returning(task_id)
         .cte("gone")
     )
+    looked_at = select(func.count()).select_from(page).scalar_subquery()
     return select(
-        select(func.count()).select_from(page).scalar_subquery(),
         select(func.count()).select_from(gone).scalar_subquery(),
         select(page.c.task_id).order_by(page.c.task_id.desc()).limit(1).scalar_subquery(),
+        looked_at < _SIZE,
     )
 
 

@@ -26,10 +26,6 @@ class Notifier:
 
     They go in statements of their own: the lock that a notification takes would otherwise make
     all commits of results wait for each other.
-
-    Args:
-        database: Where the statements run.
-        timings: The pauses between them, in which further ids gather.
     """
 
     def __init__(self, database: Database, timings: Timings) -> None:

@@ -80,7 +80,7 @@ class Waiters:
 
     Args:
         config: The tables.
-        find_ready: Which of these ids, as the column has them, have a result, by one look.
+        find_ready: Which of these ids have a result, by one look.
         connect: Opens a connection for listening.
         notifier: Sends notifications as the writers do; None never listens.
         timings: How often it looks.

@@ -1,0 +1,62 @@
+"""What a backend was told, checked."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from taskiq_sa_pg.codec import Codec
+from taskiq_sa_pg.exceptions import ConfigurationError
+from taskiq_sa_pg.models import Models
+from taskiq_sa_pg.results.extra_values import ExtraValues
+from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
+
+SchemaCheck = Literal["error", "warn", "off"]
+Track = Literal["started"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Arguments of SQLAlchemyResultBackend; `codec` and the Database have taken in the others.
+
+    Raises:
+        ConfigurationError: One that cannot work.
+    """
+
+    models: Models
+    codec: Codec
+    extra_values: ExtraValues | None = None
+    keep_results: bool = True
+    notify: bool = True
+    track: Track | None = None
+    progress_ttl: float | None = None
+    prune_interval: float | None = None
+    check_schema: SchemaCheck = "error"
+    run_migrations: bool = False
+    startup_timeout: float = 30.0
+    timings: Timings = DEFAULT_TIMINGS
+
+    def __post_init__(self) -> None:
+        if self.check_schema not in get_args(SchemaCheck):
+            raise ConfigurationError(
+                f'check_schema must be "error", "warn" or "off", not {self.check_schema!r}'
+            )
+        if self.startup_timeout < 0:
+            raise ConfigurationError(
+                f"startup_timeout must be 0 or more, not {self.startup_timeout}"
+            )
+        if self.track not in {*get_args(Track), None}:
+            raise ConfigurationError(f'track must be "started" or None, not {self.track!r}')
+        if self.is_tracked and self.models.status_table is None:
+            raise ConfigurationError(
+                "track needs a status table: subclass StatusMixin on your Base, and pass "
+                "models=Models(Result, Progress, Status)"
+            )
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether statuses are kept."""
+        return self.track is not None
+
+    @property
+    def table(self) -> str:
+        """The results table, as messages name it."""
+        return self.models.config.qualified_name
