@@ -1,7 +1,7 @@
 """SQLAlchemyResultBackend: taskiq's contract. It checks arguments and hands on."""
 
 from dataclasses import asdict
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 from taskiq import AsyncResultBackend, TaskiqResult
@@ -113,6 +113,8 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         ConfigurationError: An argument that cannot work, or two that contradict each other.
     """
 
+    _runtime: Runtime | None = None
+
     def __init__(
         self,
         dsn: DsnSource | None = None,
@@ -144,18 +146,14 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
     ) -> None:
         super().__init__()
         config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
-        models = _choose_models(models, config)
-        self.models: Final = models
-        self._config: Final = models.config
+        self.models = models = _choose_models(models, config)
+        self._config = models.config
         if listen_dsn is not None and not notify:
-            raise ConfigurationError(
-                "listen_dsn is for notify=True; with notify=False leave it out"
-            )
+            raise ConfigurationError("listen_dsn is for notify=True; else leave it out")
         retention = Retention(result_ttl, failure_ttl)
-        codec = Codec(models.config, serializer, max_payload_bytes, retention)
         self.settings = Settings(
             models=models,
-            codec=codec,
+            codec=Codec(models.config, serializer, max_payload_bytes, retention),
             extra_values=None if extra_values is None else ExtraValues(extra_values, models),
             keep_results=keep_results,
             notify=notify,
@@ -166,10 +164,8 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             run_migrations=run_migrations,
             startup_timeout=startup_timeout,
         )
-        self._telemetry: Final = Telemetry(models.config.qualified_name)
-        self._telemetry.listener = self._listener_state
-        self._telemetry.waiters = self._count_waiters
-        self._database: Final = Database(
+        self._telemetry = Telemetry(self.settings.table, self._listener_state, self._count_waiters)
+        self._database = Database(
             dsn,
             engine=engine,
             engine_kwargs=engine_kwargs,
@@ -179,7 +175,6 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             command_timeout=command_timeout,
             on_retry=self._telemetry.note_retry,
         )
-        self._runtime: Runtime | None = None
 
     @property
     def keep_results(self) -> bool:

@@ -159,21 +159,26 @@ class Telemetry:
 
     Args:
         table: The results table, as messages name it.
+        listener: Tells the state of the listening connection.
+        waiters: Tells how many wait.
 
     Attributes:
         meters: Of each operation.
-        listener: Tells the state of the listening connection.
-        waiters: Tells how many wait.
         attributes: What its figures are told by.
     """
 
-    def __init__(self, table: str) -> None:
+    def __init__(
+        self,
+        table: str,
+        listener: Callable[[], ListenerState] = lambda: "idle",
+        waiters: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.attributes: Final = {"db.system.name": "postgresql", "db.collection.name": table}
         self.meters: Final[Mapping[Operation, BatchMeter]] = {
             operation: BatchMeter(operation, table) for operation in get_args(Operation)
         }
-        self.listener: Callable[[], ListenerState] = lambda: "idle"
-        self.waiters: Callable[[], int] = lambda: 0
+        self.listener: Final = listener
+        self.waiters: Final = waiters
         self._retries = 0
         self._pruned = {"results": 0, "progress": 0, "status": 0}
         _LIVE.add(self)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import MetaData, Table
+from sqlalchemy import Column, MetaData, Table, inspect
 from sqlalchemy.orm import MappedColumn, declared_attr, registry
 from sqlalchemy.types import TypeEngine
 
@@ -90,6 +90,24 @@ class Models:
     def other_tables(self) -> list[Table]:
         """The tables beside that of results; their rows go when a result is deleted."""
         return [self.progress_table] + ([] if self.status_table is None else [self.status_table])
+
+    @property
+    def own_columns(self) -> dict[str, Column[Any]]:
+        """The application's own columns that a value can be given to, by attribute of Result.
+
+        Not the attributes themselves: to ask for them configures all of the application's mappers,
+        and some of their classes may not be there yet.
+        """
+        ours = {name for name, _ in _columns_of(ResultMixin, self.config)}
+        return {
+            name: column
+            for name, column in inspect(self.Result).columns.items()
+            if isinstance(column, Column)
+            and column.table is self.results_table
+            and column.name not in ours
+            and column.computed is None
+            and not (column.identity is not None and column.identity.always)
+        }
 
 
 def _require_columns_of(mixin: type[Any], table: Table, config: TableConfig) -> None:

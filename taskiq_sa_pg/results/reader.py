@@ -1,7 +1,7 @@
 """Reading results and progress, gathered: what is asked for at once shares a statement."""
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ from taskiq_sa_pg.statements import (
     MAX_IDS,
     StoredProgress,
     StoredResult,
+    in_slices,
     select_progress,
     select_ready,
     select_results,
@@ -65,7 +66,7 @@ class Lookup(Generic[_Answer]):
     async def many(self, column_ids: Collection[Any]) -> dict[Any, _Answer]:
         """The answers that there are, in one statement for every 200 ids."""
         answers: dict[Any, _Answer] = {}
-        for some in slices(list(column_ids)):
+        for some in in_slices(list(column_ids)):
             answers |= await self.at_once(some)
         return answers
 
@@ -190,7 +191,7 @@ class Reader:
 
         async def take(connection: AsyncConnection) -> dict[Any, TaskiqResult[Any]] | None:
             results: dict[Any, TaskiqResult[Any]] = {}
-            for some in slices([column_id for column_id in column_ids if is_wanted(column_id)]):
+            for some in in_slices([column_id for column_id in column_ids if is_wanted(column_id)]):
                 taken = await connection.execute(self._take_results, {"task_ids": some})
                 # Before the commit: what cannot be decoded is not deleted.
                 for row in map(StoredResult._make, taken.all()):
@@ -206,9 +207,3 @@ class Reader:
             # Where the COMMIT may have been carried out, a second reading might find nothing.
             results = await self._database.transact(take, self._take_purpose, is_answer_final=True)
         return results or {}
-
-
-def slices(column_ids: list[Any]) -> Iterator[list[Any]]:
-    """The ids in parts of as many as one statement takes."""
-    for start in range(0, len(column_ids), MAX_IDS):
-        yield column_ids[start : start + MAX_IDS]

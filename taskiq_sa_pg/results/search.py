@@ -11,9 +11,8 @@ from taskiq import TaskiqResult
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.results.reader import slices
 from taskiq_sa_pg.results.settings import Settings
-from taskiq_sa_pg.statements import StoredResult, forget_results, select_matching
+from taskiq_sa_pg.statements import StoredResult, forget_results, in_slices, select_matching
 
 DEFAULT_BATCH_SIZE: Final = 200
 
@@ -69,7 +68,7 @@ class Search:
         purpose = f"forget results in table {self._table}"
         deleted = 0
         # In the order of the others' locks.
-        for some in slices(sorted(column_ids)):
+        for some in in_slices(sorted(column_ids)):
             parameters = {"task_ids": some}
             [(number,)] = await self._database.fetch(self._forget_results, parameters, purpose)
             deleted += number

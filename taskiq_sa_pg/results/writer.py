@@ -14,10 +14,11 @@ from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row
 from taskiq_sa_pg.codec import NO_TASK_METADATA, attempt_of, task_metadata_of
 from taskiq_sa_pg.database import CONVERSION_ERRORS, Database, describe, is_transient
 from taskiq_sa_pg.exceptions import StorageError, TaskiqSaPgError
-from taskiq_sa_pg.results.extra_values import ExtendedRow, ExtendedUpserts
 from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
     Call,
+    ExtendedRow,
+    ExtendedUpserts,
     ProgressRow,
     ResultRow,
     Upsert,

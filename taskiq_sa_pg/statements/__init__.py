@@ -8,7 +8,6 @@ from taskiq_sa_pg.statements.delete import forget_results as forget_results
 from taskiq_sa_pg.statements.delete import prune_results as prune_results
 from taskiq_sa_pg.statements.delete import prune_stale as prune_stale
 from taskiq_sa_pg.statements.delete import take_results as take_results
-from taskiq_sa_pg.statements.rows import RESULT_COLUMNS as RESULT_COLUMNS
 from taskiq_sa_pg.statements.rows import Counts as Counts
 from taskiq_sa_pg.statements.rows import Details as Details
 from taskiq_sa_pg.statements.rows import Listed as Listed
@@ -20,6 +19,7 @@ from taskiq_sa_pg.statements.rows import StoredResult as StoredResult
 from taskiq_sa_pg.statements.rows import StoredStatus as StoredStatus
 from taskiq_sa_pg.statements.select import MAX_IDS as MAX_IDS
 from taskiq_sa_pg.statements.select import count_progress as count_progress
+from taskiq_sa_pg.statements.select import in_slices as in_slices
 from taskiq_sa_pg.statements.select import notify as notify
 from taskiq_sa_pg.statements.select import select_counts as select_counts
 from taskiq_sa_pg.statements.select import select_details as select_details
@@ -33,6 +33,8 @@ from taskiq_sa_pg.statements.shapes import Call as Call
 from taskiq_sa_pg.statements.shapes import Upsert as Upsert
 from taskiq_sa_pg.statements.status import select_running as select_running
 from taskiq_sa_pg.statements.status import select_statuses as select_statuses
+from taskiq_sa_pg.statements.upsert import ExtendedRow as ExtendedRow
+from taskiq_sa_pg.statements.upsert import ExtendedUpserts as ExtendedUpserts
 from taskiq_sa_pg.statements.upsert import insert_progress as insert_progress
 from taskiq_sa_pg.statements.upsert import insert_results as insert_results
 from taskiq_sa_pg.statements.upsert import upsert_progress as upsert_progress

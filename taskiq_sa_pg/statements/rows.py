@@ -1,7 +1,7 @@
 """What travels between the codec and the tables: rows as they are written and as they are read."""
 
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 
 class ResultRow(NamedTuple):
@@ -24,10 +24,6 @@ class ResultRow(NamedTuple):
     worker: str | None = None
     queued_at: datetime | None = None
     started_at: datetime | None = None
-
-
-# All columns of the results table that are ours.
-RESULT_COLUMNS: Final = frozenset({*ResultRow._fields, "finished_at"})
 
 
 class ProgressRow(NamedTuple):

@@ -4,7 +4,7 @@ Reads return JSON as text, so that neither the driver's nor the application's JS
 in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -16,6 +16,12 @@ from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.statements.rows import Details, Listed, StoredProgress, StoredResult
 
 MAX_IDS: Final = 200
+
+
+def in_slices(column_ids: list[Any]) -> Iterator[list[Any]]:
+    """The ids in parts of as many as one statement takes."""
+    for start in range(0, len(column_ids), MAX_IDS):
+        yield column_ids[start : start + MAX_IDS]
 
 
 def select_ready(models: Models) -> Select[Any]:

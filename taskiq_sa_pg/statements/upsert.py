@@ -1,6 +1,7 @@
 """What is stored over what: INSERT ... ON CONFLICT for results, progress and statuses."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Column, Insert, Table, and_, or_
@@ -10,7 +11,10 @@ from sqlalchemy.sql.elements import ColumnElement
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.statements.delete import delete_finished
 from taskiq_sa_pg.statements.rows import ProgressRow, ResultRow, StatusRow
-from taskiq_sa_pg.statements.shapes import NOTHING, Inserted, Upsert
+from taskiq_sa_pg.statements.shapes import NOTHING, Call, Inserted, Upsert
+
+# A result's row with values for columns of the application's own, by attribute of the model.
+ExtendedRow = Mapping[str, Any]
 
 
 def upsert_results(
@@ -37,6 +41,42 @@ def upsert_results(
         return upsert.add_cte(delete_finished(status, finished))
 
     return Upsert(results, ResultRow._fields, finish, extra)
+
+
+class ExtendedUpserts:
+    """Stores results with values for columns of the application's own.
+
+    Rows that fill the same columns share a statement: it leaves a column alone, and gives it its
+    default, for all of its rows or for none.
+    """
+
+    def __init__(self, models: Models, *, is_tracked: bool) -> None:
+        self._models = models
+        self._is_tracked = is_tracked
+        self._columns = models.own_columns
+        self._upserts: dict[frozenset[str], Upsert] = {}
+
+    def of(self, rows: Iterable[ExtendedRow]) -> list[Call]:
+        """The statements for rows with distinct task ids, and their parameters."""
+        groups: defaultdict[frozenset[str], list[ExtendedRow]] = defaultdict(list)
+        for row in rows:
+            groups[frozenset(row.keys() & self._columns.keys())].append(row)
+        return [
+            call
+            for names, group in groups.items()
+            for call in self._upsert(names).of_mappings(group)
+        ]
+
+    def without_extra(self, row: ExtendedRow) -> ExtendedRow:
+        """The row of the result alone."""
+        return {name: value for name, value in row.items() if name not in self._columns}
+
+    def _upsert(self, names: frozenset[str]) -> Upsert:
+        if names not in self._upserts:
+            filled = {name: column for name, column in self._columns.items() if name in names}
+            upsert = upsert_results(self._models, filled, is_tracked=self._is_tracked)
+            self._upserts[names] = upsert
+        return self._upserts[names]
 
 
 def upsert_progress(models: Models) -> Upsert:
