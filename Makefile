@@ -85,14 +85,18 @@ soak: .venv/.test  ## ten minutes of load with a fault every few seconds; ARGS="
 test-matrix: .venv/.test  ## run the tests on every PostgreSQL and Python at hand; ARGS=--full
 	.venv/bin/python -m scripts.matrix $(ARGS)
 
-# The tests' processes leave a file each, which `combine` puts together.
 .PHONY: lowest
-lowest: .venv-lowest/.lowest  ## run the tests on the oldest dependencies, and measure their coverage
+lowest: .venv-lowest/.lowest  ## run the tests that know versions on the oldest dependencies
+	.venv-lowest/bin/python -m pytest tests/integration tests/migrations tests/unit $(ARGS)
+
+# The tests' processes leave a file each, which `combine` puts together.
+.PHONY: coverage
+coverage: .venv/.test  ## measure the coverage of the tests, by branches: build/coverage/
 	rm -f .coverage .coverage.*
-	.venv-lowest/bin/python -m coverage run -m pytest $(ARGS)
-	.venv-lowest/bin/python -m coverage combine -q
-	.venv-lowest/bin/python -m coverage html -q --fail-under=0
-	.venv-lowest/bin/python -m coverage report
+	.venv/bin/python -m coverage run -m pytest $(ARGS)
+	.venv/bin/python -m coverage combine -q
+	.venv/bin/python -m coverage html -q --fail-under=0
+	.venv/bin/python -m coverage report
 
 .PHONY: lint
 lint: .venv/.lint  ## check format and style
@@ -104,8 +108,9 @@ types: .venv/.lint  ## check types
 	.venv/bin/mypy $(checked)
 
 .PHONY: imports
-imports: .venv/.lint  ## check the import contracts
+imports: .venv/.lint  ## check the import contracts, and the bounds of the package's structure
 	.venv/bin/lint-imports --no-logo
+	.venv/bin/python scripts/structure.py --check
 
 # Without a network: nothing is looked up in the inventories of other projects.
 # All of it each time: pages that have not changed keep an old menu, and tell no warnings.
