@@ -2,8 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable, NullPool, Select
@@ -81,7 +89,7 @@ class Database:
         self._engine_kwargs = dict(engine_kwargs or {})
         self._max_connections = max_connections
         self._listen_dsn = listen_dsn
-        self._retry = Retry(retry_timeout, on_retry)
+        self._retry = Retry(retry_timeout, on_retry, self._note_error)
         self._command_timeout = command_timeout
         self._engine: AsyncEngine | None = None
         self._connections: Connections | None = None
@@ -204,13 +212,10 @@ class Database:
         """
 
         async def attempt() -> Sequence[Any]:
-            rows = self._running(purpose).fetch(statement, parameters, self._command_timeout)
-            return await self._watching(rows)
+            return await self._running(purpose).fetch(statement, parameters, self._command_timeout)
 
-        try:
+        with self._translating(purpose):
             return await self._retry.run(attempt, retry_timeout)
-        except self._errors as exc:
-            raise StorageError(*describe(exc, purpose)) from exc
 
     async def transact(
         self,
@@ -251,16 +256,14 @@ class Database:
                         lift_limit()
                     answers.append(await work(connection))
             except self._errors as exc:
-                self._note_error(exc)
                 if not (answers and is_answer_final and is_disconnect(exc)):
                     raise
+                self._note_error(exc)
                 logger.warning("the connection was lost in a COMMIT that was to %s", purpose)
             return answers[0]
 
-        try:
+        with self._translating(purpose):
             return await self._retry.run(attempt, retry_timeout)
-        except self._errors as exc:
-            raise StorageError(*describe(exc, purpose)) from exc
 
     async def stream(
         self, statement: Select[Any], size: int, purpose: str
@@ -283,20 +286,18 @@ class Database:
 
         async def attempt() -> tuple[Stream, Sequence[Any]]:
             stream = Stream(self._running(purpose), size, self._command_timeout)
-            return stream, await self._watching(stream.open(statement))
+            return stream, await stream.open(statement)
 
-        try:
+        with self._translating(purpose):
             stream, rows = await self._retry.run(attempt)
             self._streams.add(stream)
             try:
                 while rows:
                     yield rows
-                    rows = await self._watching(stream.next())
+                    rows = await stream.next()
             finally:
                 self._streams.discard(stream)
                 await stream.close()
-        except self._errors as exc:
-            raise StorageError(*describe(exc, purpose)) from exc
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[Any]:
@@ -326,16 +327,18 @@ class Database:
             if engine is not None:
                 await engine.dispose()
 
-    async def _watching(self, answer: Awaitable[_T]) -> _T:
+    @contextmanager
+    def _translating(self, purpose: str) -> Iterator[None]:
         try:
-            return await answer
+            yield
         except self._errors as exc:
             self._note_error(exc)
-            raise
+            raise StorageError(*describe(exc, purpose)) from exc
 
     def _note_error(self, exc: Exception) -> None:
-        if self._connections is not None and invalidates_all(exc):
-            self._connections.invalidate_all()
+        connections = self._connections
+        if connections is not None and isinstance(exc, self._errors) and invalidates_all(exc):
+            connections.invalidate_all()
 
     def _running(self, purpose: str) -> Connections:
         if self._connections is None:

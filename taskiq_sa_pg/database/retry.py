@@ -28,11 +28,18 @@ class Retry:
     Args:
         timeout: How many seconds after its start an attempt is repeated; 0 for never.
         on_retry: Called for every repetition.
+        on_error: Called with what an attempt raised.
     """
 
-    def __init__(self, timeout: float, on_retry: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        timeout: float,
+        on_retry: Callable[[], None] = lambda: None,
+        on_error: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
         self.timeout = timeout
         self._on_retry = on_retry
+        self._on_error = on_error
         self._outage_since: float | None = None
 
     async def run(self, attempt: Callable[[], Awaitable[_T]], timeout: float | None = None) -> _T:
@@ -46,9 +53,10 @@ class Retry:
         try:
             result = await attempt()
         except Exception as exc:
+            self._on_error(exc)
             if timeout <= 0 or not is_transient(exc):
                 raise
-            self._note_failure(exc, timeout)
+            self._note_outage(exc, timeout)
         else:
             if self._outage_since is not None:
                 self._note_success()
@@ -66,13 +74,17 @@ class Retry:
 
         async def counted() -> _T:
             self._on_retry()
-            return await attempt()
+            try:
+                return await attempt()
+            except Exception as exc:
+                self._on_error(exc)
+                raise
 
         result: _T = await repeat(counted)
         self._note_success()
         return result
 
-    def _note_failure(self, exc: Exception, timeout: float) -> None:
+    def _note_outage(self, exc: Exception, timeout: float) -> None:
         if self._outage_since is None and not (sqlstate_of(exc) or "").startswith(_CONFLICTS):
             self._outage_since = asyncio.get_running_loop().time()
             logger.warning("PostgreSQL: %s; trying again for up to %g s", reason_of(exc), timeout)
