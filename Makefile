@@ -70,7 +70,7 @@ test-pgbouncer: .venv/.test  ## run the integration tests through a PgBouncer in
 	.venv/bin/python -m pytest --pgbouncer tests/integration tests/pgbouncer $(ARGS)
 
 .PHONY: bench
-bench: .venv/.bench  ## compare the speed with taskiq-postgres; ARGS=--quick for a short look
+bench: .venv/.bench  ## compare the speed with taskiq-postgres and taskiq-redis; ARGS=--quick for a short look
 	.venv/bin/python -m benchmarks $(ARGS)
 
 .PHONY: bench-large

@@ -1,1 +1,1 @@
-"""The speed of taskiq_sa_pg beside taskiq-postgres and bare asyncpg: `make bench`."""
+"""The speed of the backend, beside that of others: `make bench` and `make bench-large`."""

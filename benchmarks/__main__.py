@@ -1,7 +1,7 @@
-"""`python -m benchmarks [--quick]`: measures, prints, and writes the reports.
+"""`python -m benchmarks [--quick]`: measures, prints, and writes the report.
 
-The full run replaces results.json, RESULTS.md and the charts beside this file and the table in the
-README; a quick one leaves its own in build/bench/.
+The full run replaces RESULTS.md and throughput.png beside this file, and the table in the README.
+A quick one leaves its report in build/bench/.
 """
 
 import argparse
@@ -9,13 +9,13 @@ import asyncio
 import sys
 from pathlib import Path
 
-from benchmarks import chart, environment, report, waiters
-from benchmarks.footprint import measure_connections, measure_memory
+from benchmarks import chart, report
+from benchmarks.connections import measure_connections
+from benchmarks.environment import read_environment
 from benchmarks.markdown import MarkersMissingError, check_markers, replace_marked
-from benchmarks.overhead import measure_overhead
-from benchmarks.plan import FULL, QUICK, Plan
-from benchmarks.readme import readme_table
+from benchmarks.measure import QUICK, Plan
 from benchmarks.results import Results
+from benchmarks.servers import COUNTING, DURABLE, connected, redis_server
 from benchmarks.throughput import measure_throughput
 from benchmarks.waiters import measure_waiters
 from benchmarks.waiting import measure_waiting
@@ -31,41 +31,39 @@ def main() -> None:
     is_quick = parser.parse_args().quick
     if not is_quick:
         check_markers(README, "benchmark")
-    results = measure(QUICK if is_quick else FULL)
-    directory = ROOT / "build" / "bench" if is_quick else Path(__file__).parent
-    write(results, directory)
+    results = measure(QUICK if is_quick else Plan())
+    write(results, ROOT / "build" / "bench" if is_quick else Path(__file__).parent)
     if not is_quick:
-        replace_marked(README, "benchmark", readme_table(results))
+        replace_marked(README, "benchmark", report.readme_table(results))
 
 
 def measure(plan: Plan) -> Results:
     with (
-        postgres(settings=environment.SETTINGS) as server,
-        postgres(settings=waiters.SETTINGS) as counting_server,
+        postgres(settings=DURABLE) as server,
+        postgres(settings=COUNTING) as counting_server,
+        redis_server() as redis_url,
     ):
-        return asyncio.run(_measure(server.dsn, counting_server.dsn, plan))
+        return asyncio.run(_measure(server.dsn, counting_server.dsn, redis_url, plan))
 
 
-async def _measure(dsn: str, counting_dsn: str, plan: Plan) -> Results:
-    return Results(
-        environment=await environment.read_environment(dsn),
-        plan=plan,
-        throughput=await measure_throughput(dsn, plan),
-        waiting=await measure_waiting(dsn, plan),
-        connections=await measure_connections(dsn),
-        memory=await measure_memory(dsn, plan),
-        overhead=await measure_overhead(dsn, plan),
-        waiters=await measure_waiters(counting_dsn, plan),
-    )
+async def _measure(dsn: str, counting_dsn: str, redis_url: str | None, plan: Plan) -> Results:
+    async with connected(dsn, redis_url) as servers:
+        environment = await read_environment(servers)
+        throughput = await measure_throughput(servers, plan)
+        waiting = await measure_waiting(servers, plan)
+        connections = await measure_connections(servers)
+    async with connected(counting_dsn, redis_url) as servers:
+        waiters = await measure_waiters(servers, plan)
+    contenders = servers.contenders
+    return Results(plan, contenders, environment, throughput, waiting, connections, waiters)
 
 
 def write(results: Results, directory: Path) -> None:
     markdown = report.as_markdown(results)
-    print(f"\n{markdown}")
+    print(f"\n{markdown}\n{report.readme_table(results)}")
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.json").write_text(report.as_json(results), "utf-8")
     (directory / "RESULTS.md").write_text(markdown, "utf-8")
-    chart.draw(results, directory)
+    chart.draw(results, directory / "throughput.png")
 
 
 if __name__ == "__main__":

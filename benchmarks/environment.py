@@ -2,50 +2,37 @@
 
 import os
 import platform
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Final
 
-import asyncpg
+from benchmarks.servers import DURABLE, Servers
 
-# The server is as durable as one in production.
-SETTINGS: Final = {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on"}
-
-_SHOWN: Final = (*SETTINGS, "shared_buffers", "max_wal_size")
+_SETTINGS: Final = (*DURABLE, "shared_buffers", "max_wal_size")
 _PACKAGES: Final = (
     "taskiq-sa-pg",
     "taskiq-postgres",
+    "taskiq-redis",
     "taskiq",
     "sqlalchemy",
     "asyncpg",
     "psycopg",
-    "psycopg-pool",
+    "redis",
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Environment:
-    measured_on: str
-    system: str
-    cpus: int
-    python: str
-    postgresql: str
-    settings: dict[str, str]
-    packages: dict[str, str]
-
-
-async def read_environment(dsn: str) -> Environment:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return Environment(
-            measured_on=datetime.now(UTC).date().isoformat(),
-            system=f"{platform.system()} {platform.machine()}",
-            cpus=os.cpu_count() or 0,
-            python=platform.python_version(),
-            postgresql=await connection.fetchval("SHOW server_version"),
-            settings={name: await connection.fetchval(f"SHOW {name}") for name in _SHOWN},
-            packages={name: version(name) for name in _PACKAGES},
-        )
-    finally:
-        await connection.close()
+async def read_environment(servers: Servers) -> list[list[str]]:
+    """Rows of a table."""
+    show = servers.postgres.connection.fetchval
+    settings = [f"{name}={await show(f'SHOW {name}')}" for name in _SETTINGS]
+    rows = [
+        ["date", datetime.now(UTC).date().isoformat()],
+        ["system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"],
+        ["load average before the run", f"{os.getloadavg()[0]:.2f}"],
+        ["PostgreSQL", ", ".join([await show("SHOW server_version"), *settings])],
+        ["Python", platform.python_version()],
+        ["packages", ", ".join(f"{name} {version(name)}" for name in _PACKAGES)],
+    ]
+    if servers.redis:
+        rows.append(["Redis", (await servers.redis.connection.info("server"))["redis_version"]])
+    return rows

@@ -4,112 +4,80 @@ import asyncio
 import gc
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from statistics import median
+from typing import Final, NamedTuple
 
-import psutil
+Call = Callable[[str], Awaitable[object]]
 
-from benchmarks.plan import Plan
-
-Call = Callable[[Any], Awaitable[object]]
-
-_LEAST_CALLS: Final = 20
+# With one call each, a thousand callers would show only their common start.
+_CALLS_PER_CALLER: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What is called, and how.
+class Plan:
+    """How much a run measures. The defaults are the full run; QUICK is for a look.
 
     Attributes:
-        contender: Whose figures these are.
-        call: Takes one of the arguments.
-        arguments: Makes the arguments of so many calls, before the clock starts.
-        callers: How many call at once.
-        results_per_call: More than one where a call is a batch.
+        rounds: How often calls are measured; the figures are medians over the rounds.
+        seconds: How long one measurement of calls takes.
+        waits: How often a task is waited for.
+        window: Seconds for which the statements of waiters are counted.
     """
 
-    contender: str
-    call: Call
-    arguments: Callable[[int], Sequence[Any]]
-    callers: int
-    results_per_call: int = 1
+    rounds: int = 9
+    seconds: float = 0.3
+    waits: int = 40
+    window: float = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One measurement; CPU seconds are those of 1,000 results, latencies those of one call."""
+QUICK: Final = Plan(rounds=2, seconds=0.1, waits=5, window=2)
+
+
+class Sample(NamedTuple):
+    """One measurement, or the medians of several."""
 
     per_second: float
     p50_ms: float
     p99_ms: float
-    client_cpu: float
-    server_cpu: float
 
 
-class Server:
-    """The processes of a PostgreSQL server, found through one of its backends."""
-
-    def __init__(self, backend_pid: int) -> None:
-        self._postmaster = psutil.Process(backend_pid).parent()
-
-    def cpu_seconds(self) -> float:
-        """What the server has used so far, processes that have ended included."""
-        assert self._postmaster is not None
-        times = self._postmaster.cpu_times()
-        seconds = times.user + times.system + times.children_user + times.children_system
-        for process in self._postmaster.children():
-            try:
-                used = process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            seconds += used.user + used.system
-        return float(seconds)
-
-
-async def measure(load: Load, calls: int, server: Server) -> Sample:
-    arguments = load.arguments(calls)
-    gc.collect()
-    client_cpu, server_cpu = time.process_time(), server.cpu_seconds()
-    started = time.perf_counter()
-    latencies = await call_all(load.call, arguments, load.callers)
-    seconds = time.perf_counter() - started
-    thousands = calls * load.results_per_call / 1000
-    return Sample(
-        per_second=calls * load.results_per_call / seconds,
-        p50_ms=percentile(latencies, 0.50) * 1000,
-        p99_ms=percentile(latencies, 0.99) * 1000,
-        client_cpu=(time.process_time() - client_cpu) / thousands,
-        server_cpu=(server.cpu_seconds() - server_cpu) / thousands,
-    )
-
-
-async def plan_calls(load: Load, plan: Plan) -> int:
-    """How many calls to measure, by a short trial, which warms up too."""
-    trial = max(_LEAST_CALLS, load.callers)
-    started = time.perf_counter()
-    await call_all(load.call, load.arguments(trial), load.callers)
-    calls = math.ceil(plan.seconds * trial / (time.perf_counter() - started))
-    return max(calls, _LEAST_CALLS, plan.calls_per_caller * load.callers)
-
-
-def percentile(values: Iterable[float], fraction: float) -> float:
-    """The nearest rank: a value that was measured."""
-    ordered = sorted(values)
-    return ordered[math.ceil(fraction * len(ordered)) - 1]
-
-
-async def call_all(call: Call, arguments: Sequence[Any], callers: int) -> list[float]:
+async def measure(call: Call, task_ids: Iterator[str], callers: int, seconds: float) -> Sample:
     latencies: list[float] = []
-    shared = iter(arguments)
+    least = _CALLS_PER_CALLER * callers
+    gc.collect()
+    started = time.perf_counter()
+    deadline = started + seconds
 
     async def caller() -> None:
-        for argument in shared:
-            started = time.perf_counter()
-            await call(argument)
-            latencies.append(time.perf_counter() - started)
+        before = time.perf_counter()
+        while before < deadline or len(latencies) < least:
+            await call(next(task_ids))
+            after = time.perf_counter()
+            latencies.append((after - before) * 1000)
+            before = after
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(callers):
-            group.create_task(caller())
-    return latencies
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    return Sample(len(latencies) / (time.perf_counter() - started), *percentiles(latencies))
+
+
+async def call_each(call: Call, task_ids: Iterable[str], callers: int) -> None:
+    """Calls once with each of the ids."""
+    shared = iter(task_ids)
+
+    async def caller() -> None:
+        for task_id in shared:
+            await call(task_id)
+
+    await asyncio.gather(*(caller() for _ in range(callers)))
+
+
+def medians(samples: Sequence[Sample]) -> Sample:
+    return Sample(*(median(values) for values in zip(*samples, strict=True)))
+
+
+def percentiles(values: Iterable[float]) -> tuple[float, float]:
+    """p50 and p99: the nearest rank, a value that was measured."""
+    ordered = sorted(values)
+    return ordered[math.ceil(len(ordered) * 0.50) - 1], ordered[math.ceil(len(ordered) * 0.99) - 1]

@@ -1,51 +1,73 @@
-"""All figures of a run, and how to look one up."""
+"""All figures of a run, and what they are held to."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
-from benchmarks.contenders import Contender
-from benchmarks.environment import Environment
-from benchmarks.footprint import Connections, Memory
-from benchmarks.overhead import Overhead
-from benchmarks.plan import Plan
-from benchmarks.throughput import Throughput
-from benchmarks.waiters import WaitersCost
-from benchmarks.waiting import Waiting
+from benchmarks.contenders import OURS, PEER, Contender
+from benchmarks.measure import Plan
+from benchmarks.throughput import LARGE, OPERATIONS, Scenario, Throughput, compare
+from benchmarks.waiters import WAITERS, WaitersCost
+from benchmarks.waiting import BACKEND_WAITS, TASK_WAITS, Waits, Way
+
+# At least so many times the peer's calls per second.
+_RATES: Final = {
+    Scenario("set_result", 100): 5,
+    Scenario("set_result", 1000): 5,
+    Scenario("set_progress", 100): 5,
+    Scenario("set_progress", 1000): 5,
+    Scenario("is_result_ready", 100): 5,
+    Scenario("is_result_ready", 1000): 2,
+    Scenario("get_result", 100): 5,
+    Scenario("get_result", 1000): 2,
+    Scenario("set_result", 100, LARGE): 1.8,
+    Scenario("get_result", 100, LARGE): 1.8,
+}
+# At most so many times the peer's median latency, with one caller.
+_LATENCY: Final = 1.1
+# At most so many statements a second of all waiters.
+_STATEMENTS: Final = {TASK_WAITS: 150, BACKEND_WAITS: 5}
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    environment: Environment
     plan: Plan
-    throughput: list[Throughput]
-    waiting: list[Waiting]
-    waiters: list[WaitersCost]
-    connections: list[Connections]
-    memory: list[Memory]
-    overhead: list[Overhead]
+    contenders: list[Contender]
+    environment: list[list[str]]
+    throughput: Throughput
+    waiting: dict[Way, Waits]
+    connections: dict[Contender, int]
+    waiters: dict[Way, WaitersCost]
 
-    def throughput_of(
-        self, contender: str, operation: str, callers: int, payload_bytes: int = 200
-    ) -> Throughput:
-        return next(
-            each
-            for each in self.throughput
-            if (each.contender, each.operation, each.callers, each.payload_bytes)
-            == (contender, operation, callers, payload_bytes)
-        )
+    def most_connections(self, contender: Contender) -> tuple[int, int]:
+        """Of a thousand callers, and of a thousand waiters."""
+        waiters = [cost for way, cost in self.waiters.items() if way.contender == contender]
+        return self.connections[contender], max(cost.connections for cost in waiters)
 
-    def overhead_of(self, variant: str) -> Overhead:
-        return next(each for each in self.overhead if each.variant == variant)
 
-    def waiting_of(self, contender: Contender, method: str) -> Waiting:
-        return next(
-            each
-            for each in self.waiting
-            if (each.contender, each.method) == (contender.name, method)
-        )
+class Target(NamedTuple):
+    """A figure, and its bound."""
 
-    def waiters_of(self, contender: Contender, method: str) -> WaitersCost:
-        return next(
-            each
-            for each in self.waiters
-            if (each.contender, each.method) == (contender.name, method)
-        )
+    figure: str
+    bound: str
+    measured: float
+    unit: str
+    noise: float | None
+    is_met: bool
+
+
+def targets(results: Results) -> Iterator[Target]:
+    beside = f"{OURS.name} / {PEER.name}"
+    for scenario, least in _RATES.items():
+        size = ", 10 kB" if scenario.payload_bytes == LARGE else ""
+        figure = f"`{scenario.operation}`, {scenario.callers:,} callers{size}: calls/s, {beside}"
+        value, noise = compare(results.throughput, scenario, "per_second")
+        yield Target(figure, f"at least {least}x", value, "x", noise, value >= least)
+    for operation in OPERATIONS:
+        figure = f"`{operation}`, 1 caller: p50, {beside}"
+        value, noise = compare(results.throughput, Scenario(operation, 1), "p50_ms")
+        yield Target(figure, f"at most {_LATENCY}x", value, "x", noise, value <= _LATENCY)
+    for method, most in _STATEMENTS.items():
+        figure = f"{WAITERS:,} waiters in `{method}`: statements/s of {OURS.name}"
+        rate = results.waiters[Way(OURS, method)].statements_per_second
+        yield Target(figure, f"at most {most}/s", rate, "/s", None, rate <= most)

@@ -5,54 +5,43 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
 
-import asyncpg
-
 from benchmarks.contenders import started
-from benchmarks.footprint import count_connections
-from benchmarks.plan import Plan
-from benchmarks.waiting import WAYS, Way
+from benchmarks.measure import Plan
+from benchmarks.servers import Servers
+from benchmarks.waiting import Way, ways_of
 
-# Counting costs time, so this is for a server of its own.
-SETTINGS: Final = {"shared_preload_libraries": "pg_stat_statements"}
 WAITERS: Final = 1000
-
-_COUNT: Final = (
-    "SELECT coalesce(sum(calls), 0)::bigint FROM pg_stat_statements "
-    "WHERE query NOT LIKE '%pg_stat_%'"
-)
+_WARM_UP_SECONDS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class WaitersCost:
-    contender: str
-    method: str
     statements_per_second: float
     connections: int
 
 
-async def measure_waiters(dsn: str, plan: Plan) -> list[WaitersCost]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute("CREATE EXTENSION pg_stat_statements")
-        return [await _measure(way, dsn, plan, connection) for way in WAYS]
-    finally:
-        await connection.close()
+async def measure_waiters(servers: Servers, plan: Plan) -> dict[Way, WaitersCost]:
+    """PostgreSQL has to be a COUNTING one."""
+    await servers.postgres.connection.execute("CREATE EXTENSION pg_stat_statements")
+    return {way: await _measure(way, servers, plan) for way in ways_of(servers)}
 
 
-async def _measure(way: Way, dsn: str, plan: Plan, connection: asyncpg.Connection) -> WaitersCost:
+async def _measure(way: Way, servers: Servers, plan: Plan) -> WaitersCost:
     print(f"{WAITERS:,} waiters: {way.contender.name}, {way.method}", flush=True)
-    async with started(way.contender, dsn, way.method) as backend:
+    server = servers.of(way.contender)
+    async with started(way.contender, server.address, "waiters") as backend:
         waiters = [asyncio.create_task(way.wait(backend, uuid4().hex)) for _ in range(WAITERS)]
-        await asyncio.sleep(plan.warm_up)
+        await asyncio.sleep(_WARM_UP_SECONDS)
         loop = asyncio.get_running_loop()
-        await connection.execute("SELECT pg_stat_statements_reset()")
-        since = loop.time()
+        before, since = await server.count_statements(), loop.time()
         await asyncio.sleep(plan.window)
-        statements = await connection.fetchval(_COUNT)
-        seconds = loop.time() - since
-        connections = await count_connections(connection, way.method)
+        statements, seconds = await server.count_statements() - before, loop.time() - since
+        connections = await server.count_connections("waiters")
         assert not any(waiter.done() for waiter in waiters)
-        for waiter in waiters:
-            waiter.cancel()
+        pending = set(waiters)
+        while pending:  # psycopg was seen to swallow a cancellation
+            for waiter in pending:
+                waiter.cancel()
+            _, pending = await asyncio.wait(pending, timeout=1)
         await asyncio.gather(*waiters, return_exceptions=True)
-    return WaitersCost(way.contender.name, way.method, statements / seconds, connections)
+    return WaitersCost(statements / seconds, connections)

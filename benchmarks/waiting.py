@@ -1,40 +1,32 @@
-"""How long it takes to hear of a 10 ms task's end, with the task in another process."""
+"""How soon a waiter hears of a 10 ms task's result, which another process stores."""
 
 import asyncio
 import multiprocessing
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import uuid4
 
 from taskiq import AsyncTaskiqTask
 
-from benchmarks import writer
-from benchmarks.contenders import (
-    ASYNCPG_PEER,
-    CONTENDERS,
-    OURS,
-    PSYCOPG_PEER,
-    Backend,
-    Contender,
-    started,
-)
-from benchmarks.measure import percentile
-from benchmarks.plan import Plan
+from benchmarks.contenders import CONTENDERS, OURS, Backend, Contender, make_result, started
+from benchmarks.measure import Plan, percentiles
+from benchmarks.servers import Servers
 from taskiq_sa_pg import SQLAlchemyResultBackend
 
-BACKEND_WAITS: Final = "backend.wait_result"
-TASK_WAITS: Final = "task.wait_result"
+BACKEND_WAITS: Final = "backend.wait_result()"
+TASK_WAITS: Final = "task.wait_result()"
+TASK_SECONDS: Final = 0.010
 # Longer than any measurement: it only keeps a failure from hanging.
 _TIMEOUT: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A contender and which method waits."""
+    """A contender and the method that waits."""
 
     contender: Contender
     method: str
@@ -47,70 +39,56 @@ class Way:
             await backend.wait_result(task_id, timeout=_TIMEOUT)
 
 
-WAYS: Final = (
-    Way(OURS, BACKEND_WAITS),
-    Way(OURS, TASK_WAITS),
-    Way(ASYNCPG_PEER, TASK_WAITS),
-    Way(PSYCOPG_PEER, TASK_WAITS),
-)
+def ways_of(servers: Servers) -> list[Way]:
+    taskiqs_own = [Way(contender, TASK_WAITS) for contender in servers.contenders]
+    return [Way(OURS, BACKEND_WAITS), *taskiqs_own]
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Seconds from sending a task to having its result, and from the result's commit."""
+class Waits(NamedTuple):
+    """p50 and p99 in ms: from sending a task to having its result, and from storing that."""
 
-    whole: float
-    after_commit: float
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """All waits of one way. `beyond` is the whole time without the task's own."""
-
-    contender: str
-    method: str
-    waits: int
-    whole_p50_ms: float
-    whole_p99_ms: float
-    beyond_p50_ms: float
-    beyond_p99_ms: float
-    after_commit_p50_ms: float
-    after_commit_p99_ms: float
+    whole: tuple[float, float]
+    after_storing: tuple[float, float]
 
 
-async def measure_waiting(dsn: str, plan: Plan) -> list[Waiting]:
+async def measure_waiting(servers: Servers, plan: Plan) -> dict[Way, Waits]:
     print("waiting for 10 ms tasks", flush=True)
-    waits: dict[Way, list[Wait]] = {way: [] for way in WAYS}
+    addresses = {each.name: servers.of(each).address for each in servers.contenders}
+    waits: dict[Way, list[tuple[float, float]]] = {way: [] for way in ways_of(servers)}
     async with AsyncExitStack() as stack:
-        tasks = await stack.enter_async_context(_writer(dsn))
+        # Who waits starts first: the writer would make the tables at the same time.
         backends = {
-            contender: await stack.enter_async_context(started(contender, dsn, "waiting"))
-            for contender in CONTENDERS
+            each: await stack.enter_async_context(started(each, addresses[each.name], "waiting"))
+            for each in servers.contenders
         }
-        for way in WAYS:
-            await _wait_once(way, backends[way.contender], tasks)
-        for number in range(plan.waits):
-            for way in WAYS:
-                if way.contender is OURS or number < plan.peer_waits:
-                    waits[way].append(await _wait_once(way, backends[way.contender], tasks))
-    return [_summarize(way, waits[way]) for way in WAYS]
+        tasks = await stack.enter_async_context(_writer(addresses))
+        for number in range(plan.waits + 1):
+            for way, found in waits.items():
+                wait = await _wait_once(way, backends[way.contender], tasks)
+                if number:  # the first one is to warm up
+                    found.append(wait)
+    return {
+        way: Waits(*(percentiles(each) for each in zip(*found, strict=True)))
+        for way, found in waits.items()
+    }
 
 
-async def _wait_once(way: Way, backend: Backend, tasks: Connection) -> Wait:
+async def _wait_once(way: Way, backend: Backend, tasks: Connection) -> tuple[float, float]:
     task_id = uuid4().hex
     sent = time.monotonic()
     tasks.send((way.contender.name, task_id))
     await way.wait(backend, task_id)
     woken = time.monotonic()
-    committed: float = await asyncio.to_thread(tasks.recv)
-    return Wait(woken - sent, woken - committed)
+    stored: float = await asyncio.to_thread(tasks.recv)
+    return (woken - sent) * 1000, (woken - stored) * 1000
 
 
 @asynccontextmanager
-async def _writer(dsn: str) -> AsyncIterator[Connection]:
+async def _writer(addresses: Mapping[str, str]) -> AsyncIterator[Connection]:
+    """A process that runs a task for each (contender's name, task id) sent to it."""
     context = multiprocessing.get_context("spawn")
     ours, its = context.Pipe()
-    process = context.Process(target=writer.main, args=(its, dsn), daemon=True)
+    process = context.Process(target=_serve, args=(its, addresses), daemon=True)
     process.start()
     # Else its death would not end our pipe.
     its.close()
@@ -123,13 +101,27 @@ async def _writer(dsn: str) -> AsyncIterator[Connection]:
         await asyncio.to_thread(process.join)
 
 
-def _summarize(way: Way, waits: list[Wait]) -> Waiting:
-    whole = [wait.whole * 1000 for wait in waits]
-    beyond = [milliseconds - writer.TASK_SECONDS * 1000 for milliseconds in whole]
-    after_commit = [wait.after_commit * 1000 for wait in waits]
-    return Waiting(
-        way.contender.name,
-        way.method,
-        len(waits),
-        *(percentile(values, q) for values in (whole, beyond, after_commit) for q in (0.5, 0.99)),
-    )
+def _serve(requests: Connection, addresses: Mapping[str, str]) -> None:
+    asyncio.run(_run_tasks(requests, addresses))
+
+
+async def _run_tasks(requests: Connection, addresses: Mapping[str, str]) -> None:
+    result = make_result()
+    async with AsyncExitStack() as stack:
+        backends = {
+            each.name: await stack.enter_async_context(
+                started(each, addresses[each.name], "writer")
+            )
+            for each in CONTENDERS
+            if each.name in addresses
+        }
+        requests.send("ready")
+        while True:
+            try:
+                name, task_id = await asyncio.to_thread(requests.recv)
+            except EOFError:
+                return
+            await asyncio.sleep(TASK_SECONDS)
+            await backends[name].set_result(task_id, result)
+            # The clock is the same in every process.
+            requests.send(time.monotonic())

@@ -1,1 +1,0 @@
-"""What a million results cost: `make bench-large`."""
