@@ -69,7 +69,9 @@ async def make_broker_table(dsn: str) -> None:
 
 
 @contextmanager
-def workers(*targets: str, cwd: Path, count: int = WORKERS) -> Iterator[subprocess.Popen[bytes]]:
+def workers(
+    *targets: str, cwd: Path, count: int = WORKERS, stop_timeout: float = STOP_TIMEOUT
+) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `taskiq worker` on the targets; its processes listen when the block is entered.
 
     Their log is kept to themselves, unless they fail to start.
@@ -90,7 +92,7 @@ def workers(*targets: str, cwd: Path, count: int = WORKERS) -> Iterator[subproce
             wait_until_listening(process, Path(log.name), count)
             yield process
         finally:
-            stop(process)
+            stop(process, stop_timeout)
 
 
 def wait_until_listening(process: subprocess.Popen[bytes], log: Path, count: int) -> None:
@@ -101,10 +103,10 @@ def wait_until_listening(process: subprocess.Popen[bytes], log: Path, count: int
         time.sleep(0.05)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], timeout: float) -> None:
     process.terminate()
     try:
-        process.wait(STOP_TIMEOUT)
+        process.wait(timeout)
     except subprocess.TimeoutExpired:
         process.kill()
     # What is left of their session, should the manager have died before its workers.

@@ -7,7 +7,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from taskiq_sa_pg import build_models
-from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.database import make_engine
 
 models = build_models()
 Result = models.Result

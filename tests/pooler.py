@@ -16,8 +16,6 @@ import pytest
 from psycopg.rows import dict_row
 from sqlalchemy import make_url
 
-from taskiq_sa_pg.embedded import _run_as, _server_user, _temp_dir
-
 _VARIABLE: Final = "TASKIQ_SA_PG_PGBOUNCER"
 _REMEDY: Final = (
     f"install it (Debian, Ubuntu: apt-get install pgbouncer), or set {_VARIABLE} to its executable"
@@ -128,9 +126,9 @@ def pgbouncer(
     executable = _find()
     version = _version_of(executable)
     has_prepared_statements = has_prepared_statements and version >= _FIRST_THAT_PREPARES
-    user = _server_user()
-    root = Path(tempfile.mkdtemp(prefix="pgbouncer-", dir=_temp_dir(user)))
     server = make_url(server_dsn).query
+    # Where every user can reach it, and the path of a socket is short enough.
+    root = Path(tempfile.mkdtemp(prefix="pgbouncer-", dir="/tmp"))
     settings = _SETTINGS.format(
         server_host=server["host"],
         server_port=server["port"],
@@ -143,9 +141,12 @@ def pgbouncer(
         settings += f"max_prepared_statements = {200 if has_prepared_statements else 0}\n"
     (root / "users").write_text('"postgres" ""\n')
     (root / "settings").write_text(settings)
-    if user is not None:
+    run_as: dict[str, Any] = {}
+    if os.geteuid() == 0:  # as which it refuses to run
+        owner = Path(f"{server['host']}/.s.PGSQL.{server['port']}").stat()
+        run_as = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": ()}
         for path in (root, *root.iterdir()):
-            os.chown(path, user.pw_uid, user.pw_gid)
+            os.chown(path, owner.st_uid, owner.st_gid)
     with (root / "log").open("ab") as log:
         process = subprocess.Popen(
             ["sh", "-c", _KEEPER, "keeper", executable, root / "settings"],
@@ -153,7 +154,8 @@ def pgbouncer(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            **_run_as(user),
+            cwd="/",
+            **run_as,
         )
     try:
         _await_ready(root, process)

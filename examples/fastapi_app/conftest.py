@@ -3,7 +3,6 @@
 import asyncio
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -22,6 +21,7 @@ from demo import workers
 from sqlalchemy import make_url
 
 from tests import conftest
+from tests.commands import run_alembic
 from tests.conftest import eventually
 
 PROJECT = Path(__file__).parent
@@ -50,41 +50,41 @@ async def execute(dsn: str, statement: str) -> None:
         await connection.close()
 
 
-def alembic(dsn: str, *arguments: str) -> str:
+async def alembic(dsn: str, *arguments: str) -> str:
     """What an Alembic command prints on the database."""
-    environment = {**os.environ, "TASKIQ_SA_PG_DSN": dsn}
-    # Without bytecode the imports take three times as long.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    return subprocess.run(
-        [sys.executable, "-m", "alembic", *arguments],
-        cwd=PROJECT,
-        env=environment,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
+
+    def run() -> str:
+        with project(dsn):
+            return run_alembic(*arguments, location=str(PROJECT / "shop" / "migrations"))
+
+    return await asyncio.to_thread(run)
+
+
+@contextmanager
+def project(dsn: str) -> Iterator[None]:
+    """The shop's modules can be imported, for this database."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TASKIQ_SA_PG_DSN", dsn)
+        # Last, for the project has a folder `tests` too.
+        patch.setattr(sys, "path", [*sys.path, str(PROJECT)])
+        yield
+        for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:
+            del sys.modules[name]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def dsn(server_dsn: str) -> AsyncIterator[str]:
     """A database with the shop's tables, which the environment names, and two worker processes."""
     async with empty_database(server_dsn) as dsn:
-        alembic(dsn, "upgrade", "head")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TASKIQ_SA_PG_DSN", dsn)
-            with workers("shop.tasks:broker", cwd=PROJECT):
-                yield dsn
+        await alembic(dsn, "upgrade", "head")
+        with project(dsn), workers("shop.tasks:broker", cwd=PROJECT, stop_timeout=0):
+            yield dsn
 
 
 @pytest.fixture(scope="module")
-def shop(dsn: str) -> Iterator[ModuleType]:
+def shop(dsn: str) -> ModuleType:
     """The module `shop.app`, on that database."""
-    with pytest.MonkeyPatch.context() as patch:
-        # Last, for the project has a folder `tests` too.
-        patch.setattr(sys, "path", [*sys.path, str(PROJECT)])
-        yield importlib.import_module("shop.app")
-        for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:
-            del sys.modules[name]
+    return importlib.import_module("shop.app")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -152,7 +152,8 @@ def _parameter(stored: Column[Any], number: int) -> BindParameter[Any]:
 
 
 def _numbered(name: str, number: int) -> str:
-    return f"{name}__{number}" if number else name
+    # The number first: no attribute of the application's model begins with one.
+    return f"{number}__{name}" if number else name
 
 
 def _has_computed_default(target: Table) -> bool:

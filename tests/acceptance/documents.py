@@ -9,35 +9,32 @@ A fence is carried out as its language says. A comment in the line before it say
     <!-- not run: REASON --> for shell and SQL only
 
 A comment `<!-- setup ... -->` holds Python that readers do not see. The address that the pages
-show stands for a schema of the test's own.
+show stands for a schema of the test's own. What a page includes of another is run there alone.
 """
 
 import ast
-import asyncio
 import configparser
 import inspect
 import io
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import asyncpg
-from demo import workers
 from sybil import Document, Region
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, FencedCodeBlockLexer
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
-from taskiq_sa_pg.provisioning import script_location
+from taskiq_sa_pg.schema.migrate import script_location
+from tests.acceptance.shell import Shell
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = sorted(
@@ -75,13 +72,20 @@ class Block:
 
 
 def text_of(page: Path) -> str:
-    """A page with the parts of others that it includes."""
+    """A page with the parts of others that it includes, and without its own that others include."""
 
     def included(match: re.Match[str]) -> str:
         name, start, end = match.groups()
-        return text_of(page.parent / name).partition(start)[2].partition(end)[0]
+        return (page.parent / name).read_text("utf-8").partition(start)[2].partition(end)[0]
 
-    return _INCLUDE.sub(included, page.read_text("utf-8"))
+    text = page.read_text("utf-8")
+    for other in PAGES:
+        for name, start, end in _INCLUDE.findall(other.read_text("utf-8")):
+            if (other.parent / name).resolve() == page:
+                before, _, rest = text.partition(start)
+                part, _, after = rest.partition(end)
+                text = before + "\n" * part.count("\n") + after
+    return _INCLUDE.sub(included, text)
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -108,7 +112,7 @@ def _block(document: Document, region: Region, mark: str) -> Block:
 class Page:
     """Carries out the blocks of a page, in one namespace and one directory.
 
-    Use it as a context manager: at the end the workers that it started are stopped.
+    Use it as a context manager: at the end the worker that it started is stopped.
     """
 
     def __init__(self, path: Path, directory: Path, dsn: str) -> None:
@@ -119,7 +123,7 @@ class Page:
         self._directory = directory
         self._dsn = dsn
         self._printed = ""
-        self._workers = ExitStack()
+        self._shell = Shell(directory)
         self._run: Mapping[str, Callable[[str], Awaitable[str]]] = {
             "python": self._run_python,
             "shell": self._run_shell,
@@ -132,7 +136,7 @@ class Page:
 
     def __exit__(self, *exc: object) -> None:
         del sys.modules[self._module.__name__]
-        self._workers.close()
+        self._shell.close()
 
     async def run(self) -> None:
         """Raises AssertionError where a block fails, or nobody would run it."""
@@ -186,8 +190,12 @@ class Page:
                 await awaitable
         for backend in self._backends():
             # Of one that a page only shows, its arguments have to be the engine's at least.
-            if await backend._store.open():
-                await backend._store.close()
+            if not backend.is_started:
+                settings = backend.settings
+                backend.settings = replace(settings, check_schema="off", run_migrations=False)
+                await backend.startup()
+                await backend.shutdown()
+                backend.settings = settings
         return printed.getvalue()
 
     def _backends(self) -> list[SQLAlchemyResultBackend[Any]]:
@@ -195,27 +203,7 @@ class Page:
         return [each for each in made if isinstance(each, SQLAlchemyResultBackend)]
 
     async def _run_shell(self, source: str) -> str:
-        lines = source.replace(_SHOWN_MIGRATIONS, script_location()).splitlines()
-        own, others = _parted(lines, lambda line: line.startswith("taskiq worker "))
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        # Without bytecode the imports take three times as long.
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        process = await asyncio.create_subprocess_exec(
-            *("bash", "-euo", "pipefail", "-c", "\n".join(others)),
-            cwd=self._directory,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        stdout, stderr = await process.communicate()
-        assert process.returncode == 0, (stdout + stderr).decode()
-        for command in own:
-            self._workers.close()  # the reader has been told to stop the one before
-            targets = shlex.split(command.partition(" --workers ")[0])[2:]
-            started = workers(*targets, cwd=self._directory, count=1)
-            await asyncio.to_thread(self._workers.enter_context, started)
-        return stdout.decode()
+        return await self._shell.run(source.replace(_SHOWN_MIGRATIONS, script_location()))
 
     async def _run_sql(self, source: str) -> str:
         connection = await asyncpg.connect(self._dsn)
@@ -231,10 +219,6 @@ class Page:
 
 def _comparable(printed: str) -> str:
     return re.sub(r"\d+\.\d+", "0.0", printed.strip())
-
-
-def _parted(lines: list[str], is_one: Callable[[str], bool]) -> tuple[Iterator[str], Iterator[str]]:
-    return filter(is_one, lines), (line for line in lines if not is_one(line))
 
 
 def _check(block: Block) -> None:

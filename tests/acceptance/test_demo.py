@@ -52,13 +52,16 @@ def test_the_demo_prints_the_result_the_progress_and_the_rows(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("interruption", "during"),
+    [(signal.SIGINT, "# Making the tables"), (signal.SIGTERM, "# python progress.py")],
+)
 def test_an_interrupted_demo_leaves_nothing_behind(
-    demo: subprocess.Popen[str], tmp_path: Path, interruption: signal.Signals
+    demo: subprocess.Popen[str], tmp_path: Path, interruption: signal.Signals, during: str
 ) -> None:
     assert demo.stdout is not None
     for line in demo.stdout:
-        if line.startswith("# python progress.py"):
+        if line.startswith(during):
             break
     demo.send_signal(interruption)
     demo.communicate(timeout=60)

@@ -19,6 +19,7 @@ async def test_the_code_of_a_page_works(
     path: Path, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TASKIQ_SA_PG_DSN", database.dsn)
+    monkeypatch.setenv("TEST_DSN", database.server_dsn)  # as the guide to testing calls it
     with Page(path, tmp_path, database.dsn) as page:
         await page.run()
 
@@ -90,7 +91,7 @@ async def test_no_backend_of_a_page_is_left_open(
     with Page(path, tmp_path, database.dsn) as page:
         with pytest.raises(AssertionError) if end else nullcontext():
             await page.run()
-        assert not page.namespace["backend"]._store.is_open
+        assert not page.namespace["backend"].is_started
 
 
 async def test_blocks_run_in_their_order_in_one_namespace(

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from taskiq import TaskiqResult
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
-from taskiq_sa_pg.cli.app import app
+from tests.commands import run_taskiq_sa_pg
 from tests.conftest import Database
 
 PROGRAM = Path(sys.executable).with_name("taskiq-sa-pg")
@@ -32,7 +33,7 @@ class Cli:
         return {"TASKIQ_SA_PG_DSN": self.dsn}
 
     def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> Result:
-        return CliRunner().invoke(app, list(arguments), env={**self.environment, **(env or {})})
+        return run_taskiq_sa_pg(*arguments, env={**self.environment, **(env or {})})
 
     def ok(self, *arguments: str, env: Mapping[str, str] | None = None) -> str:
         """What a command prints that succeeds and complains of nothing."""
@@ -61,18 +62,32 @@ class Cli:
             text=True,
         )
 
-    def store(self, work: Callable[[SQLAlchemyResultBackend[Any]], Awaitable[None]]) -> None:
+    def store(
+        self, work: Callable[[SQLAlchemyResultBackend[Any]], Awaitable[None]], **options: Any
+    ) -> None:
         """Makes the tables, and does something with a backend on them."""
 
         async def do() -> None:
             backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
-                self.dsn, run_migrations=True
+                self.dsn, run_migrations=True, **options
             )
             await backend.startup()
             try:
                 await work(backend)
             finally:
                 await backend.shutdown()
+
+        asyncio.run(do())
+
+    def execute(self, script: str) -> None:
+        """Runs SQL."""
+
+        async def do() -> None:
+            connection = await asyncpg.connect(self.dsn)
+            try:
+                await connection.execute(script)
+            finally:
+                await connection.close()
 
         asyncio.run(do())
 

@@ -1,9 +1,7 @@
 """prune."""
 
-import asyncio
 from typing import Any
 
-import asyncpg
 import pytest
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
@@ -22,23 +20,12 @@ async def store_some(backend: SQLAlchemyResultBackend[Any]) -> None:
 @pytest.fixture
 def expired(cli: Cli) -> Cli:
     cli.store(store_some)
-    execute(
-        cli,
-        "UPDATE taskiq_results SET expires_at = now() - interval '1 s' WHERE task_id ~ 'expired'",
+    cli.execute(
+        "UPDATE taskiq_results SET expires_at = now() - interval '1 s' WHERE task_id ~ 'expired';"
         "UPDATE taskiq_results_progress SET updated_at = now() - interval '1 h' "
         "WHERE task_id ~ 'left'",
     )
     return cli
-
-
-def execute(cli: Cli, *statements: str) -> None:
-    async def run() -> None:
-        connection = await asyncpg.connect(cli.dsn)
-        for statement in statements:
-            await connection.execute(statement)
-        await connection.close()
-
-    asyncio.run(run())
 
 
 def test_what_has_expired_is_counted_and_deleted(expired: Cli) -> None:

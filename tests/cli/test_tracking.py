@@ -1,10 +1,8 @@
 """status and running."""
 
-import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import asyncpg
 import pytest
 
 from taskiq_sa_pg import SQLAlchemyResultBackend, TaskStatus
@@ -14,20 +12,17 @@ STARTED_AT = datetime.now(UTC) - timedelta(hours=1)
 
 
 async def store_some(backend: SQLAlchemyResultBackend[Any]) -> None:
-    tracking = SQLAlchemyResultBackend[Any](backend._store._dsn, track="started")
-    await tracking.startup()
-    await tracking.set_result("good", success(1))
-    await tracking.set_result("bad", failure(ValueError("no")))
-    await tracking.set_status(TaskStatus("waits", "queued", "build", 0, STARTED_AT))
+    await backend.set_result("good", success(1))
+    await backend.set_result("bad", failure(ValueError("no")))
+    await backend.set_status(TaskStatus("waits", "queued", "build", 0, STARTED_AT))
     times = STARTED_AT, STARTED_AT + timedelta(seconds=1)
-    await tracking.set_status(TaskStatus("second", "started", "build", 1, *times, "us\x1b[1m"))
-    await tracking.set_status(TaskStatus("first", "started", None, 0, None, STARTED_AT))
-    await tracking.shutdown()
+    await backend.set_status(TaskStatus("second", "started", "build", 1, *times, "us\x1b[1m"))
+    await backend.set_status(TaskStatus("first", "started", None, 0, None, STARTED_AT))
 
 
 @pytest.fixture
 def tracked(cli: Cli) -> Cli:
-    cli.store(store_some)
+    cli.store(store_some, track="started")
     return cli
 
 
@@ -69,14 +64,9 @@ def times_of_second() -> datetime:
     return (STARTED_AT + timedelta(seconds=1)).replace(microsecond=0)
 
 
-async def drop(dsn: str) -> None:
-    connection = await asyncpg.connect(dsn)
-    await connection.execute("DROP TABLE taskiq_results_status")
-    await connection.close()
-
-
 def test_without_the_table_results_are_known(tracked: Cli) -> None:
-    asyncio.run(drop(tracked.dsn))
+    """An application whose models have no StatusMixin has none, and the commands do not know."""
+    tracked.execute("DROP TABLE taskiq_results_status")
     assert tracked.json("status", "good")["state"] == "succeeded"
     assert tracked.json("status", "waits")["state"] == "unknown"
     assert tracked.json("running") == []

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.timings import Timings
 from tests.faults.servers import ask
 from tests.tasks import new_id, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
 
-RESULTS = 2000
+# What is notified where nobody hears it is noticed by a look.
+OFTEN = Timings(between_looks=0.5, between_probes=0.5)
+
+RESULTS = 1000
 CALLERS = 50
 WAITERS = 100
 
@@ -76,7 +80,7 @@ class _Load:
         while not self.is_over.is_set() or len(account.stored) + len(account.failed) < RESULTS:
             await self._store(next(self._early, None) or new_id())
             # A pace, so that there are results before, in and after the fault.
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.01)
         for task_id in self._late:
             await self._store(task_id)
 

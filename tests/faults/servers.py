@@ -9,20 +9,14 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
-
-from taskiq_sa_pg.embedded import (
-    _copy_install,
-    _find_bin_dir,
-    _run_as,
-    _server_user,
-    _succeeds,
-    _temp_dir,
-)
+import psutil
+import psycopg
 
 PASSWORD: Final = "a-secret-of-the-tests"
 
@@ -32,7 +26,7 @@ unix_socket_directories = ''
 fsync = off
 full_page_writes = off
 dynamic_shared_memory_type = mmap
-max_connections = 40
+max_connections = 30
 wal_retrieve_retry_interval = 100
 """
 
@@ -48,13 +42,46 @@ wait "$server"
 _START_TIMEOUT: Final = 60
 
 
+@dataclass(frozen=True)
+class Programs:
+    """PostgreSQL's programs, as a server on this machine has them.
+
+    Attributes:
+        bin_dir: Where they are.
+        home: Where the user who runs them may make directories.
+        run_as: Arguments of subprocess.Popen: that user.
+    """
+
+    bin_dir: Path
+    home: Path
+    run_as: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, dsn: str) -> "Programs":
+        query = """
+            SELECT setting, current_setting('data_directory') FROM pg_config WHERE name = 'BINDIR'
+        """
+        with psycopg.connect(dsn) as connection:
+            [(bin_dir, data)] = connection.execute(query).fetchall()
+        run_as: dict[str, Any] = {"env": {"PATH": os.environ["PATH"]}, "cwd": "/"}
+        if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
+            owner = Path(data).stat()
+            run_as |= {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": ()}
+        return cls(Path(bin_dir), Path(data).parents[1], run_as)
+
+    def run(self, name: str, *arguments: object) -> None:
+        command = [self.bin_dir / name, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, **self.run_as)
+        assert result.returncode == 0, result.stderr
+
+
 class Server:
     """One data directory, and the server on it while it runs."""
 
-    def __init__(self, root: Path, bin_dir: Path, port: int) -> None:
+    def __init__(self, root: Path, programs: Programs, port: int) -> None:
         self._data = root / f"data-{port}"
         self._log = root / f"log-{port}"
-        self._bin_dir = bin_dir
+        self._programs = programs
         self._process: subprocess.Popen[bytes] | None = None
         self.port = port
 
@@ -64,13 +91,19 @@ class Server:
 
     def make(self, password_file: Path) -> None:
         options = "--no-sync -E UTF8 --no-locale -U postgres --auth=scram-sha-256"
-        self._run("initdb", "-D", self._data, *options.split(), f"--pwfile={password_file}")
+        run = self._programs.run
+        run("initdb", "-D", self._data, *options.split(), f"--pwfile={password_file}")
         self.configure(_SETTINGS + f"port = {self.port}\n")
 
     def make_standby_of(self, primary: "Server") -> None:
+        """What it was before is gone."""
+        self.stop()
+        shutil.rmtree(self._data, ignore_errors=True)
         dsn = f"host=127.0.0.1 port={primary.port} user=postgres password={PASSWORD}"
-        self._run("pg_basebackup", "-d", dsn, "-D", self._data, "-R", "-c", "fast", "--no-sync")
+        run = self._programs.run
+        run("pg_basebackup", "-d", dsn, "-D", self._data, "-R", "-c", "fast", "--no-sync")
         self.configure(f"port = {self.port}\n")
+        self.start()
 
     def configure(self, lines: str) -> None:
         with (self._data / "postgresql.conf").open("a") as settings:
@@ -78,6 +111,8 @@ class Server:
 
     def start(self) -> None:
         """Returns when it accepts connections; waits for what an earlier one has left."""
+        if self._process is not None and self._process.poll() is None:
+            return
         deadline = time.monotonic() + _START_TIMEOUT
         while not self._try_to_start(deadline):
             assert time.monotonic() < deadline, self._log.read_text(errors="replace")[-2000:]
@@ -95,24 +130,30 @@ class Server:
 
     def freeze(self, signal_number: signal.Signals = signal.SIGSTOP) -> None:
         """Stops all its processes in their tracks, or with SIGCONT lets them go on."""
-        import psutil
-
         postmaster = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
         for process in [postmaster, *postmaster.children()]:
             process.send_signal(signal_number)
 
     def promote(self) -> None:
-        self._run("pg_ctl", "promote", "-D", self._data, "-w")
+        self._programs.run("pg_ctl", "promote", "-D", self._data, "-w")
 
     def _try_to_start(self, deadline: float) -> bool:
         with self._log.open("ab") as log:
             self._process = process = subprocess.Popen(
-                ["sh", "-c", _KEEPER, "keeper", self._bin_dir / "postgres", "-D", self._data],
+                [
+                    "sh",
+                    "-c",
+                    _KEEPER,
+                    "keeper",
+                    self._programs.bin_dir / "postgres",
+                    "-D",
+                    self._data,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                **_run_as(_server_user()),
+                **self._programs.run_as,
             )
         while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError, IndexError):
@@ -121,28 +162,17 @@ class Server:
             time.sleep(0.01)
         return False
 
-    def _run(self, name: str, *arguments: object) -> None:
-        command = [self._bin_dir / name, *map(str, arguments)]
-        result = subprocess.run(
-            command, capture_output=True, text=True, check=False, **_run_as(_server_user())
-        )
-        assert result.returncode == 0, result.stderr
-
 
 @contextlib.contextmanager
-def servers(count: int = 1) -> Iterator[list[Server]]:
-    """Servers that were made but not started, but for the first; the others have no data yet."""
-    user = _server_user()
-    root = Path(tempfile.mkdtemp(prefix="faults-", dir=_temp_dir(user)))
-    if user is not None:
-        os.chown(root, user.pw_uid, user.pw_gid)
-    bin_dir = _find_bin_dir(None)
-    if user is not None and not _succeeds(user, bin_dir / "initdb", "-V"):
-        bin_dir = _copy_install(bin_dir, root, user)
+def servers(programs: Programs, count: int = 1) -> Iterator[list[Server]]:
+    """Servers of which the first runs; the others have no data yet."""
+    root = Path(tempfile.mkdtemp(prefix="faults-", dir=programs.home))
+    if "user" in programs.run_as:
+        os.chown(root, programs.run_as["user"], programs.run_as["group"])
     password_file = root / "password"
     password_file.write_text(PASSWORD)
     password_file.chmod(0o644)
-    made = [Server(root, bin_dir, port) for port in free_ports(count)]
+    made = [Server(root, programs, port) for port in free_ports(count)]
     try:
         made[0].make(password_file)
         made[0].start()

@@ -15,9 +15,16 @@ from typing import IO, Any, Final
 import psutil
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.embedded import postgres
+from tests.faults.outages import (
+    fall_silent,
+    lock_the_table,
+    restart,
+    take_all_connections,
+    terminate_often,
+)
 from tests.faults.proxy import Proxy, proxied
-from tests.faults.servers import Server, ask, dsn_of, servers
-from tests.faults.test_servers import TERMINATE, lock_the_table, restart, take_all_connections
+from tests.faults.servers import Programs, Server, ask, dsn_of, servers
 from tests.tasks import new_id, progress_of, result_of
 
 CALLERS: Final = 50
@@ -46,32 +53,24 @@ class Account:
 
 
 def faults(server: Server, proxy: Proxy) -> dict[str, Callable[[], Awaitable[None]]]:
-    async def terminate() -> None:
-        await ask(server.dsn, TERMINATE)
-
     async def cut() -> None:
         proxy.cut()
-
-    async def silence() -> None:
-        proxy.is_silent = True
-        await asyncio.sleep(3)
-        proxy.is_silent = False
 
     return {
         "fast restart": lambda: restart(server, signal.SIGINT),
         "crash": lambda: restart(server, signal.SIGQUIT),
         "kill -9": lambda: restart(server, signal.SIGKILL),
-        "terminated connections": terminate,
-        "no connections left": lambda: take_all_connections(server),
-        "locked table": lambda: lock_the_table(server),
+        "terminated connections": lambda: terminate_often(server, times=1),
+        "no connections left": lambda: take_all_connections(server, seconds=5),
+        "locked table": lambda: lock_the_table(server, seconds=5),
         "cut": cut,
-        "silence": silence,
+        "silence": lambda: fall_silent(proxy, seconds=3),
     }
 
 
-async def soak(seconds: float, seed: int) -> int:
+async def soak(seconds: float, seed: int, programs: Programs) -> int:
     chance = random.Random(seed)
-    with tempfile.TemporaryFile("w+") as ids, servers() as [server]:
+    with tempfile.TemporaryFile("w+") as ids, servers(programs) as [server]:
         account = Account(ids)
         async with proxied(server.port) as proxy:
             backend = Backend(dsn_of(proxy.port), run_migrations=True, command_timeout=5)
@@ -153,4 +152,6 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    sys.exit(asyncio.run(soak(arguments.seconds, arguments.seed)))
+    with postgres() as embedded:
+        programs = Programs.of(embedded.dsn)
+        sys.exit(asyncio.run(soak(arguments.seconds, arguments.seed, programs)))

@@ -2,54 +2,71 @@
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.faults.conftest import Start
-from tests.faults.load import under_load
-from tests.faults.servers import ask, dsn_of, servers
+from tests.faults.conftest import Start, make_tables
+from tests.faults.load import OFTEN, under_load
+from tests.faults.servers import Programs, Server, ask, dsn_of, servers
 from tests.tasks import result_of
+
+Pair = tuple[Server, Server]
 
 READ_WRITE = "?target_session_attrs=read-write"
 
 
-async def test_a_promoted_standby_has_all_that_was_acknowledged(driver: str, start: Start) -> None:
-    with servers(2) as [primary, standby]:
-        await asyncio.to_thread(standby.make_standby_of, primary)
-        await asyncio.to_thread(standby.start)
-        await ask(primary.dsn, "ALTER SYSTEM SET synchronous_standby_names = '*'")
-        await ask(primary.dsn, "SELECT pg_reload_conf()")
-
-        async def fail_over() -> None:
-            await asyncio.to_thread(primary.stop, signal.SIGQUIT)
-            await asyncio.to_thread(standby.promote)
-
-        backend = await start(dsn_of(primary.port, standby.port, options=READ_WRITE), driver=driver)
-        account = await under_load(backend, fail_over)
-        await account.assert_nothing_lost(standby.dsn)
-        await backend.shutdown()
+@pytest.fixture(scope="module")
+def by_role(programs: Programs) -> Iterator[list[Server]]:
+    """The server that has the data first, whatever became of the other."""
+    with servers(programs, 2) as made:
+        yield made
 
 
-@pytest.mark.parametrize("is_borrowed", [False, True], ids=["owned", "borrowed"])
+@pytest.fixture
+async def pair(by_role: list[Server]) -> AsyncIterator[Pair]:
+    """A primary with empty tables and a standby, which is the primary afterwards."""
+    primary, standby = by_role
+    await make_tables(primary)
+    await ask(primary.dsn, "TRUNCATE taskiq_results, taskiq_results_progress")
+    await asyncio.to_thread(standby.make_standby_of, primary)
+    yield primary, standby
+    by_role.reverse()
+
+
+@pytest.mark.parametrize(("driver", "is_borrowed"), [("asyncpg", True), ("psycopg", False)])
+async def test_a_promoted_standby_has_all_that_was_acknowledged(
+    driver: str, is_borrowed: bool, pair: Pair, start: Start
+) -> None:
+    primary, standby = pair
+    await ask(primary.dsn, "ALTER SYSTEM SET synchronous_standby_names = '*'")
+    await ask(primary.dsn, "SELECT pg_reload_conf()")
+
+    async def fail_over() -> None:
+        await asyncio.to_thread(primary.stop, signal.SIGQUIT)
+        await asyncio.to_thread(standby.promote)
+
+    dsn = dsn_of(primary.port, standby.port, options=READ_WRITE)
+    backend = await start(dsn, driver=driver, is_borrowed=is_borrowed)
+    account = await under_load(backend, fail_over)
+    await account.assert_nothing_lost(standby.dsn)
+
+
+@pytest.mark.parametrize(("driver", "is_borrowed"), [("asyncpg", False), ("psycopg", True)])
 async def test_a_write_to_a_read_only_server_goes_to_the_primary(
-    driver: str, start: Start, is_borrowed: bool
+    driver: str, is_borrowed: bool, pair: Pair, start: Start
 ) -> None:
     """Connections to the old primary stay alive and accept everything but writes."""
-    with servers(2) as [old, new]:
-        await asyncio.to_thread(new.make_standby_of, old)
-        await asyncio.to_thread(new.start)
-        backend = await start(
-            dsn_of(old.port, new.port, options=READ_WRITE), driver=driver, is_borrowed=is_borrowed
-        )
-        await asyncio.gather(*[backend.set_result(f"{i}", result_of(i)) for i in range(200)])
+    old, new = pair
 
-        async def demote() -> None:
-            await ask(old.dsn, "ALTER SYSTEM SET default_transaction_read_only = on")
-            await ask(old.dsn, "SELECT pg_reload_conf()")
-            await asyncio.to_thread(new.promote)
+    async def demote() -> None:
+        await ask(old.dsn, "ALTER SYSTEM SET default_transaction_read_only = on")
+        await ask(old.dsn, "SELECT pg_reload_conf()")
+        await asyncio.to_thread(new.promote)
 
-        account = await under_load(backend, demote)
-        account.assert_nobody_failed()
-        await backend.set_result("last", result_of("last"))
-        assert await ask(new.dsn, "SELECT FROM taskiq_results WHERE task_id = 'last'")
-        await backend.shutdown()
+    dsn = dsn_of(old.port, new.port, options=READ_WRITE)
+    backend = await start(dsn, driver=driver, is_borrowed=is_borrowed, timings=OFTEN)
+    account = await under_load(backend, demote)
+    account.assert_nobody_failed()
+    await backend.set_result("last", result_of("last"))
+    assert await ask(new.dsn, "SELECT FROM taskiq_results WHERE task_id = 'last'")

@@ -5,48 +5,21 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any
 
+import psutil
 import pytest
+from taskiq.serializers import PickleSerializer
 
 from taskiq_sa_pg import StorageError
 from tests.conftest import eventually
-from tests.faults.conftest import Start
-from tests.faults.load import under_load
+from tests.faults.conftest import Start, by_turns
+from tests.faults.load import OFTEN, under_load
+from tests.faults.outages import cut_often, fall_silent, refuse, slow_down
 from tests.faults.proxy import Proxy, proxied
 from tests.faults.servers import Server, ask, dsn_of
 from tests.tasks import new_id, result_of
-
-
-@pytest.fixture
-async def proxy(server: Server) -> AsyncIterator[Proxy]:
-    async with proxied(server.port) as proxy:
-        yield proxy
-
-
-async def fall_silent(proxy: Proxy) -> None:
-    """Swallows for 5 s; the connections of that time stay dead."""
-    proxy.is_silent = True
-    await asyncio.sleep(5)
-    proxy.is_silent = False
-
-
-async def cut_often(proxy: Proxy) -> None:
-    for _ in range(20):
-        proxy.cut()
-        await asyncio.sleep(0.1)
-
-
-async def refuse(proxy: Proxy) -> None:
-    await proxy.refuse()
-    await asyncio.sleep(2)
-    await proxy.open(proxy.port)
-
-
-async def slow_down(proxy: Proxy) -> None:
-    proxy.delay = 0.2
-    await asyncio.sleep(3)
-    proxy.delay = 0
-
 
 FAULTS: dict[str, Callable[[Proxy], Awaitable[None]]] = {
     "silence": fall_silent,
@@ -56,13 +29,25 @@ FAULTS: dict[str, Callable[[Proxy], Awaitable[None]]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.fixture
+async def proxy(server: Server) -> AsyncIterator[Proxy]:
+    async with proxied(server.port) as proxy:
+        yield proxy
+
+
+@by_turns(FAULTS)
 async def test_no_result_is_lost_and_no_waiter_fails(
-    fault: str, server: Server, proxy: Proxy, driver: str, start: Start
+    fault: str, driver: str, is_borrowed: bool, proxy: Proxy, start: Start
 ) -> None:
-    backend = await start(dsn_of(proxy.port), driver=driver, command_timeout=2)
+    backend = await start(
+        dsn_of(proxy.port),
+        driver=driver,
+        is_borrowed=is_borrowed,
+        command_timeout=0.6,
+        timings=OFTEN,
+    )
     account = await under_load(backend, lambda: FAULTS[fault](proxy))
-    await account.assert_nothing_lost(server.dsn)
+    await account.assert_nothing_lost(dsn_of(proxy.target_port))
     # A connection that fell silent is noticed by its time limit, and given up a second later; the
     # other seconds are for a busy machine.
     assert account.seconds_to_recover < 10
@@ -72,11 +57,11 @@ async def test_a_server_that_stands_still_is_noticed(
     server: Server, driver: str, start: Start
 ) -> None:
     """Its kernel goes on acknowledging, so only the time limit tells."""
-    backend = await start(server.dsn, driver=driver, command_timeout=1, retry_timeout=1)
+    backend = await start(server.dsn, driver=driver, command_timeout=0.3, retry_timeout=0.3)
     await backend.set_result("before", result_of(1))
     await asyncio.to_thread(server.freeze)
     try:
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(6):
             with pytest.raises(StorageError, match="did not answer in time"):
                 await backend.set_result("task", result_of(1))
     finally:
@@ -89,7 +74,9 @@ async def test_asyncpg_s_own_limit_counts_where_it_is_the_shorter(
     server: Server, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of a statement on a connection that is kept, too."""
-    backend = await start(f"{server.dsn}?command_timeout=1", command_timeout=60)
+    # No notification takes the connection meanwhile.
+    dsn = f"{server.dsn}?command_timeout=0.3"
+    backend = await start(dsn, command_timeout=60, notify=False)
     await backend.set_result("before", result_of(1))
     await asyncio.to_thread(server.freeze)
 
@@ -110,80 +97,96 @@ async def test_a_peer_that_acknowledges_nothing_is_noticed_by_the_kernel(
 ) -> None:
     """A connection that nobody uses, such as the listening one, has no other limit."""
     backend = await start(server.dsn, driver=driver)
-    async with backend._store.listening() as connection:
-        if driver == "asyncpg":
-            peer = connection._transport.get_extra_info("socket")
-        else:
-            peer = socket.socket(fileno=os.dup(connection.pgconn.socket))
-        option = peer.getsockopt
-        assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        assert option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
-        assert option(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
-        assert option(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
-        assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
-        if driver == "psycopg":
-            peer.close()
+    async with backend.runtime.database.listening():
+        await backend.set_result("task", result_of(1))
+        peers = sockets_to(server.port)
+        assert len(peers) == 2
+        for peer in peers:
+            with peer:
+                option = peer.getsockopt
+                assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+                assert option(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
+                assert option(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+                assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+
+
+def sockets_to(port: int) -> list[socket.socket]:
+    """This process's connections to a port of this machine."""
+    connections = psutil.Process().net_connections("tcp4")
+    return [socket.socket(fileno=os.dup(c.fd)) for c in connections if c.raddr[1:] == (port,)]
 
 
 async def test_startup_has_a_limit_of_its_own(proxy: Proxy, driver: str, start: Start) -> None:
     proxy.is_silent = True
-    async with asyncio.timeout(20):
+    dsn = dsn_of(proxy.port)
+    limits = {"command_timeout": 0.3, "startup_timeout": 0.3}
+    async with asyncio.timeout(6):
         with pytest.raises(StorageError, match="up to date: PostgreSQL did not answer in time"):
-            await start(dsn_of(proxy.port), driver=driver, command_timeout=1, startup_timeout=1)
+            await start(dsn, driver=driver, run_migrations=True, **limits)
 
 
-@pytest.mark.parametrize("keep_results", [True, False], ids=["kept", "taken"])
 async def test_what_is_read_behind_a_lost_commit_is_returned(
-    server: Server, proxy: Proxy, driver: str, start: Start, keep_results: bool
+    server: Server, proxy: Proxy, driver: str, start: Start
 ) -> None:
-    """The COMMIT of a deleting read arrives, and its answer does not."""
+    """The COMMIT of a deleting read arrives, and its answer does not. Other reads have none."""
     writer = await start(server.dsn)
-    reader = await start(dsn_of(proxy.port), driver=driver, keep_results=keep_results)
-    for _ in range(5):
-        task_id = new_id()
+    keeper, taker = [
+        await start(dsn_of(proxy.port), driver=driver, keep_results=is_kept)
+        for is_kept in (True, False)
+    ]
+    for task_id in ("first", "second"):
         await writer.set_result(task_id, result_of("only once"))
-        lost = 0
-
-        def lose_commit(piece: bytes) -> bool:
-            nonlocal lost
-            if lost or b"COMMIT" not in piece.replace(b"COMMITTED", b""):
-                return True
-            lost += 1
-            return False
-
-        proxy.watch = lose_commit
-        result = await reader.get_result(task_id)
-        proxy.watch = None
-        assert result.return_value == "only once"
-        assert lost == (0 if keep_results else 1)
-        rows = await ask(server.dsn, "SELECT FROM taskiq_results WHERE task_id = $1", task_id)
-        assert len(rows) == (1 if keep_results else 0)
+        proxy.watch = lose_commit = LoseOnce(
+            lambda piece: b"COMMIT" in piece.replace(b"COMMITTED", b"")
+        )
+        assert (await keeper.get_result(task_id)).return_value == "only once"
+        assert not lose_commit.has_lost
+        assert (await taker.get_result(task_id)).return_value == "only once"
+        assert lose_commit.has_lost
+        assert not await ask(server.dsn, "SELECT FROM taskiq_results")
 
 
 async def test_a_result_whose_answer_was_lost_is_stored_once(
     server: Server, proxy: Proxy, driver: str, start: Start
 ) -> None:
     backend = await start(dsn_of(proxy.port), driver=driver)
-    lost = 0
+    proxy.watch = lose_insert = LoseOnce(lambda piece: b"the value" in piece)
+    await backend.set_result("task", result_of("the value"))
+    assert lose_insert.has_lost
+    assert (await backend.get_result("task")).return_value == "the value"
 
-    def lose_insert(piece: bytes) -> bool:
-        nonlocal lost
-        if lost or b"the value" not in piece:
+
+class LoseOnce:
+    """For Proxy.watch: the answer to the first piece of which something is true is lost."""
+
+    def __init__(self, is_it: Callable[[bytes], bool]) -> None:
+        self._is_it = is_it
+        self.has_lost = False
+
+    def __call__(self, piece: bytes) -> bool:
+        if self.has_lost or not self._is_it(piece):
             return True
-        lost += 1
+        self.has_lost = True
         return False
 
-    proxy.watch = lose_insert
-    await backend.set_result("task", result_of("the value"))
-    assert lost == 1
-    assert (await backend.get_result("task")).return_value == "the value"
+
+class CountingSerializer(PickleSerializer):
+    """Counts what it encodes."""
+
+    count = 0
+
+    def dumpb(self, value: Any) -> bytes:
+        self.count += 1
+        return super().dumpb(value)
 
 
 async def test_calls_that_pile_up_in_an_outage_stay_bounded(
     proxy: Proxy, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They wait unencoded, for the few connections that there are."""
-    backend = await start(dsn_of(proxy.port), command_timeout=2)
+    serializer = CountingSerializer()
+    backend = await start(dsn_of(proxy.port), serializer=serializer, command_timeout=2)
     await backend.set_result("before", result_of(1))
     await proxy.refuse()
     calls = [asyncio.ensure_future(backend.set_result(new_id(), result_of(i))) for i in range(5000)]
@@ -192,31 +195,37 @@ async def test_calls_that_pile_up_in_an_outage_stay_bounded(
         return "trying again" in caplog.text
 
     await eventually(are_tried_again)
-    pending = backend._parts.operations._results._pending.values()
-    assert len(pending) > 3000
-    assert not any(hasattr(entry, "row") for entry in pending)
+    assert backend.stats().operations["set_result"].pending == 5000
+    assert serializer.count < 2000
     await proxy.open(proxy.port)
     assert await asyncio.gather(*calls) == [None] * len(calls)
     assert proxy.most_connections <= 4
 
 
-@pytest.mark.parametrize("keep_results", [True, False], ids=["kept", "taken"])
 async def test_callers_that_give_up_in_an_outage_leave_nothing_behind(
-    server: Server, proxy: Proxy, driver: str, start: Start, keep_results: bool
+    proxy: Proxy, driver: str, start: Start
 ) -> None:
-    backend = await start(
-        dsn_of(proxy.port), driver=driver, keep_results=keep_results, command_timeout=2
-    )
-    await backend.set_result("kept", result_of(1))
+    backends = [
+        await start(dsn_of(proxy.port), driver=driver, keep_results=is_kept, command_timeout=0.5)
+        for is_kept in (True, False)
+    ]
+    for backend in backends:
+        await backend.set_result("kept", result_of(1))
     proxy.is_silent = True
-    for call in (
-        lambda: backend.set_result("other", result_of(2)),
-        lambda: backend.get_result("kept"),
-        lambda: backend.is_result_ready("kept"),
-        lambda: backend.wait_result("other"),
-    ):
+    calls = [
+        call
+        for backend in backends
+        for call in (
+            partial(backend.set_result, "other", result_of(2)),
+            partial(backend.get_result, "kept"),
+            partial(backend.is_result_ready, "kept"),
+            partial(backend.wait_result, "other"),
+        )
+    ]
+    for call in calls:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
+            async with asyncio.timeout(0.1):
                 await call()
     proxy.is_silent = False
-    assert (await backend.get_result("kept")).return_value == 1
+    for backend in backends:
+        assert (await backend.get_result("kept")).return_value == 1

@@ -11,8 +11,8 @@ from taskiq_pg.asyncpg import AsyncpgResultBackend
 from taskiq_sa_pg.models import TaskIdField
 from taskiq_sa_pg.waiting import Waiters
 from tests.conftest import Database, NewDatabase
-from tests.integration.old_tables import old_backend
 from tests.integration.databases import Checkouts, Databases, Log, address
+from tests.integration.old_tables import old_backend
 from tests.integration.waiters import Backend, Backends, table_of
 
 

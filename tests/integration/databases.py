@@ -8,13 +8,11 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from taskiq.depends.progress_tracker import TaskProgress
 
-from taskiq_sa_pg import (
-    SQLAlchemyResultBackend,
-)
+from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.database import Database as Connected
 from taskiq_sa_pg.database import make_engine
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS
-from tests.conftest import Database, eventually
+from tests.conftest import Database, assert_nothing_checked_out, eventually
 
 Backend = SQLAlchemyResultBackend[Any]
 
@@ -91,10 +89,11 @@ class Databases:
         return opened
 
     async def close(self) -> None:
-        """Closes them all."""
+        """Closes them all; of borrowed engines, no connection may be in use."""
         for opened in self._opened:
             await opened.close()
         for engine in self._engines:
+            assert_nothing_checked_out(engine)
             await engine.dispose()
 
 

@@ -5,9 +5,9 @@ from typing import Any, Final
 
 import orjson
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
+from sqlalchemy.pool import NullPool
 
-from taskiq_sa_pg.engines import parse_dsn
+from taskiq_sa_pg.database import parse_dsn
 
 Shape = Callable[[str], AsyncEngine]
 
@@ -59,11 +59,9 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "overflow": made_with(pool_size=1, max_overflow=10),
     "no bound": made_with(pool_size=0),
     "cared for": made_with(pool_size=3, pool_pre_ping=True, pool_recycle=3600, pool_use_lifo=True),
-    "queue pool": made_with(poolclass=AsyncAdaptedQueuePool, pool_size=2),
     "NullPool": made_with(poolclass=NullPool),
     "no reset": made_with(pool_reset_on_return=None),
     "echo": made_with(echo=True, echo_pool="debug"),
-    "parameters shown": made_with(hide_parameters=False),
     "parameters hidden": made_with(hide_parameters=True),
     "JSON of its own": made_with(json_serializer=dumps, json_deserializer=loads),
     "AUTOCOMMIT": made_with(isolation_level="AUTOCOMMIT"),

@@ -100,7 +100,7 @@ async def old_backend(dsn: str, table_name: str = "old", **kwargs: Any) -> Async
         await old.shutdown()
 
 
-async def fill(old: Old, repeat: int = 8) -> tuple[list[str], list[str]]:
+async def fill(old: Old, repeat: int = 2) -> tuple[list[str], list[str]]:
     """Stores results and progress of every kind; the ids of those with either."""
     kinds = results() * repeat
     with_result = [uuid.uuid4().hex for _ in kinds]

@@ -3,17 +3,17 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import pytest
 from sqlalchemy import event
-from taskiq.depends.progress_tracker import TaskProgress, TaskState
+from taskiq.depends.progress_tracker import TaskState
 
 from taskiq_sa_pg import InvalidTaskIdError, ResultIsMissingError, SQLAlchemyResultBackend
-from taskiq_sa_pg.config import PayloadField, TaskIdField
-from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.database import make_engine
+from taskiq_sa_pg.models import PayloadField, TaskIdField
 from tests.conftest import Database, NewDatabase, assert_nothing_checked_out, engine_of
-from tests.tasks import new_id, result_of
+from tests.tasks import new_id, progress_of, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
 
@@ -35,21 +35,18 @@ class Combination(NamedTuple):
         return f"results_{self.field_for_task_id}_{self.field_for_payload}"
 
 
+# Every two values of two dimensions meet.
 COMBINATIONS = [
-    Combination(field_for_task_id, field_for_payload, engine, driver)
-    for field_for_task_id in get_args(TaskIdField)
-    for field_for_payload in get_args(PayloadField)
-    for engine in ("owned", "borrowed")
-    for driver in ("asyncpg", "psycopg")
+    Combination("VarChar", "Bytea", "owned", "asyncpg"),
+    Combination("VarChar", "Jsonb", "borrowed", "psycopg"),
+    Combination("Text", "Bytea", "borrowed", "psycopg"),
+    Combination("Text", "Jsonb", "owned", "asyncpg"),
+    Combination("Uuid", "Bytea", "owned", "psycopg"),
+    Combination("Uuid", "Jsonb", "borrowed", "asyncpg"),
 ]
 DRIVERS = [Combination(driver="asyncpg"), Combination(driver="psycopg")]
-ANY_TEXT_ID = [
-    Combination("VarChar", driver="asyncpg"),
-    Combination("VarChar", driver="psycopg"),
-    Combination("Text", driver="asyncpg"),
-    Combination("Text", driver="psycopg"),
-]
-UUID_IDS = [Combination(field_for_task_id="Uuid", driver=d) for d in ("asyncpg", "psycopg")]
+ANY_TEXT_ID = COMBINATIONS[:4]
+UUID_IDS = COMBINATIONS[4:]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,7 @@ def tables(new_database: NewDatabase) -> Iterator[Database]:
 
     async def make() -> None:
         await database.create()
-        for combination in {c.table_name: c for c in COMBINATIONS}.values():
+        for combination in COMBINATIONS:
             backend = new_backend(database, combination, run_migrations=True)
             await backend.startup()
             await backend.shutdown()
@@ -94,10 +91,6 @@ async def backend(tables: Database, request: pytest.FixtureRequest) -> AsyncIter
     await backend.shutdown()
     assert_nothing_checked_out(engine)
     await owner.shutdown()
-
-
-def progress_of(state: Any, meta: Any = None) -> TaskProgress[Any]:
-    return TaskProgress(state=state, meta=meta)
 
 
 async def test_a_result_is_ready_once_it_is_stored(backend: Backend) -> None:
@@ -167,7 +160,7 @@ async def test_get_results_returns_those_that_are_ready(backend: Backend) -> Non
     first, second, unknown, progressing = (new_id() for _ in range(4))
     await backend.set_result(first, result_of(1))
     await backend.set_result(second, result_of(2))
-    await backend.set_progress(progressing, progress_of(TaskState.STARTED))
+    await backend.set_progress(progressing, progress_of(None, TaskState.STARTED))
     results = await backend.get_results([first, unknown, second, first, progressing, second])
     assert {i: r.return_value for i, r in results.items()} == {first: 1, second: 2}
     assert await backend.get_results([unknown]) == {}
@@ -185,14 +178,14 @@ async def test_a_missing_result_is_an_error_that_names_it(backend: Backend) -> N
 async def test_progress_makes_no_task_ready_and_outlives_its_result(backend: Backend) -> None:
     task_id = new_id()
     assert await backend.get_progress(task_id) is None
-    await backend.set_progress(task_id, progress_of(TaskState.STARTED, {"done": 1}))
+    await backend.set_progress(task_id, progress_of({"done": 1}, TaskState.STARTED))
     assert await backend.is_result_ready(task_id) is False
     with pytest.raises(ResultIsMissingError):
         await backend.get_result(task_id)
     await backend.set_result(task_id, result_of(1))
-    assert await backend.get_progress(task_id) == progress_of(TaskState.STARTED, {"done": 1})
-    await backend.set_progress(task_id, progress_of(TaskState.SUCCESS, {"done": 2}))
-    assert await backend.get_progress(task_id) == progress_of(TaskState.SUCCESS, {"done": 2})
+    assert await backend.get_progress(task_id) == progress_of({"done": 1}, TaskState.STARTED)
+    await backend.set_progress(task_id, progress_of({"done": 2}, TaskState.SUCCESS))
+    assert await backend.get_progress(task_id) == progress_of({"done": 2}, TaskState.SUCCESS)
     assert (await backend.get_result(task_id)).return_value == 1
 
 
@@ -205,8 +198,8 @@ async def test_progress_is_replaced_and_not_merged(backend: Backend) -> None:
         (TaskState.FAILURE, None),
         (TaskState.RETRY, 0),
     ):
-        await backend.set_progress(task_id, progress_of(state, meta))
-        assert await backend.get_progress(task_id) == progress_of(state, meta)
+        await backend.set_progress(task_id, progress_of(meta, state))
+        assert await backend.get_progress(task_id) == progress_of(meta, state)
 
 
 async def test_a_result_kept_once_is_deleted_as_it_is_read(backend: Backend) -> None:
@@ -226,7 +219,7 @@ async def test_a_result_kept_once_is_deleted_as_it_is_read(backend: Backend) -> 
 @pytest.mark.parametrize("backend", DRIVERS, indirect=True, ids=str)
 @pytest.mark.parametrize("keep_results", [True, False])
 async def test_get_results_takes_any_number_of_ids(backend: Backend, keep_results: bool) -> None:
-    task_ids = [new_id() for _ in range(450)]
+    task_ids = [new_id() for _ in range(450)]  # more than two statements take
     stored = task_ids[::2]
     await asyncio.gather(*[backend.set_result(i, result_of(i)) for i in stored])
     reader = Backend(engine=engine_of(backend), keep_results=keep_results, models=backend.models)
@@ -256,11 +249,11 @@ ODD_IDS = [
 @pytest.mark.parametrize("backend", ANY_TEXT_ID, indirect=True, ids=str)
 async def test_any_text_can_be_a_task_id(backend: Backend) -> None:
     await asyncio.gather(*[backend.set_result(i, result_of(i)) for i in ODD_IDS])
-    await asyncio.gather(*[backend.set_progress(i, progress_of("s", i)) for i in ODD_IDS])
+    await asyncio.gather(*[backend.set_progress(i, progress_of(i)) for i in ODD_IDS])
     for task_id in ODD_IDS:
         assert await backend.is_result_ready(task_id)
         assert (await backend.get_result(task_id)).return_value == task_id
-        assert await backend.get_progress(task_id) == progress_of("s", task_id)
+        assert await backend.get_progress(task_id) == progress_of(task_id)
     results = await backend.get_results(ODD_IDS)
     assert {i: r.return_value for i, r in results.items()} == {i: i for i in ODD_IDS}
 
@@ -281,8 +274,6 @@ async def test_a_uuid_is_one_task_id_however_it_is_written(backend: Backend) -> 
         (Combination(), "a\x00b"),
         (Combination(), "\ud800"),
         (Combination(), 7),
-        (Combination(driver="psycopg"), "a\x00b"),
-        (Combination(driver="psycopg"), "\ud800"),
         (Combination("Uuid"), "order-42"),
         (Combination("Uuid"), ""),
     ],
@@ -303,7 +294,7 @@ async def test_an_id_that_no_column_holds_is_refused_before_any_statement(
         backend.is_result_ready(task_id),
         backend.get_result(task_id),
         backend.get_results([new_id(), task_id]),
-        backend.set_progress(task_id, progress_of("s")),
+        backend.set_progress(task_id, progress_of(1)),
         backend.get_progress(task_id),
     ):
         with pytest.raises(InvalidTaskIdError) as caught:
@@ -330,7 +321,7 @@ async def test_two_backends_share_one_engine_and_keep_to_their_tables(tables: Da
     await second.startup()
     task_id = new_id()
     await first.set_result(task_id, result_of("first"))
-    await second.set_progress(task_id, progress_of("second"))
+    await second.set_progress(task_id, progress_of(2))
     assert not await second.is_result_ready(task_id)
     assert await first.get_progress(task_id) is None
     await first.shutdown()

@@ -6,14 +6,10 @@ from typing import Any
 
 import pytest
 
-from taskiq_sa_pg import (
-    ConfigurationError,
-    ResultIsMissingError,
-    StorageError,
-)
-from taskiq_sa_pg.connections import _MAX_SECONDS_KEPT
-from taskiq_sa_pg.engines import make_engine
-from taskiq_sa_pg.store import Store
+from taskiq_sa_pg import ConfigurationError, ResultIsMissingError, StorageError
+from taskiq_sa_pg.database import Database as Connected
+from taskiq_sa_pg.database import make_engine
+from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 from tests.conftest import (
     BackendFactory,
     Database,
@@ -21,12 +17,12 @@ from tests.conftest import (
     engine_of,
     eventually,
 )
-from tests.integration.stores import (
+from tests.integration.databases import (
     FAILING,
     PROGRESS,
     Backend,
     Checkouts,
-    Stores,
+    Databases,
     assert_disconnected,
     each_owner,
     session_of,
@@ -36,40 +32,43 @@ from tests.tasks import result_of
 
 
 async def test_an_owned_engines_connection_serves_one_statement_after_the_other(
-    stores: Stores, checkouts: Checkouts
+    databases: Databases, checkouts: Checkouts
 ) -> None:
-    store = await stores.open(pool_events=checkouts.pool_events)
-    assert len({await session_of(store) for _ in range(10)}) == 1
+    opened = await databases.open(pool_events=checkouts.pool_events)
+    assert len({await session_of(opened) for _ in range(10)}) == 1
     assert (checkouts.total, checkouts.current) == (1, 1)
 
 
+BRIEFLY = Timings(keep_connection=0.1)
+
+
 async def test_a_connection_goes_back_to_the_pool_in_the_end(
-    stores: Stores, checkouts: Checkouts, monkeypatch: pytest.MonkeyPatch
+    databases: Databases, checkouts: Checkouts
 ) -> None:
     """After 5 s at most, even if it is not used any more."""
-    assert _MAX_SECONDS_KEPT == 5
-    monkeypatch.setattr("taskiq_sa_pg.connections._MAX_SECONDS_KEPT", 0.2)
-    store = await stores.open(pool_events=checkouts.pool_events)
-    await asyncio.gather(*[session_of(store) for _ in range(10)])
+    assert DEFAULT_TIMINGS.keep_connection == 5
+    opened = await databases.open(pool_events=checkouts.pool_events, timings=BRIEFLY)
+    await asyncio.gather(*[session_of(opened) for _ in range(10)])
 
     async def are_all_back() -> bool:
         return checkouts.current == 0
 
     await eventually(are_all_back)
-    await session_of(store)
+    await session_of(opened)
     await eventually(are_all_back)
 
 
 async def test_a_connection_goes_back_to_the_pool_however_busy_it_is(
-    stores: Stores, checkouts: Checkouts, monkeypatch: pytest.MonkeyPatch
+    databases: Databases, checkouts: Checkouts
 ) -> None:
     """So that pool_recycle and pool_pre_ping have their turn."""
-    monkeypatch.setattr("taskiq_sa_pg.connections._MAX_SECONDS_KEPT", 0.2)
-    store = await stores.open(pool_events=checkouts.pool_events, pool_recycle=0)
+    opened = await databases.open(
+        pool_events=checkouts.pool_events, pool_recycle=0, timings=BRIEFLY
+    )
     sessions = set()
 
     async def are_several() -> bool:
-        sessions.add(await session_of(store))  # far more often than it would go back unused
+        sessions.add(await session_of(opened))  # far more often than it would go back unused
         return len(sessions) >= 3
 
     await eventually(are_several)
@@ -77,44 +76,65 @@ async def test_a_connection_goes_back_to_the_pool_however_busy_it_is(
 
 
 async def test_closing_gives_every_connection_back(
-    stores: Stores, database: Database, checkouts: Checkouts
+    databases: Databases, database: Database, checkouts: Checkouts
 ) -> None:
-    store = await stores.open(pool_events=checkouts.pool_events)
-    await asyncio.gather(*[session_of(store) for _ in range(10)])
+    opened = await databases.open(pool_events=checkouts.pool_events)
+    await asyncio.gather(*[session_of(opened) for _ in range(10)])
     assert checkouts.current == len(await database.sessions("ours")) == 4
-    await store.close()
+    await opened.close()
     assert checkouts.current == 0
     await assert_disconnected(database)
 
 
 async def test_a_borrowed_engines_connection_is_back_when_the_call_returns(
-    stores: Stores, checkouts: Checkouts
+    databases: Databases, checkouts: Checkouts
 ) -> None:
-    store = await stores.open("borrowed", pool_events=checkouts.pool_events)
-    for _ in range(3):
-        await session_of(store)
+    opened = await databases.open("borrowed", pool_events=checkouts.pool_events)
+    for _ in range(2):
+        await session_of(opened)
         assert checkouts.current == 0
         with pytest.raises(StorageError, match="division by zero"):
-            await store.fetch(FAILING, {}, "divide")
+            await opened.fetch(FAILING, {}, "divide")
         assert checkouts.current == 0
-        await session_of_transaction(store)
+        await session_of_transaction(opened)
         assert checkouts.current == 0
         with pytest.raises(StorageError, match="division by zero"):
-            await store.transact(lambda connection: connection.execute(FAILING), "divide")
+            await opened.transact(lambda connection: connection.execute(FAILING), "divide")
         assert checkouts.current == 0
-    assert checkouts.total == 12
+    assert checkouts.total == 8
 
 
 @each_owner
 async def test_no_more_connections_are_in_use_than_are_allowed(
-    owner: str, stores: Stores, checkouts: Checkouts
+    owner: str, databases: Databases, checkouts: Checkouts
 ) -> None:
-    store = await stores.open(owner, max_connections=2, pool_events=checkouts.pool_events)
-    for _ in range(3):
+    opened = await databases.open(owner, max_connections=2, pool_events=checkouts.pool_events)
+    for _ in range(2):  # with connections that are new, and with those that were kept
         await asyncio.gather(
-            *[run(store) for _ in range(10) for run in (session_of, session_of_transaction)]
+            *[run(opened) for _ in range(10) for run in (session_of, session_of_transaction)]
         )
     assert checkouts.most == 2
+
+
+@each_owner
+async def test_whoever_waits_for_a_connection_has_it_in_his_turn(
+    owner: str, databases: Databases
+) -> None:
+    """Also where some of those who wait are cancelled."""
+    opened = await databases.open(owner, max_connections=1)
+    served = []
+
+    async def call(number: int) -> None:
+        await (session_of if number % 2 else session_of_transaction)(opened)
+        served.append(number)
+
+    calling = [asyncio.create_task(call(number)) for number in range(12)]
+    await asyncio.sleep(0)  # until all wait
+    for number in (0, 3, 4, 11):  # the first has the connection
+        calling[number].cancel()
+    outcomes = await asyncio.gather(*calling, return_exceptions=True)
+    assert served == [number for number, outcome in enumerate(outcomes) if outcome is None]
+    assert served == [1, 2, 5, 6, 7, 8, 9, 10]
 
 
 @each_owner
@@ -163,7 +183,7 @@ async def test_a_pool_of_one_connection_is_enough(
     if owner == "borrowed":
         source = {"engine": make_engine(dsn, **pool)}
     backend: Backend = await start_backend(**source, keep_results=False)
-    for _ in range(3):
+    for _ in range(2):
         await mix(backend)
         with pytest.raises(ResultIsMissingError):
             await backend.get_result("00")
@@ -175,4 +195,4 @@ async def test_a_pool_of_one_connection_is_enough(
 
 async def test_no_connection_at_all_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="max_connections must be 1 or more, not 0"):
-        Store("postgresql://", max_connections=0)
+        Connected("postgresql://", max_connections=0)

@@ -10,22 +10,15 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
-from taskiq_sa_pg import (
-    StorageError,
-)
-from taskiq_sa_pg.listener import end
-from taskiq_sa_pg.store import Store
-from tests.conftest import (
-    Database,
-    assert_nothing_checked_out,
-    eventually,
-)
-from tests.integration.stores import (
-    Stores,
+from taskiq_sa_pg import StorageError
+from taskiq_sa_pg.database import Database as Connected
+from taskiq_sa_pg.waiting import end
+from tests.conftest import Database, assert_nothing_checked_out, eventually
+from tests.integration.databases import (
+    Databases,
     address,
     assert_disconnected,
     each_owner,
-    engine_in,
     session_of,
     session_of_transaction,
 )
@@ -44,21 +37,20 @@ async def terminate(database: Database) -> None:
     "run", [session_of, session_of_transaction], ids=["statement", "transaction"]
 )
 async def test_a_connection_that_the_server_has_closed_is_not_used(
-    run: Callable[[Store], Awaitable[int]], owner: str, database: Database
+    run: Callable[[Connected], Awaitable[int]], owner: str, database: Database
 ) -> None:
     """Which asyncpg notices by itself, be it kept or in the pool."""
-    stores = Stores(address(database, "asyncpg"))
-    store = await stores.open(owner)
-    for _ in range(3):
-        await asyncio.gather(*[session_of(store) for _ in range(10)])
-        before = await database.fetch(
-            "SELECT pid FROM pg_stat_activity WHERE application_name = 'ours'"
-        )
-        assert len(before) == 4
-        await terminate(database)
-        for _ in range(5):
-            assert await run(store) not in {row["pid"] for row in before}
-    await stores.close()
+    databases = Databases(address(database, "asyncpg"))
+    opened = await databases.open(owner)
+    await asyncio.gather(*[session_of(opened) for _ in range(10)])
+    before = await database.fetch(
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'ours'"
+    )
+    assert len(before) == 4
+    await terminate(database)
+    for _ in range(5):
+        assert await run(opened) not in {row["pid"] for row in before}
+    await databases.close()
 
 
 @each_owner
@@ -66,14 +58,14 @@ async def test_psycopg_notices_by_one_failed_statement_that_the_server_has_close
     owner: str, database: Database
 ) -> None:
     """Which is tried again, usually."""
-    stores = Stores(address(database, "psycopg"))
-    store = await stores.open(owner, retry_timeout=0)
-    await session_of(store)
+    databases = Databases(address(database, "psycopg"))
+    opened = await databases.open(owner, retry_timeout=0)
+    await session_of(opened)
     await terminate(database)
     with pytest.raises(StorageError, match=r"terminating connection|closed"):
-        await session_of(store)
-    await session_of(store)
-    await stores.close()
+        await session_of(opened)
+    await session_of(opened)
+    await databases.close()
 
 
 @each_owner
@@ -81,105 +73,109 @@ async def test_psycopg_notices_by_one_failed_statement_that_the_server_has_close
     "run", [session_of, session_of_transaction], ids=["statement", "transaction"]
 )
 async def test_a_cancelled_call_leaves_no_connection_in_use(
-    run: Callable[[Store], Awaitable[int]],
+    run: Callable[[Connected], Awaitable[int]],
     owner: str,
-    stores: Stores,
+    databases: Databases,
     database: Database,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # psycopg then gives way to the event loop in every call, and not only when it is busy.
     monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", 0, raising=False)
-    store = await stores.open(owner, pool_size=1, pool_timeout=1)
-    was_cancelled = set()
-    for turns in range(60):
-        calling = asyncio.ensure_future(run(store))
-        for _ in range(turns):
+    opened = await databases.open(owner, pool_size=1, pool_timeout=1)
+    ended = cancelled = 0
+    while ended < 3:
+        calling = asyncio.ensure_future(run(opened))
+        for _ in range(ended + cancelled):  # each time a turn of the event loop later
             await asyncio.sleep(0)
         calling.cancel()
         [outcome] = await asyncio.gather(calling, return_exceptions=True)
         assert isinstance(outcome, int | asyncio.CancelledError), outcome
-        was_cancelled.add(isinstance(outcome, asyncio.CancelledError))
-        assert await session_of(store)
-    assert True in was_cancelled
-    connections = store._connections
-    assert connections is not None
+        ended += isinstance(outcome, int)
+        cancelled += isinstance(outcome, asyncio.CancelledError)
+        assert await session_of(opened)
+    assert cancelled
 
     async def is_idle() -> bool:
         return set(await database.sessions("ours")) <= {"idle"}
 
     await eventually(is_idle)
-    assert_nothing_checked_out(engine_in(store), connections.kept)
-    pool = engine_in(store).pool
-    await store.close()
+    assert_nothing_checked_out(opened.engine, opened.kept)
+    pool = opened.engine.pool
+    await opened.close()
     assert isinstance(pool, sa.QueuePool)
     assert pool.checkedout() == 0
 
 
 @each_owner
 async def test_who_is_cancelled_while_a_statement_runs_ends_it(
-    owner: str, stores: Stores, database: Database
+    owner: str, databases: Databases, database: Database
 ) -> None:
-    store = await stores.open(owner, pool_size=1, pool_timeout=5)
+    opened = await databases.open(owner, pool_size=1, pool_timeout=5)
     waiting = sa.select(sa.cast(sa.func.pg_sleep(600), sa.Text))
-    for _ in range(3):
-        calling = asyncio.create_task(store.fetch(waiting, {}, "wait"))
+    calling = asyncio.create_task(opened.fetch(waiting, {}, "wait"))
 
-        async def is_running() -> bool:
-            return await database.sessions("ours") == ["active"]
+    async def is_running() -> bool:
+        return await database.sessions("ours") == ["active"]
 
-        await eventually(is_running)
-        calling.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await calling
-        assert await session_of(store)
+    await eventually(is_running)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    assert await session_of(opened)
 
-        async def is_over() -> bool:
-            return "active" not in await database.sessions("ours")
+    async def is_over() -> bool:
+        return "active" not in await database.sessions("ours")
 
-        await eventually(is_over)
+    await eventually(is_over)
 
 
 @each_owner
 async def test_listening_takes_no_place_of_the_pool(
-    owner: str, stores: Stores, database: Database
+    owner: str, databases: Databases, database: Database
 ) -> None:
-    store = await stores.open(owner, pool_size=1, pool_timeout=0.5)
-    await session_of(store)
-    async with store.listening() as one, store.listening() as other:
+    opened = await databases.open(owner, pool_size=1, pool_timeout=0.5)
+    await session_of(opened)
+    async with opened.listening() as one, opened.listening() as other:
         await asyncio.gather(
-            *[call for _ in range(5) for call in (session_of(store), session_of_transaction(store))]
+            *[
+                call
+                for _ in range(5)
+                for call in (session_of(opened), session_of_transaction(opened))
+            ]
         )
         assert len({id(one), id(other)}) == 2
         assert len(await database.sessions("ours")) == 3
-    await assert_only_the_pools_sessions(store, database)
+    await assert_only_the_pools_sessions(opened, database)
 
 
-async def assert_only_the_pools_sessions(store: Store, database: Database) -> None:
+async def assert_only_the_pools_sessions(opened: Connected, database: Database) -> None:
     async def is_one_left() -> bool:
         return await database.sessions("ours") == ["idle"]
 
     await eventually(is_one_left)
-    assert await session_of(store)
+    assert await session_of(opened)
 
 
-@each_owner
-@pytest.mark.parametrize("end", ["cancelled", "failed", "lost"])
+@pytest.mark.parametrize(
+    ("end", "owner"),
+    [("cancelled", "owned"), ("failed", "borrowed"), ("lost", "owned"), ("lost", "borrowed")],
+)
 async def test_a_listening_connection_is_closed_whatever_ends_it(
-    end: str, owner: str, stores: Stores, database: Database
+    end: str, owner: str, databases: Databases, database: Database
 ) -> None:
-    store = await stores.open(owner, pool_size=1)
+    opened = await databases.open(owner, pool_size=1)
     is_listening = asyncio.Event()
     is_to_fail = asyncio.Event()
 
     async def listen() -> None:
-        async with store.listening():
+        async with opened.listening():
             is_listening.set()
             await is_to_fail.wait()
             raise ZeroDivisionError
 
     listening = asyncio.create_task(listen())
     await is_listening.wait()
-    await session_of(store)
+    await session_of(opened)
     assert len(await database.sessions("ours")) == 2
     if end == "cancelled":
         listening.cancel()
@@ -191,74 +187,81 @@ async def test_a_listening_connection_is_closed_whatever_ends_it(
         await listening
     if end == "lost":
         with suppress(StorageError):  # psycopg notices by a failure
-            await session_of(store)
-    await session_of(store)
-    await assert_only_the_pools_sessions(store, database)
+            await session_of(opened)
+    await session_of(opened)
+    await assert_only_the_pools_sessions(opened, database)
 
 
 async def test_who_is_cancelled_on_the_way_to_listen_leaves_no_connection(
-    stores: Stores, database: Database
+    databases: Databases, database: Database
 ) -> None:
-    store = await stores.open("borrowed", pool_size=1, pool_timeout=1)
+    opened = await databases.open("borrowed", pool_size=1, pool_timeout=1)
+    is_listening = asyncio.Event()
 
     async def listen() -> None:
-        async with store.listening():
+        async with opened.listening():
+            is_listening.set()
             await asyncio.Event().wait()
 
-    for turns in range(60):
+    turns = 0
+    while not is_listening.is_set():
+        turns += 1 + turns // 8
         listening = asyncio.create_task(listen())
         for _ in range(turns):
             await asyncio.sleep(0)
         await end(listening)
         assert listening.cancelled()
-        assert_nothing_checked_out(engine_in(store))
-    await session_of(store)
+        assert_nothing_checked_out(opened.engine)
+    await session_of(opened)
     del listening
     gc.collect()  # psycopg leaves a connection whose opening is cancelled to it
-    await assert_only_the_pools_sessions(store, database)
+    await assert_only_the_pools_sessions(opened, database)
 
 
 @each_owner
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_listening_leads_to_its_own_address(
-    driver: str, owner: str, stores: Stores, database: Database
+    driver: str, owner: str, databases: Databases, database: Database
 ) -> None:
     """With its own driver, too."""
-    store = await stores.open(owner, listen_dsn=address(database, driver, "listening"))
-    async with store.listening() as connection:
+    opened = await databases.open(owner, listen_dsn=address(database, driver, "listening"))
+    async with opened.listening() as connection:
         assert type(connection).__module__.startswith(driver)
         assert len(await database.sessions("listening")) == 1
         assert await database.sessions("ours") == []
-        await session_of(store)
+        await session_of(opened)
     await assert_disconnected(database, "listening")
 
 
 async def test_an_address_that_nobody_answers_at_is_a_storage_error(
-    stores: Stores, database: Database
+    databases: Databases, database: Database
 ) -> None:
-    store = await stores.open(listen_dsn=database.dsn.replace("host=/", "host=/no/such/"))
+    opened = await databases.open(listen_dsn=database.dsn.replace("host=/", "host=/no/such/"))
     with pytest.raises(StorageError, match=r"cannot listen for notifications: .*No such file"):
-        async with store.listening():
+        async with opened.listening():
             pass
 
 
 COUNT = sa.select(sa.func.count()).select_from(sa.table("t"))
 
 
-async def count(store: Store) -> None:
-    await store.fetch(COUNT, {}, "count")
+async def count(opened: Connected) -> None:
+    await opened.fetch(COUNT, {}, "count")
 
 
-async def count_in_a_transaction(store: Store) -> None:
-    await store.transact(lambda connection: connection.execute(COUNT), "count")
+async def count_in_a_transaction(opened: Connected) -> None:
+    await opened.transact(lambda connection: connection.execute(COUNT), "count")
 
 
 @each_owner
 @pytest.mark.parametrize("run", [count, count_in_a_transaction])
-async def test_what_runs_while_a_store_is_closed_ends_first_and_leaves_no_session(
-    run: Callable[[Store], Awaitable[None]], owner: str, stores: Stores, database: Database
+async def test_what_runs_while_a_database_is_closed_ends_first_and_leaves_no_session(
+    run: Callable[[Connected], Awaitable[None]],
+    owner: str,
+    databases: Databases,
+    database: Database,
 ) -> None:
-    store = await stores.open(owner, max_connections=2)
+    opened = await databases.open(owner, max_connections=2)
     await database.fetch("CREATE TABLE t (i integer)")
 
     async def are_running() -> bool:
@@ -267,9 +270,9 @@ async def test_what_runs_while_a_store_is_closed_ends_first_and_leaves_no_sessio
     other = await asyncpg.connect(database.dsn)
     async with other.transaction():
         await other.execute("LOCK TABLE t")
-        running = [asyncio.create_task(run(store)) for _ in range(3)]  # the last waits for a place
+        running = [asyncio.create_task(run(opened)) for _ in range(3)]  # the last waits for a place
         await eventually(are_running)
-        closing = asyncio.create_task(store.close())
+        closing = asyncio.create_task(opened.close())
         for _ in range(20):
             await asyncio.sleep(0)
         assert not closing.done()
@@ -277,7 +280,7 @@ async def test_what_runs_while_a_store_is_closed_ends_first_and_leaves_no_sessio
     await closing
     assert all(task.done() for task in running)
     await asyncio.gather(*running)
-    await stores.close()
+    await databases.close()
     await assert_disconnected(database)
 
 
@@ -295,13 +298,13 @@ def test_an_event_loop_that_ends_without_a_shutdown_leaves_no_session(
     """Neither of what was kept, nor of what was running or listening."""
 
     async def run() -> None:
-        store = Store(dsn)
-        await store.open()
-        listening = store.listening()
+        opened = Connected(dsn)
+        await opened.open()
+        listening = opened.listening()
         await listening.__aenter__()
-        await asyncio.gather(*[session_of(store) for _ in range(10)])
+        await asyncio.gather(*[session_of(opened) for _ in range(10)])
         waiting = sa.select(sa.cast(sa.func.pg_sleep(600), sa.Text))
-        running = asyncio.create_task(store.fetch(waiting, {}, "wait"))
+        running = asyncio.create_task(opened.fetch(waiting, {}, "wait"))
 
         async def is_running() -> bool:
             return "active" in await database.sessions("ours")
@@ -313,7 +316,9 @@ def test_an_event_loop_that_ends_without_a_shutdown_leaves_no_session(
     asyncio.run(run())
 
 
-async def test_a_null_pools_connections_are_closed(stores: Stores, database: Database) -> None:
-    store = await stores.open("borrowed", poolclass=NullPool, max_connections=2)
-    await asyncio.gather(*[session_of(store) for _ in range(10)])
+async def test_a_null_pools_connections_are_closed(
+    databases: Databases, database: Database
+) -> None:
+    opened = await databases.open("borrowed", poolclass=NullPool, max_connections=2)
+    await asyncio.gather(*[session_of(opened) for _ in range(10)])
     await assert_disconnected(database)

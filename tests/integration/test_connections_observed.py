@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,13 +12,9 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from taskiq_sa_pg import SchemaError, StorageError, build_models
-from taskiq_sa_pg.engines import make_engine
-from tests.conftest import (
-    BackendFactory,
-    Database,
-    engine_of,
-)
-from tests.integration.stores import PROGRESS, Backend, each_owner
+from taskiq_sa_pg.database import make_engine
+from tests.conftest import BackendFactory, Database, engine_of
+from tests.integration.databases import PROGRESS, Backend
 from tests.integration.waiters import SOON, heard_by, until_waiting
 from tests.tasks import new_id, result_of
 
@@ -36,21 +33,20 @@ async def application(dsn: str) -> AsyncIterator[Callable[..., AsyncEngine]]:
         await engine.dispose()
 
 
-@pytest.mark.parametrize("target", ["engine", "every engine"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "before_execute",
-        "after_execute",
-        "before_cursor_execute",
-        "after_cursor_execute",
-        "begin",
-        "do_execute",
-    ],
+EVENTS = (
+    "before_execute",
+    "after_execute",
+    "before_cursor_execute",
+    "after_cursor_execute",
+    "begin",
+    "do_execute",
 )
+
+
 async def test_who_listens_to_statements_hears_of_each(
-    name: str, target: str, application: Callable[..., AsyncEngine], start_backend: BackendFactory
+    application: Callable[..., AsyncEngine], start_backend: BackendFactory
 ) -> None:
+    """Be it to this engine or to every engine, and from the moment in which he does."""
     engine = application()
     backend: Backend = await start_backend(engine=engine, notify=False)
     await backend.set_result("before", result_of(1))
@@ -59,39 +55,37 @@ async def test_who_listens_to_statements_hears_of_each(
     def hear(*_: Any) -> None:
         heard.append(_)
 
-    listened = engine.sync_engine if target == "engine" else sa.Engine
-    event.listen(listened, name, hear)
-    try:
-        for call in (
-            backend.set_result("1", result_of(1)),
-            backend.is_result_ready("1"),
-            backend.get_result("1"),
-            backend.get_results(["1"]),
-            backend.set_progress("1", PROGRESS),
-            backend.get_progress("1"),
-        ):
-            heard.clear()
-            await call
-            assert len(heard) == 1
-    finally:
-        event.remove(listened, name, hear)
+    for name, target in product(EVENTS, (engine.sync_engine, sa.Engine)):
+        event.listen(target, name, hear)
+        try:
+            for call in (
+                backend.set_result("1", result_of(1)),
+                backend.is_result_ready("1"),
+                backend.get_result("1"),
+                backend.get_results(["1"]),
+                backend.set_progress("1", PROGRESS),
+                backend.get_progress("1"),
+            ):
+                heard.clear()
+                await call
+                assert (name, target, len(heard)) == (name, target, 1)
+        finally:
+            event.remove(target, name, hear)
 
 
-@pytest.mark.parametrize("means", ["echo", "logging"])
 async def test_statements_are_logged_for_who_wants_to_see_them(
-    means: str,
     application: Callable[..., AsyncEngine],
     start_backend: BackendFactory,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if means == "logging":
-        caplog.set_level(logging.INFO, "sqlalchemy.engine")
-    engine = application(echo=means == "echo")
-    backend: Backend = await start_backend(engine=engine)
-    caplog.clear()
-    await backend.set_result("1", result_of(1))
-    assert "INSERT INTO" in caplog.text
-    assert "taskiq_results" in caplog.text
+    for means in ("echo", "logging"):
+        if means == "logging":
+            caplog.set_level(logging.INFO, "sqlalchemy.engine")
+        backend: Backend = await start_backend(engine=application(echo=means == "echo"))
+        caplog.clear()
+        await backend.set_result(means, result_of(1))
+        assert "INSERT INTO" in caplog.text, means
+        assert "taskiq_results" in caplog.text, means
 
 
 @pytest.fixture
@@ -126,9 +120,7 @@ async def test_a_schema_translate_map_leads_to_the_other_tables(
     assert await database.fetch(f"SELECT FROM {other_schema}.taskiq_results") == []
 
 
-@pytest.mark.parametrize("tables", ["made at startup", "there already"])
 async def test_a_backend_starts_where_a_schema_translate_map_leads(
-    tables: str,
     application: Callable[..., AsyncEngine],
     database: Database,
     other_schema: str,
@@ -141,12 +133,9 @@ async def test_a_backend_starts_where_a_schema_translate_map_leads(
         await start_backend(engine=engine, run_migrations=False)
     assert f"{other_schema}.taskiq_results" in str(caught.value)
     assert f"schema={other_schema}" in str(caught.value)
-    if tables == "there already":
-        await start_backend(schema=other_schema)
-    for _ in range(2):
-        backend: Backend = await start_backend(
-            engine=engine, run_migrations=tables == "made at startup"
-        )
+    for run_migrations in (True, True, False):
+        backend: Backend = await start_backend(engine=engine, run_migrations=run_migrations)
+    await start_backend(schema=other_schema)  # who names the schema finds them up to date
     await backend.set_result("1", result_of(1))
     assert len(await database.fetch(f"SELECT FROM {other_schema}.taskiq_results")) == 1
     assert await database.fetch("SELECT FROM taskiq_results") == []
@@ -213,19 +202,18 @@ async def test_a_transaction_that_a_pools_listener_left_open_swallows_no_write(
     await engine.dispose()
 
 
-@each_owner
 async def test_a_default_of_your_own_column_is_worked_out(
-    owner: str, dsn: str, database: Database, start_backend: BackendFactory
+    dsn: str, database: Database, start_backend: BackendFactory
 ) -> None:
     """By SQLAlchemy, for rows that are stored alone and together."""
     backend: Backend = await start_backend(dsn)
     await database.fetch("ALTER TABLE taskiq_results ADD COLUMN tenant text NOT NULL")
     models = build_models()
     models.results_table.append_column(sa.Column("tenant", sa.Text, nullable=False, default="all"))
-    source: dict[str, Any] = {"dsn": dsn} if owner == "owned" else {"engine": engine_of(backend)}
-    own: Backend = await start_backend(**source, models=models, run_migrations=False)
-    await own.set_result("alone", result_of(1))
-    await asyncio.gather(*[own.set_result(i, result_of(i)) for i in "abc"])
-    rows = await database.fetch("SELECT tenant FROM taskiq_results")
-    assert [row["tenant"] for row in rows] == ["all"] * 4
-    assert await own.is_result_ready("alone")
+    for source in ({"dsn": dsn}, {"engine": engine_of(backend)}):
+        own: Backend = await start_backend(**source, models=models, run_migrations=False)
+        await own.set_result("alone", result_of(1))
+        await asyncio.gather(*[own.set_result(i, result_of(i)) for i in "abc"])
+        assert await own.is_result_ready("alone")
+        rows = await database.fetch("DELETE FROM taskiq_results RETURNING tenant")
+        assert [row["tenant"] for row in rows] == ["all"] * 4

@@ -19,6 +19,7 @@ from taskiq_sa_pg import (
     TableConfig,
     build_models,
 )
+from taskiq_sa_pg.database import parse_dsn
 from tests.conftest import BackendFactory, Database
 from tests.integration.engines import make
 from tests.tasks import new_id, result_of
@@ -42,17 +43,22 @@ LABELS = {
 }
 
 
-@pytest.fixture(params=["asyncpg", "psycopg"])
+@pytest.fixture
 async def engine(request: pytest.FixtureRequest, database: Database) -> AsyncIterator[AsyncEngine]:
-    engine = make(database.dsn_of(request.param))
+    engine = make(database.dsn_of(getattr(request, "param", "asyncpg")))
     yield engine
     await engine.dispose()
 
 
-@pytest.fixture(params=["Bytea", "Jsonb"])
+@pytest.fixture
 async def backend(request: pytest.FixtureRequest, start_backend: BackendFactory) -> Backend:
-    backend: Backend = await start_backend(field_for_payload=request.param)
+    payload = getattr(request, "param", "Bytea")
+    backend: Backend = await start_backend(field_for_payload=payload)
     return backend
+
+
+each_driver = pytest.mark.parametrize("engine", ["asyncpg", "psycopg"], indirect=True)
+each_payload = pytest.mark.parametrize("backend", ["Bytea", "Jsonb"], indirect=True)
 
 
 async def store(backend: Backend) -> None:
@@ -90,23 +96,30 @@ def selects_of(model: Any) -> dict[str, sa.Select[Any]]:
     }
 
 
-SELECTS = list(selects_of(build_models().Result))
-
-
-@pytest.mark.parametrize("select", SELECTS)
-async def test_rows_of_any_select_decode(
-    backend: Backend, engine: AsyncEngine, select: str
-) -> None:
+@each_driver
+@each_payload
+async def test_rows_of_any_select_decode(backend: Backend, engine: AsyncEngine) -> None:
     await store(backend)
-    statement = selects_of(backend.models.Result)[select]
     async with AsyncSession(engine) as session:
-        rows = (await session.execute(statement)).all()
-        await assert_same(backend, {row[0]: backend.decode(row) for row in rows})
-        if select != "columns beside others of their names":  # where these names stand for several
-            mappings = [row._mapping for row in rows]
-            await assert_same(backend, {m["task_id"]: backend.decode(m) for m in mappings})
-            await assert_same(backend, {m["task_id"]: backend.decode(dict(m)) for m in mappings})
-        assert backend.decode(rows[0], with_logs=True).log in {"said", None}
+        for name, statement in selects_of(backend.models.Result).items():
+            rows = (await session.execute(statement)).all()
+            await assert_same(backend, {row[0]: backend.decode(row) for row in rows})
+            assert backend.decode(rows[0], with_logs=True).log in {"said", None}
+            if name != "columns beside others of their names":  # where these stand for several
+                mappings = [row._mapping for row in rows]
+                for found in (mappings, map(dict, mappings)):
+                    await assert_same(backend, {m["task_id"]: backend.decode(m) for m in found})
+
+
+@each_driver
+@each_payload
+async def test_rows_of_core_decode(backend: Backend, engine: AsyncEngine) -> None:
+    await store(backend)
+    foreign = build_models(field_for_payload=backend.models.config.field_for_payload)
+    async with engine.connect() as connection:
+        for model in (backend.models.Result, foreign.Result):
+            rows = (await connection.execute(sa.select(model))).all()
+            await assert_same(backend, {row.task_id: backend.decode(row) for row in rows})
 
 
 async def test_columns_of_two_results_are_refused(backend: Backend, engine: AsyncEngine) -> None:
@@ -127,17 +140,6 @@ async def test_columns_of_two_results_are_refused(backend: Backend, engine: Asyn
             row = (await session.execute(statement)).first()
             with pytest.raises(TypeError, match=said):
                 backend.decode(row)
-
-
-async def test_rows_of_core_decode(backend: Backend, engine: AsyncEngine) -> None:
-    await store(backend)
-    async with engine.connect() as connection:
-        for model in (
-            backend.models.Result,
-            build_models(field_for_payload=backend.models.config.field_for_payload).Result,
-        ):
-            rows = (await connection.execute(sa.select(model))).all()
-            await assert_same(backend, {row.task_id: backend.decode(row) for row in rows})
 
 
 async def test_rows_of_an_application_s_own_json_decode(
@@ -184,8 +186,6 @@ async def test_a_synchronous_session_s_rows_decode_in_a_backend_that_is_not_star
 
 
 def _arguments(database: Database) -> dict[str, Any]:
-    from taskiq_sa_pg.engines import parse_dsn
-
     return parse_dsn(database.psycopg_dsn).connect_arguments()
 
 
@@ -222,6 +222,7 @@ class OwnProgress(ProgressMixin, Base):
     __table_config__ = OwnResult.__table_config__
 
 
+@each_driver
 @pytest.mark.parametrize(
     "models", [build_models(), Models(OwnResult, OwnProgress)], ids=["built", "own"]
 )

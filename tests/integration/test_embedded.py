@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -18,10 +19,11 @@ import asyncpg
 import pytest
 
 from taskiq_sa_pg import embedded
-from taskiq_sa_pg.embedded import EmbeddedPostgresError, postgres
+from taskiq_sa_pg.embedded import EmbeddedPostgresError, Server, postgres
 
 BIN_VARIABLE = "TASKIQ_SA_PG_POSTGRES_BIN"
-MODULE = [sys.executable, "-m", "taskiq_sa_pg.embedded"]
+# Without the package, whose import takes as long as a server's start.
+MODULE = [sys.executable, embedded.__file__]
 TIMEOUT = 30
 
 
@@ -108,84 +110,53 @@ def failing_bin_dir(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_new_server_answers_a_query() -> None:
-    with postgres() as server:
-        assert fetch(server.dsn, "SELECT current_user || '@' || current_database()") == [
-            "postgres@postgres"
-        ]
+SETTINGS = {
+    "max_connections": "50",
+    "fsync": "on",
+    "port": "6543",
+    "test.text": "two words, it's \"quoted\", 'twice', \\n # and\nanother line ",
+}
 
 
-def test_a_private_socket_is_the_only_way_in() -> None:
-    with postgres() as server:
-        assert fetch(server.dsn, "SHOW listen_addresses") == [""]
-        assert directory_of(server.dsn).stat().st_mode & 0o777 == 0o700
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with postgres(settings=SETTINGS) as server:
+        yield server
 
 
-def test_tcp_if_turned_on_wants_a_password() -> None:
+def test_a_server_answers_a_query(server: Server) -> None:
+    assert fetch(server.dsn, "SELECT current_user || '@' || current_database()") == [
+        "postgres@postgres"
+    ]
+
+
+def test_a_private_socket_is_the_only_way_in(server: Server) -> None:
+    """TCP, if turned on, wants a password."""
+    assert fetch(server.dsn, "SHOW listen_addresses") == [""]
+    assert directory_of(server.dsn).stat().st_mode & 0o777 == 0o700
     methods = "SELECT DISTINCT auth_method FROM pg_hba_file_rules WHERE type = 'host'"
-    with postgres() as server:
-        assert fetch(server.dsn, methods) == ["scram-sha-256"]
+    assert fetch(server.dsn, methods) == ["scram-sha-256"]
 
 
-def test_two_servers_run_at_once_and_share_nothing() -> None:
-    with postgres() as one, postgres() as two:
-        fetch(one.dsn, "CREATE TABLE here ()")
-        tables = "SELECT relname FROM pg_class WHERE relname = 'here'"
-        assert (fetch(one.dsn, tables), fetch(two.dsn, tables)) == (["here"], [])
+def test_settings_reach_the_server_unchanged(server: Server) -> None:
+    assert {name: fetch(server.dsn, f"SHOW {name}")[0] for name in SETTINGS} == SETTINGS
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_connections", "50"),
-        ("fsync", "on"),
-        ("port", "6543"),
-        ("test.text", "two words, it's \"quoted\", 'twice', \\n # and\nanother line "),
-    ],
-)
-def test_settings_reach_the_server_unchanged(name: str, value: str) -> None:
-    with postgres(settings={name: value}) as server:
-        assert fetch(server.dsn, f"SHOW {name}") == [value]
-
-
-def test_variables_for_clients_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PGPORT", "6000")
-    with postgres() as server:
-        assert fetch(server.dsn, "SHOW port") == ["5432"]
-
-
-def test_a_temporary_directory_too_long_for_a_socket_is_replaced(
-    temp_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_server_shares_nothing_and_leaves_nothing_behind_an_exception(
+    server: Server, temp_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = temp_dir / ("long" * 20)
-    long.mkdir()
-    long.chmod(0o1777)
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
-    with postgres() as server:
-        assert directory_of(server.dsn).parent != long
-
-
-def test_a_temporary_directory_closed_to_others_will_do(temp_dir: Path) -> None:
-    """Root, too, whose server runs as nobody."""
-    temp_dir.chmod(0o700)
-    with postgres() as server:
-        assert fetch(server.dsn, "SELECT 1") == [1]
-
-
-def test_leaving_the_context_leaves_no_process_and_no_file(temp_dir: Path) -> None:
-    with postgres() as server:
-        assert names_in(temp_dir) == [directory_of(server.dsn).name]
-        processes = processes_of(server.dsn)
-    assert names_in(temp_dir) == []
-    assert not any(map(is_alive, processes))
-
-
-def test_an_exception_in_the_body_passes_and_leaves_nothing(temp_dir: Path) -> None:
+    """Nor do variables for clients change it."""
+    monkeypatch.setenv("PGPORT", "6000")
     processes: list[int] = []
 
     def fail() -> None:
-        with postgres() as server:
-            processes.extend(processes_of(server.dsn))
+        with postgres() as second:
+            assert names_in(temp_dir) == [directory_of(second.dsn).name]
+            assert fetch(second.dsn, "SHOW port") == ["5432"]
+            fetch(server.dsn, "CREATE TABLE here ()")
+            tables = "SELECT relname FROM pg_class WHERE relname = 'here'"
+            assert (fetch(server.dsn, tables), fetch(second.dsn, tables)) == (["here"], [])
+            processes.extend(processes_of(second.dsn))
             raise LookupError
 
     with pytest.raises(LookupError):
@@ -195,39 +166,45 @@ def test_an_exception_in_the_body_passes_and_leaves_nothing(temp_dir: Path) -> N
     assert not any(map(is_alive, processes))
 
 
-def test_sigkill_of_the_owner_leaves_nothing(temp_dir: Path) -> None:
-    code = (
-        "import signal\n"
-        "from taskiq_sa_pg.embedded import postgres\n"
-        "with postgres() as server: print(server.dsn, flush=True); signal.pause()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as owner:
-        assert owner.stdout is not None
-        processes = processes_of(owner.stdout.readline().decode().strip())
-        owner.kill()
-    wait_until(lambda: names_in(temp_dir) == [])
+def test_a_temporary_directory_too_long_for_a_socket_is_replaced(
+    temp_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is left in the other one."""
+    long = temp_dir / ("long" * 20)
+    long.mkdir()
+    long.chmod(0o1777)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with postgres() as server:
+        assert directory_of(server.dsn).parent != long
+        processes = processes_of(server.dsn)
+    assert not directory_of(server.dsn).exists()
     assert not any(map(is_alive, processes))
 
 
 def test_a_killed_server_leaves_nothing(temp_dir: Path) -> None:
+    """A directory that is closed to others will do: for root, too, whose server is `nobody`."""
+    temp_dir.chmod(0o700)
     with postgres() as server:
         processes = processes_of(server.dsn)
         os.kill(processes[0], signal.SIGKILL)
     assert names_in(temp_dir) == []
+    assert not directory_of(server.dsn).exists()
     wait_until(lambda: not any(map(is_alive, processes)))
 
 
 def test_a_forked_process_does_not_delay_the_end(temp_dir: Path) -> None:
     """It has inherited the pipe whose end stops the server."""
     code = (
-        "import os, signal\n"
-        "from taskiq_sa_pg.embedded import postgres\n"
+        "import os, signal, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from embedded import postgres\n"
         "with postgres():\n"
         "    child = os.fork()\n"
         f"    if child == 0: signal.alarm({2 * TIMEOUT}); signal.pause()\n"
         "os.kill(child, signal.SIGKILL)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT)
+    folder = Path(embedded.__file__).parent
+    subprocess.run([sys.executable, "-c", code, folder], check=True, timeout=TIMEOUT)
     assert names_in(temp_dir) == []
 
 
@@ -252,7 +229,8 @@ def test_a_server_that_ends_at_once_is_quoted_and_leaves_nothing(temp_dir: Path)
 def test_a_server_that_starts_too_slowly_is_given_up_and_leaves_nothing(
     temp_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "_START_TIMEOUT", 0.0)
+    minutes = itertools.count(step=60.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(minutes))
     with pytest.raises(EmbeddedPostgresError, match="in time"), postgres():
         pass
     assert names_in(temp_dir) == []
@@ -271,17 +249,6 @@ def test_a_bin_dir_without_binaries_is_named_and_not_replaced(tmp_path: Path) ->
         pass
 
 
-def test_the_variable_overrides_the_wheel_and_the_argument_the_variable(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bin_dir: Path
-) -> None:
-    chosen = failing_bin_dir(tmp_path / "bin", "from the variable")
-    monkeypatch.setenv(BIN_VARIABLE, str(chosen))
-    with pytest.raises(EmbeddedPostgresError, match="from the variable"), postgres():
-        pass
-    with postgres(bin_dir=bin_dir) as server:
-        assert fetch(server.dsn, "SELECT 1") == [1]
-
-
 @pytest.mark.usefixtures("no_binaries")
 def test_a_link_to_initdb_on_the_path_is_followed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -293,8 +260,14 @@ def test_a_link_to_initdb_on_the_path_is_followed(
         pass
 
 
-def test_binaries_that_only_their_owner_can_read_will_do(temp_dir: Path, bin_dir: Path) -> None:
-    """Root, too, whose server runs as nobody."""
+def test_the_variable_overrides_the_wheel_and_the_argument_the_variable(
+    temp_dir: Path, tmp_path: Path, bin_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Binaries that only their owner can read will do: for root, too, whose server is `nobody`."""
+    chosen = failing_bin_dir(tmp_path / "bin", "from the variable")
+    monkeypatch.setenv(BIN_VARIABLE, str(chosen))
+    with pytest.raises(EmbeddedPostgresError, match="from the variable"), postgres():
+        pass
     package = bin_dir.parents[1]
     prefix = temp_dir / "private" / package.name / "prefix"
     prefix.mkdir(parents=True)
@@ -309,24 +282,6 @@ def test_binaries_that_only_their_owner_can_read_will_do(temp_dir: Path, bin_dir
     assert names_in(temp_dir) == ["private"]
 
 
-def test_the_module_runs_a_command_and_returns_its_status(temp_dir: Path) -> None:
-    code = (
-        "import asyncio, asyncpg, os, sys\n"
-        "asyncio.run(asyncpg.connect(os.environ['TASKIQ_SA_PG_DSN']))\n"
-        "print(sys.argv[1:])\n"
-        "sys.exit(7)\n"
-    )
-    result = subprocess.run(
-        [*MODULE, sys.executable, "-c", code, "-x", "a b"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=TIMEOUT,
-    )
-    assert (result.returncode, result.stdout) == (7, "['-x', 'a b']\n")
-    assert names_in(temp_dir) == []
-
-
 def test_sigterm_to_the_module_ends_its_command_and_the_server(temp_dir: Path) -> None:
     command = [*MODULE, "sh", "-c", "echo running; exec sleep 60"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as module:
@@ -337,42 +292,46 @@ def test_sigterm_to_the_module_ends_its_command_and_the_server(temp_dir: Path) -
     assert names_in(temp_dir) == []
 
 
-def test_ctrl_c_reaches_the_command_and_not_the_server(temp_dir: Path) -> None:
+def test_the_module_runs_a_command_that_decides_about_ctrl_c_and_returns_its_status(
+    temp_dir: Path,
+) -> None:
     code = (
         "import asyncio, asyncpg, os, signal, sys\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
-        "print('running', flush=True)\n"
+        "print(sys.argv[1:], flush=True)\n"
         "signal.sigwait([signal.SIGINT])\n"
         "asyncio.run(asyncpg.connect(os.environ['TASKIQ_SA_PG_DSN']))\n"
         "sys.exit(3 if signal.getsignal(signal.SIGINT) is signal.default_int_handler else 4)\n"
     )
-    with subprocess.Popen(
-        [*MODULE, sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
-    ) as module:
+    command = [*MODULE, sys.executable, "-c", code, "-x", "a b"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as module:
         assert module.stdout is not None
-        assert module.stdout.readline() == b"running\n"
+        assert module.stdout.readline() == b"['-x', 'a b']\n"
         os.killpg(module.pid, signal.SIGINT)
     assert module.returncode == 3
     assert names_in(temp_dir) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_module_alone_prints_the_dsn_and_waits_for_a_signal(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_module_alone_prints_the_dsn_and_leaves_nothing_after_a_signal(
     temp_dir: Path, number: signal.Signals
 ) -> None:
     with subprocess.Popen(MODULE, stdout=subprocess.PIPE, text=True) as module:
         assert module.stdout is not None
         name, _, dsn = module.stdout.readline().strip().partition("=")
         assert name == "TASKIQ_SA_PG_DSN"
-        assert fetch(dsn, "SELECT 1") == [1]
+        processes = processes_of(dsn)
         module.send_signal(number)
-    assert module.returncode == 0
+    assert module.returncode == (-number if number == signal.SIGKILL else 0)
+    if number == signal.SIGKILL:  # else it is so when the module ends
+        wait_until(lambda: names_in(temp_dir) == [])
     assert names_in(temp_dir) == []
+    assert not any(map(is_alive, processes))
 
 
 def test_the_module_says_without_a_traceback_why_there_is_no_server(tmp_path: Path) -> None:
     result = subprocess.run(
-        [*MODULE, "true"],
+        [sys.executable, "-m", "taskiq_sa_pg.embedded", "true"],
         env={**os.environ, BIN_VARIABLE: str(tmp_path)},
         capture_output=True,
         text=True,

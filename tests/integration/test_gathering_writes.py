@@ -17,7 +17,7 @@ from taskiq_sa_pg import (
     StorageError,
 )
 from tests.conftest import BackendFactory, Database, assert_nothing_in_use, eventually
-from tests.integration.stores import Log
+from tests.integration.databases import Log
 from tests.tasks import progress_of, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -82,9 +82,9 @@ async def test_large_results_go_in_several_statements(backend: Backend, log: Log
     for name, result in results.items():
         await turns_of_the_loop(2)
         log.queries.clear()
-        await asyncio.gather(*[backend.set_result(f"{name} {i}", result) for i in range(30)])
+        await asyncio.gather(*[backend.set_result(f"{name} {i}", result) for i in range(20)])
         await turns_of_the_loop(2)
-        assert log.count("INSERT") >= 4, name
+        assert log.count("INSERT") >= 3, name
 
 
 async def test_the_last_of_the_latest_attempt_is_stored(backend: Backend) -> None:
@@ -212,14 +212,13 @@ async def test_an_invalid_id_among_others_is_refused_before_any_statement(
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-@pytest.mark.parametrize("seed", range(2))
 async def test_cancelling_half_of_the_callers_touches_no_other(
-    seed: int, driver: str, database: Database, start_backend: BackendFactory
+    driver: str, database: Database, start_backend: BackendFactory
 ) -> None:
-    chance = random.Random(seed)
+    chance = random.Random(7)
     dsn = database.dsn_of(driver)
     backend: Backend = await start_backend(dsn, notify=False)
-    task_ids = [str(i) for i in range(1000)]
+    task_ids = [str(i) for i in range(600)]
     calls = []
     for task_id in task_ids:
         calls.append(asyncio.create_task(backend.set_result(task_id, result_of(task_id))))
@@ -259,7 +258,7 @@ async def test_cancelling_the_lone_caller_leaves_the_next_one_alone(
     assert await values_of(backend, ["task"]) == {"task": 3}
 
 
-@pytest.mark.parametrize("turns", [1, 5, 20, 50])
+@pytest.mark.parametrize("turns", [1, 5, 50])
 async def test_when_all_tasks_are_cancelled_nobody_waits_and_the_next_call_works(
     turns: int, backend: Backend
 ) -> None:
@@ -306,10 +305,10 @@ async def test_what_was_stored_is_committed_when_its_caller_returns(
         return count
 
     async def write_many(start: int) -> list[int]:
-        return [await write_and_look(f"{start} {i}") for i in range(20)]
+        return [await write_and_look(f"{start} {i}") for i in range(10)]
 
-    counts = await asyncio.gather(*map(write_many, range(50)))
-    assert counts == [[1] * 20] * 50
+    counts = await asyncio.gather(*map(write_many, range(30)))
+    assert counts == [[1] * 10] * 30
     while not lookers.empty():
         await lookers.get_nowait().close()
 
@@ -337,8 +336,8 @@ async def test_of_many_pending_writes_few_are_encoded_before_their_turn(
         returned += 1
         most = max(most, serializer.dumped - returned)
 
-    await asyncio.gather(*map(write, range(20_000)))
+    await asyncio.gather(*map(write, range(5_000)))
     [row] = await database.fetch("SELECT count(*) FROM taskiq_results")
-    assert (row["count"], serializer.dumped) == (20_000, 20_000)
+    assert (row["count"], serializer.dumped) == (5_000, 5_000)
     # Two lanes with 500 rows each; and as many whose callers have yet to return.
     assert most <= 2 * 2 * 500

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import asyncpg
 import pytest
@@ -25,9 +25,9 @@ from taskiq_sa_pg import (
     SQLAlchemyResultBackend,
     StorageError,
 )
-from taskiq_sa_pg.config import TaskIdField
-from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.database import make_engine
 from taskiq_sa_pg.importing import ImportReport, Unreadable, count_rows, import_results
+from taskiq_sa_pg.models import TaskIdField
 from tests.conftest import (
     BackendFactory,
     Database,
@@ -45,13 +45,20 @@ async def ids_in(database: Database, table: str) -> list[str]:
     return sorted(row["task_id"] for row in rows)
 
 
-@pytest.mark.parametrize("field", get_args(TaskIdField))
-@pytest.mark.parametrize("serializer", [PickleSerializer(), JSONSerializer()])
-@pytest.mark.parametrize("payload", ["Bytea", "Jsonb"])
+@pytest.mark.parametrize(
+    ("field", "payload", "serializer"),
+    [
+        ("VarChar", "Bytea", PickleSerializer()),
+        ("VarChar", "Jsonb", JSONSerializer()),
+        ("Text", "Jsonb", PickleSerializer()),
+        ("Uuid", "Bytea", JSONSerializer()),
+    ],
+    ids=["VarChar-Bytea-pickle", "VarChar-Jsonb-JSON", "Text-Jsonb-pickle", "Uuid-Bytea-JSON"],
+)
 async def test_everything_reads_as_from_the_old_table(
     field: TaskIdField,
-    serializer: TaskiqSerializer,
     payload: str,
+    serializer: TaskiqSerializer,
     database: Database,
     start_backend: BackendFactory,
 ) -> None:
@@ -60,11 +67,11 @@ async def test_everything_reads_as_from_the_old_table(
         with_result, with_progress = await fill(old)
         left_out: list[Unreadable] = []
         report = await import_results(
-            ours, "old", serializer=serializer, batch_size=50, on_unreadable=left_out.append
+            ours, "old", serializer=serializer, batch_size=20, on_unreadable=left_out.append
         )
         assert left_out == []
         rows = len({*with_result, *with_progress})
-        assert rows > 200
+        assert rows > 60
         assert report == ImportReport(
             rows=rows, results=len(with_result), progress=len(with_progress)
         )
@@ -225,10 +232,12 @@ async def blocked_import(
             )
         )
 
-    await eventually(is_blocked)
-    yield importing
-    await transaction.commit()
-    await worker.close()
+    try:
+        await eventually(is_blocked)
+        yield importing
+        await transaction.commit()
+    finally:
+        await worker.close()
 
 
 async def test_a_result_that_comes_in_the_middle_stays(
@@ -247,15 +256,13 @@ async def test_a_cancelled_import_leaves_nothing_under_way(
     old: AsyncpgResultBackend, database: Database, start_backend: BackendFactory
 ) -> None:
     ours: Backend = await start_backend(f"{database.dsn}&application_name=importer")
-    task_ids = await fill_plainly(old, 3)
+    await fill_plainly(old, 3)
     async with blocked_import(ours, database) as importing:
         importing.cancel()
-        done, _ = await asyncio.wait([importing], timeout=0.2)
-        assert not done
-    with pytest.raises(asyncio.CancelledError):
-        await importing
-    assert_nothing_in_use(ours)
-    assert await ids_in(database, "taskiq_results") == task_ids
+        with pytest.raises(asyncio.CancelledError):
+            await importing
+        assert_nothing_in_use(ours)
+    assert await ids_in(database, "taskiq_results") == ["task-00001"]
 
 
 async def test_a_second_run_brings_what_came_after_the_first(
@@ -295,7 +302,7 @@ async def test_a_killed_import_is_taken_up_again(
     old: AsyncpgResultBackend, database: Database, start_backend: BackendFactory
 ) -> None:
     ours: Backend = await start_backend()
-    task_ids = await fill_plainly(old, 2000)
+    task_ids = await fill_plainly(old, 1000)
     process = await asyncio.create_subprocess_exec(
         sys.executable, Path(__file__).parent / "importer.py", database.dsn, stdout=subprocess.PIPE
     )
@@ -305,19 +312,19 @@ async def test_a_killed_import_is_taken_up_again(
     process.send_signal(signal.SIGKILL)
     await process.communicate()
     stored = await ids_in(database, "taskiq_results")
-    assert 50 <= len(stored) < 2000
+    assert 50 <= len(stored) < 1000
     report = await import_results(ours, "old")
-    assert report.results + report.already_there == report.rows == 2000
+    assert report.results + report.already_there == report.rows == 1000
     assert await ids_in(database, "taskiq_results") == task_ids
-    for number, task_id in enumerate(task_ids):
-        assert (await ours.get_result(task_id)).return_value == number
+    results = await ours.get_results(task_ids)
+    assert [results[task_id].return_value for task_id in task_ids] == list(range(1000))
 
 
 async def test_a_dry_run_stores_nothing_and_counts_the_same(
     old: AsyncpgResultBackend, database: Database, start_backend: BackendFactory
 ) -> None:
     ours: Backend = await start_backend(field_for_payload="Jsonb")
-    await fill(old, repeat=2)
+    await fill(old)
     await old.set_result("x" * 2700, value(1))
     dry = await import_results(ours, "old", dry_run=True)
     assert dry.unreadable == 1
@@ -326,17 +333,12 @@ async def test_a_dry_run_stores_nothing_and_counts_the_same(
     assert await import_results(ours, "old") == dry
 
 
-LIKE_A_PARAMETER = pytest.param(
-    "%(x)s",
-    marks=pytest.mark.skipif(
-        sqlalchemy.__version__.startswith("2.0."), reason="SQLAlchemy 2.0 takes it for one"
-    ),
-)
+NAMES = ['say "x"', "100%", "Upper", "tabelle_ä", "a.b", "select"]
+if not sqlalchemy.__version__.startswith("2.0."):  # which takes it for a parameter
+    NAMES.append("%(x)s")
 
 
-@pytest.mark.parametrize(
-    "name", ['say "x"', "100%", "Upper", "tabelle_ä", LIKE_A_PARAMETER, "a.b", "select"]
-)
+@pytest.mark.parametrize("name", NAMES)
 async def test_the_old_table_and_its_schema_have_any_name(
     name: str, old: AsyncpgResultBackend, database: Database, start_backend: BackendFactory
 ) -> None:

@@ -2,9 +2,9 @@
 
 import asyncio
 import gc
+import inspect
 import uuid
-from collections.abc import AsyncIterator, Awaitable
-from functools import cached_property
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -18,7 +18,9 @@ from taskiq_sa_pg import (
     SQLAlchemyResultBackend,
     StorageError,
 )
-from taskiq_sa_pg.store import DEFAULT_MAX_CONNECTIONS
+from taskiq_sa_pg.database import DEFAULT_MAX_CONNECTIONS
+from taskiq_sa_pg.results import pruner, reader, search, status, writer
+from taskiq_sa_pg.timings import Timings
 from tests.conftest import BackendFactory, Database, engine_of, eventually
 from tests.tasks import result_of
 
@@ -35,23 +37,20 @@ def dsn(request: pytest.FixtureRequest, database: Database) -> str:
 
 
 async def use(backend: Backend) -> None:
-    """Opens as many connections as may be open."""
-    for task_id in "abc":
-        # Calls of one kind share statements, so it takes several kinds.
-        calls: list[Awaitable[Any]] = [
-            call
-            for i in range(10)
-            for call in (
-                backend.set_result(f"{task_id}{i}", result_of(i)),
-                backend.set_progress(f"{task_id}{i}", TaskProgress(state="s", meta=None)),
-                # Of a task each: who asks again is taken for one who waits.
-                backend.is_result_ready(f"unknown {task_id}{i}"),
-                backend.get_results([f"unknown {task_id}{i}"]),
-                backend.get_progress(f"unknown {task_id}{i}"),
-            )
-        ]
-        await asyncio.gather(*calls)
-        assert await backend.is_result_ready(f"{task_id}0")
+    """Opens as many connections as may be open: calls of one kind share statements."""
+    calls: list[Awaitable[Any]] = [
+        call
+        for i in range(10)
+        for call in (
+            backend.set_result(f"a{i}", result_of(i)),
+            backend.set_progress(f"a{i}", TaskProgress(state="s", meta=None)),
+            backend.is_result_ready(f"unknown {i}"),
+            backend.get_results([f"unknown {i}"]),
+            backend.get_progress(f"unknown {i}"),
+        )
+    ]
+    await asyncio.gather(*calls)
+    assert await backend.is_result_ready("a0")
 
 
 async def background_is_quiet() -> bool:
@@ -90,27 +89,29 @@ async def test_startup_and_shutdown_may_be_repeated(dsn: str, database: Database
         await assert_disconnected(database)
 
 
-async def test_startup_builds_no_statement_before_it_is_needed(
-    database: Database, start_backend: BackendFactory
+async def test_no_statement_is_built_before_it_is_needed(
+    start_backend: BackendFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = await start_backend(database.dsn, track="started", prune_interval=3600)
-    layout = backend._parts.layout
-    prunings = [backend._parts.pruning, backend._parts.pruner._pruning]
-    for statements in (
-        *(layout.statements, layout.status_statements),
-        *[pruning._statements for pruning in prunings],
-    ):
-        assert built(statements) == set()
-    await backend.set_result("a", result_of(1))
-    assert built(layout.statements) == {"upsert_results"}
-    assert built(layout.statements.upsert_results) == {"without_metadata"}
+    built = []
 
+    def counted(name: str, build: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            built.append(name)
+            return build(*args, **kwargs)
 
-def built(statements: object) -> set[str]:
-    """Which of an object's statements are there."""
-    lazy = {name for name, v in vars(type(statements)).items() if isinstance(v, cached_property)}
-    assert lazy
-    return lazy & vars(statements).keys()
+        return note
+
+    for module in (pruner, reader, search, status, writer):
+        for name, function in list(vars(module).items()):
+            if inspect.isfunction(function) and "statements." in function.__module__:
+                monkeypatch.setattr(module, name, counted(name, function))
+    backend = await start_backend(track="started", prune_interval=3600)
+    assert built == []
+    for _ in range(2):
+        await backend.set_result("a", result_of(1))
+        assert built == ["upsert_results"]
+    await backend.get_result("a")
+    assert built == ["upsert_results", "select_results"]
 
 
 @pytest.mark.filterwarnings("error::ResourceWarning")
@@ -126,7 +127,7 @@ def test_a_backend_may_start_again_on_another_event_loop(
         if shuts_down:
             await backend.shutdown()
 
-    for _ in range(3):
+    for _ in range(2):
         asyncio.run(run())
         # Where nobody shut down, the connections were closed with the loop.
         asyncio.run(assert_disconnected(database))
@@ -185,10 +186,8 @@ async def test_a_backend_that_is_forgotten_closes_its_connections(
 
 @pytest.mark.parametrize("driver", DRIVERS)
 async def test_a_callable_dsn_is_asked_for_every_new_connection(
-    driver: str, database: Database, monkeypatch: pytest.MonkeyPatch
+    driver: str, start_backend: BackendFactory, database: Database
 ) -> None:
-    # So that each statement takes a connection from the pool, which makes a new one each time.
-    monkeypatch.setattr("taskiq_sa_pg.connections._MAX_SECONDS_KEPT", 0)
     asked = 0
 
     def ask() -> str:
@@ -206,10 +205,14 @@ async def test_a_callable_dsn_is_asked_for_every_new_connection(
         else:
             names.append(connection.info.parameter_status("application_name"))
 
-    backend = Backend(
-        ask, run_migrations=True, notify=False, pool_events=[(note, "connect")], pool_recycle=0
+    # Each statement takes a connection from the pool, which makes a new one each time.
+    backend = await start_backend(
+        ask,
+        notify=False,
+        pool_events=[(note, "connect")],
+        pool_recycle=0,
+        timings=Timings(keep_connection=0),
     )
-    await backend.startup()
     for task_id in "abc":
         await backend.set_result(task_id, result_of(1))
     await backend.shutdown()

@@ -10,10 +10,12 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import NullPool
+from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg import ConfigurationError, SQLAlchemyResultBackend
-from taskiq_sa_pg.notifications import Notifier
-from taskiq_sa_pg.store import Store
+from taskiq_sa_pg.database import Database as Connected
+from taskiq_sa_pg.timings import Timings
+from taskiq_sa_pg.waiting import Notifier
 from tests.conftest import engine_of, eventually
 from tests.integration.waiters import (
     SOON,
@@ -25,7 +27,7 @@ from tests.integration.waiters import (
     table_of,
     until_healthy,
     until_waiting,
-    waiting_of,
+    waiters_of,
 )
 from tests.tasks import new_id, result_of
 
@@ -47,7 +49,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if record.name == "taskiq_sa_pg.listener" and record.levelname == "WARNING"
+        if record.name == "taskiq_sa_pg.waiting.listener" and record.levelname == "WARNING"
     ]
 
 
@@ -87,10 +89,10 @@ async def test_a_backend_that_starts_again_listens_again(each_driver: Backends) 
 
 @pytest.mark.parametrize("is_borrowed", [False, True], ids=["owned", "borrowed"])
 async def test_listening_takes_no_place_in_the_pool(
-    each_driver: Backends, is_borrowed: bool, monkeypatch: pytest.MonkeyPatch
+    each_driver: Backends, is_borrowed: bool
 ) -> None:
-    monkeypatch.setattr("taskiq_sa_pg.connections._MAX_SECONDS_KEPT", 0.05)
-    backend = await each_driver.start(is_borrowed=is_borrowed, pool_size=1)
+    timings = Timings(keep_connection=0.05)
+    backend = await each_driver.start(is_borrowed=is_borrowed, pool_size=1, timings=timings)
     async with heard_by(backend):
         assert len(await each_driver.listening()) == 1
 
@@ -105,13 +107,13 @@ async def test_listening_takes_no_place_in_the_pool(
 
 async def test_without_notify_nobody_listens(each_driver: Backends) -> None:
     backend = await each_driver.start(notify=False)
-    waiting = asyncio.create_task(backend.wait_result("never", timeout=0.3))
+    waiting = asyncio.create_task(backend.wait_result("never", timeout=0.1))
     await until_waiting(backend)
     for _ in range(3):
         assert await backend.is_result_ready("never") is False
     assert await each_driver.listening() == []
-    await asyncio.wait([waiting])
-    assert isinstance(waiting.exception(), TimeoutError | Exception)
+    with pytest.raises(TaskiqResultTimeoutError):
+        await waiting
     assert await each_driver.listening() == []
 
 
@@ -119,7 +121,7 @@ async def test_a_lost_connection_comes_back_by_itself(
     each_driver: Backends, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What was stored in between is found, and what is stored afterwards is heard."""
-    backend = await each_driver.start()
+    backend = await each_driver.start(timings=Timings(first_reconnect=0.01))
     in_the_gap, afterwards = new_id(), new_id()
     waiting = [
         asyncio.create_task(backend.wait_result(i, timeout=SOON)) for i in (in_the_gap, afterwards)
@@ -135,7 +137,7 @@ async def test_a_lost_connection_comes_back_by_itself(
     await insert(each_driver.database, in_the_gap, "there")
     assert (await waiting[0]).return_value == "there"
     await until_healthy(backend)
-    waiting_of(backend)._look = see_nothing  # type: ignore[method-assign]  # on purpose
+    waiters_of(backend).look = see_nothing
     await until_waiting(backend, 1)
     await backend.set_result(afterwards, result_of("heard"))
     assert (await waiting[1]).return_value == "heard"
@@ -149,13 +151,10 @@ async def test_a_lost_connection_comes_back_by_itself(
 async def see_nothing() -> None: ...
 
 
-async def test_becoming_healthy_makes_up_for_what_was_not_heard(
-    each_driver: Backends, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_becoming_healthy_makes_up_for_what_was_not_heard(each_driver: Backends) -> None:
     """Without the look that this makes, nobody would look for a thousand seconds."""
-    for name in ("_SECONDS_BETWEEN_LOOKS", "_SECONDS_UNHEARD"):
-        monkeypatch.setattr(f"taskiq_sa_pg.waiting.{name}", 1000.0)
-    backend = await each_driver.start()
+    timings = Timings(between_looks=1000, between_unheard_looks=1000)
+    backend = await each_driver.start(timings=timings)
     task_id = new_id()
     waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
     await until_healthy(backend)
@@ -167,13 +166,13 @@ async def test_becoming_healthy_makes_up_for_what_was_not_heard(
 
 
 @asynccontextmanager
-async def deaf_connection(store: Store) -> AsyncIterator[Any]:
+async def deaf_connection(opened: Connected) -> AsyncIterator[Any]:
     """As of a transaction pooler: LISTEN is accepted, and nothing is ever delivered."""
-    async with listening(store) as connection:
+    async with listening(opened) as connection:
         yield Deaf(connection)
 
 
-listening = Store.listening
+listening = Connected.listening
 
 
 class Deaf:
@@ -204,15 +203,13 @@ async def test_a_connection_that_delivers_nothing_is_never_healthy(
     caplog: pytest.LogCaptureFixture,
     reason: str,
 ) -> None:
-    monkeypatch.setattr("taskiq_sa_pg.listener._SECONDS_BETWEEN_PROBES", 0.05)
-    monkeypatch.setattr("taskiq_sa_pg.listener._FIRST_RETRY_AFTER", 0.01)
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 1000.0)
     if reason == "pooler":
-        monkeypatch.setattr(Store, "listening", deaf_connection)
+        monkeypatch.setattr(Connected, "listening", deaf_connection)
     else:
         monkeypatch.setattr(Notifier, "send", send_nothing)
-    caplog.set_level("DEBUG", "taskiq_sa_pg.listener")
-    backend = await each_driver.start()
+    caplog.set_level("DEBUG", "taskiq_sa_pg.waiting.listener")
+    timings = Timings(between_probes=0.03, first_reconnect=0.01, between_looks=1000)
+    backend = await each_driver.start(timings=timings)
     task_id = new_id()
     waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
     was_healthy = []
@@ -235,30 +232,34 @@ async def test_a_connection_that_falls_silent_is_given_up(
     each_driver: Backends, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is still there, but what is sent does not arrive: as after a network was cut."""
-    monkeypatch.setattr("taskiq_sa_pg.listener._SECONDS_BETWEEN_PROBES", 0.1)
-    backend = await each_driver.start()
+    is_silent = False
+    send = Notifier.send
+
+    async def send_unless_silent(*args: Any) -> None:
+        if not is_silent:
+            await send(*args)
+
+    monkeypatch.setattr(Notifier, "send", send_unless_silent)
+    backend = await each_driver.start(timings=Timings(between_probes=0.1, first_reconnect=0.01))
     async with heard_by(backend):
         [pid] = await each_driver.listening()
-        with monkeypatch.context() as patch:
-            patch.setattr(listener_of(backend), "_send", send_nothing)
-            await until_unhealthy(backend)
+        is_silent = True
+        await until_unhealthy(backend)
+        is_silent = False
         await until_healthy(backend)
         assert await each_driver.listening() != [pid]
         assert "delivers no notifications" in warnings_of(caplog)[0]
 
 
-async def test_an_event_loop_that_was_blocked_does_no_harm(
-    each_driver: Backends, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_event_loop_that_was_blocked_does_no_harm(each_driver: Backends) -> None:
     """The probe then arrives together with the end of the time that it had."""
-    monkeypatch.setattr("taskiq_sa_pg.listener._SECONDS_BETWEEN_PROBES", 0.05)
-    backend = await each_driver.start()
+    backend = await each_driver.start(timings=Timings(between_probes=0.04))
     async with heard_by(backend):
-        channel, probe = table_of(each_driver.database), listener_of(backend)._probe
+        channel, probe = table_of(each_driver.database), listener_of(backend).probe
         with psycopg.connect(each_driver.database.direct_dsn, autocommit=True) as connection:
-            for _ in range(5):
+            for _ in range(2):
                 connection.execute("SELECT pg_notify(%s, %s)", [channel, probe])
-                time.sleep(0.15)  # noqa: ASYNC251 - somebody else's code
+                time.sleep(0.1)  # noqa: ASYNC251 - somebody else's code
                 await until_healthy(backend)
 
 
@@ -268,8 +269,8 @@ async def test_several_backends_listen_each_for_themselves(each_driver: Backends
     async with heard_by(one), heard_by(other):
         assert len(await each_driver.listening()) == 2
         listener_of(other).is_healthy = False
-        await one._parts.notifier.send(
-            table_of(each_driver.database), [listener_of(one)._probe, json.dumps(["last"])]
+        await one.runtime.notifier.send(
+            table_of(each_driver.database), [listener_of(one).probe, json.dumps(["last"])]
         )
         async with asyncio.timeout(SOON):
             await one.set_result("last", result_of(1))
@@ -288,8 +289,8 @@ UNREACHABLE = "postgresql://user:hunter2@localhost:1/database"
 async def test_an_unreachable_listen_dsn_is_warned_of_once_and_waiting_looks(
     backends: Backends, caplog: pytest.LogCaptureFixture, listen_dsn: Any
 ) -> None:
-    caplog.set_level("DEBUG", "taskiq_sa_pg.listener")
-    backend = await backends.start(listen_dsn=listen_dsn)
+    caplog.set_level("DEBUG", "taskiq_sa_pg.waiting.listener")
+    backend = await backends.start(listen_dsn=listen_dsn, timings=Timings(first_reconnect=0.01))
     task_id = new_id()
     waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
 
@@ -315,7 +316,7 @@ async def test_a_listen_dsn_that_fails_to_be_told_is_tried_again(backends: Backe
         assert isinstance(answer, str)
         return answer
 
-    backend = await backends.start(listen_dsn=ask)
+    backend = await backends.start(listen_dsn=ask, timings=Timings(first_reconnect=0.01))
     async with heard_by(backend):
         assert answers == [backends.direct_dsn()]
 

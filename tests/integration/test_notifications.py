@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
 from taskiq_sa_pg import StorageError
+from taskiq_sa_pg.timings import Timings
+from taskiq_sa_pg.waiting import Waiters
 from tests.conftest import eventually
 from tests.integration.waiters import (
     SOON,
@@ -16,7 +16,6 @@ from tests.integration.waiters import (
     listener_of,
     overheard,
     table_of,
-    until_healthy,
     until_waiting,
 )
 from tests.tasks import new_id, progress_of, result_of
@@ -87,14 +86,11 @@ async def test_many_results_share_few_notifications_and_each_is_told_once(
 
 @pytest.mark.parametrize(("at_once", "pauses"), [(1, (0, 3600)), (2, (3600, 0))])
 async def test_the_pause_after_one_id_is_another_than_after_several(
-    at_once: int, pauses: tuple[int, int], backends: Backends, monkeypatch: pytest.MonkeyPatch
+    at_once: int, pauses: tuple[int, int], backends: Backends
 ) -> None:
     """The one in the way would last an hour."""
-    monkeypatch.setattr("taskiq_sa_pg.notifications._SECONDS_AFTER_ONE", pauses[0])
-    monkeypatch.setattr("taskiq_sa_pg.notifications._SECONDS_AFTER_SEVERAL", pauses[1])
-    backend = await backends.start()
-    notifier = backend._started.notifier
-    assert notifier is not None
+    timings = Timings(after_notification=pauses[0], after_notifications=pauses[1])
+    notifier = (await backends.start(timings=timings)).runtime.notifier
     table = table_of(backends.database)
     ids = [new_id() for _ in range(3 * at_once)]
     async with overheard(backends.database, table) as heard:
@@ -103,16 +99,17 @@ async def test_the_pause_after_one_id_is_another_than_after_several(
             assert await until_heard(heard, start + at_once) == ids[: start + at_once]
 
 
-async def test_what_is_told_is_committed(each_driver: Backends) -> None:
-    backend, reader = [await each_driver.start() for _ in range(2)]
+async def test_what_is_told_is_committed(
+    each_driver: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checks: list[asyncio.Task[bool]] = []
 
-    def check(channel: str, payload: str) -> None:
-        del channel
+    def check(_waiters: Waiters, _channel: str, payload: str) -> None:
         checks.extend(asyncio.create_task(reader.is_result_ready(i)) for i in json.loads(payload))
 
+    monkeypatch.setattr(Waiters, "hear", check)
+    backend, reader = [await each_driver.start() for _ in range(2)]
     async with heard_by(reader):
-        listener_of(reader)._hear = check
         for _ in range(20):
             await asyncio.gather(*[backend.set_result(new_id(), result_of(1)) for _ in range(5)])
 
@@ -159,15 +156,10 @@ async def test_without_notify_nothing_is_told(each_driver: Backends) -> None:
     assert len(heard) == 1
 
 
-async def test_of_too_many_at_once_everybody_is_told_to_look(
-    each_driver: Backends, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("taskiq_sa_pg.notifications._MAX_PENDING", 10)
-    backend = await each_driver.start()
+async def test_of_too_many_at_once_everybody_is_told_to_look(each_driver: Backends) -> None:
+    timings = Timings(max_pending_notifications=10)
+    notifier = (await each_driver.start(timings=timings)).runtime.notifier
     table = table_of(each_driver.database)
-    assert backend._parts is not None
-    notifier = backend._parts.notifier
-    assert notifier is not None
     async with overheard(each_driver.database, table) as heard:
         notifier.announce(table, [new_id() for _ in range(11)])
         notifier.announce(table, ["later"])
@@ -181,21 +173,14 @@ async def test_failing_to_tell_is_warned_of_and_no_error_of_the_caller(
     each_driver: Backends, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = await each_driver.start()
-    assert backend._parts is not None
-    notifier = backend._parts.notifier
-    assert notifier is not None
     with monkeypatch.context() as patch:
-        patch.setattr("taskiq_sa_pg.notifications.pack", lambda _: ["x" * 8_000])
+        patch.setattr("taskiq_sa_pg.waiting.notifier.pack", lambda _: ["x" * 8_000])
         await backend.set_result("untold", result_of(1))
-        await notifier.close()
+        await backend.runtime.notifier.close()
     assert "waiters will notice 1 results late: cannot send notifications" in caplog.text
     async with overheard(each_driver.database, table_of(each_driver.database)) as heard:
         await backend.set_result("told", result_of(1))
         assert await until_heard(heard, 1) == ["told"]
-
-
-async def first_of(iterator: AsyncIterator[Any]) -> Any:
-    return await anext(iterator)
 
 
 GARBAGE = {
@@ -219,25 +204,24 @@ GARBAGE = {
 }
 
 
-@pytest.mark.parametrize("payload", GARBAGE.values(), ids=GARBAGE)
-async def test_whatever_anybody_sends_does_no_harm(each_driver: Backends, payload: str) -> None:
+async def test_whatever_anybody_sends_does_no_harm(each_driver: Backends) -> None:
     backend = await each_driver.start()
-    task_id = new_id()
     table = table_of(each_driver.database)
-    waiting: list[asyncio.Task[Any]] = [
-        asyncio.create_task(backend.wait_result(task_id, timeout=SOON)),
-        asyncio.create_task(first_of(backend.watch_progress(task_id, timeout=SOON))),
-    ]
-    await until_healthy(backend)
-    await until_waiting(backend, 2)
-    [listening] = await each_driver.listening()
-    for channel in (table, f"{table}_progress"):
-        await each_driver.database.fetch("SELECT pg_notify($1, $2)", channel, payload)
-        told = json.dumps([task_id])  # and what is true by no means
-        await each_driver.database.fetch("SELECT pg_notify($1, $2)", channel, told)
-    await backend.set_progress(task_id, progress_of(7))
-    assert (await waiting[1]).meta == 7
-    await backend.set_result(task_id, result_of(7))
-    assert (await waiting[0]).return_value == 7
-    assert listener_of(backend).is_healthy
-    assert await each_driver.listening() == [listening]
+    async with heard_by(backend):
+        [listening] = await each_driver.listening()
+        for name, payload in GARBAGE.items():
+            task_id = new_id()
+            result = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
+            progress = asyncio.create_task(anext(backend.watch_progress(task_id, timeout=SOON)))
+            await until_waiting(backend, 3)
+            told = json.dumps([task_id])  # and what is true by no means
+            for channel in (table, f"{table}_progress"):
+                await each_driver.database.fetch(
+                    "SELECT pg_notify($1, $2), pg_notify($1, $3)", channel, payload, told
+                )
+            await backend.set_progress(task_id, progress_of(name))
+            assert (await progress).meta == name
+            await backend.set_result(task_id, result_of(name))
+            assert (await result).return_value == name
+            assert listener_of(backend).is_healthy, name
+            assert await each_driver.listening() == [listening], name

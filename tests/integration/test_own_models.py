@@ -17,7 +17,7 @@ from taskiq_sa_pg import (
     TableConfig,
     build_models,
 )
-from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.database import make_engine
 from tests.conftest import BackendFactory, Database
 from tests.tasks import progress_of, result_of
 

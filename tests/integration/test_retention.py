@@ -1,7 +1,6 @@
 """Results that expire: missing at once, and pruned in slices that nobody has to wait for."""
 
 import asyncio
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,24 +16,15 @@ from taskiq_sa_pg import (
     ResultIsMissingError,
     SQLAlchemyResultBackend,
 )
-from taskiq_sa_pg.prune_statements import prune_results, prune_stale
+from taskiq_sa_pg.statements import prune_results, prune_stale
+from taskiq_sa_pg.timings import Timings
 from tests.conftest import BackendFactory, Database, engine_of, eventually
 from tests.tasks import progress_of, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
 
 MINUTE = timedelta(minutes=1)
-
-
-@pytest.fixture(params=["asyncpg", "psycopg"])
-def dsn(request: pytest.FixtureRequest, database: Database) -> str:
-    return database.dsn_of(request.param)
-
-
-@pytest.fixture
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr("taskiq_sa_pg.pruning._ROWS_IN_SLICE", 3)
-    return 3
+SMALL_SLICES = Timings(pruned_at_once=3)
 
 
 async def expire(database: Database, *task_ids: str) -> None:
@@ -50,14 +40,12 @@ async def ids_in(database: Database, table: str = "taskiq_results") -> set[str]:
     return {row["task_id"] for row in await database.fetch(f"SELECT task_id FROM {table}")}
 
 
-async def ttl_of(database: Database, task_id: str) -> float | None:
-    [row] = await database.fetch(
-        "SELECT extract(epoch FROM expires_at - finished_at)::float AS ttl FROM taskiq_results "
-        "WHERE task_id = $1",
-        task_id,
+async def ttls_in(database: Database) -> dict[str, float | None]:
+    rows = await database.fetch(
+        "SELECT task_id, extract(epoch FROM expires_at - finished_at)::float AS ttl "
+        "FROM taskiq_results"
     )
-    ttl: float | None = row["ttl"]
-    return ttl
+    return {row["task_id"]: row["ttl"] for row in rows}
 
 
 async def store(backend: Backend, *task_ids: str, **fields: Any) -> None:
@@ -76,8 +64,7 @@ async def test_results_expire_by_outcome_and_label(
     await store(backend, "kept", labels={"result_ttl": None})
     # What cannot be stored is a failure, however it ended.
     await store(backend, "unstorable", return_value=lambda: None)
-    found = {i: await ttl_of(database, i) for i in await ids_in(database)}
-    assert found == {
+    assert await ttls_in(database) == {
         "success": 60,
         "failure": 7200,
         "own": 0.5,
@@ -98,7 +85,7 @@ async def test_gathered_results_expire_each_in_its_time(
             for i, seconds in times.items()
         ]
     )
-    assert {i: await ttl_of(database, i) for i in times} == times
+    assert await ttls_in(database) == times
 
 
 async def test_a_task_says_so_by_its_labels(
@@ -116,14 +103,14 @@ async def test_a_task_says_so_by_its_labels(
     declared = await slow.kiq()
     plain = await quick.kiq()
     own = await quick.kicker().with_labels(result_ttl=0.5).kiq()
-    assert [await ttl_of(database, t.task_id) for t in (declared, plain, own)] == [3600, 5, 0.5]
+    assert await ttls_in(database) == {declared.task_id: 3600, plain.task_id: 5, own.task_id: 0.5}
 
 
 async def test_an_expired_result_is_missing_for_every_read(
-    dsn: str, database: Database, start_backend: BackendFactory
+    database: Database, start_backend: BackendFactory
 ) -> None:
-    backend = await start_backend(dsn, result_ttl=MINUTE)
-    once = await start_backend(dsn, keep_results=False)
+    backend = await start_backend(result_ttl=MINUTE)
+    once = await start_backend(keep_results=False)
     await store(backend, "expired", "there")
     await expire(database, "expired")
     for reader in (backend, once):
@@ -151,7 +138,7 @@ async def test_an_expired_result_is_in_the_way_of_none(
     for task_id in "12":
         result = await backend.get_result(task_id)
         assert (result.return_value, result.labels) == (f"new {task_id}", {})
-        assert await ttl_of(database, task_id) is None
+    assert await ttls_in(database) == {"1": None, "2": None}
 
 
 async def test_the_database_s_clock_counts(
@@ -166,9 +153,9 @@ async def test_the_database_s_clock_counts(
 
 
 async def test_prune_deletes_what_has_expired_with_its_progress(
-    dsn: str, database: Database, start_backend: BackendFactory, small_slices: int
+    dsn: str, database: Database, start_backend: BackendFactory
 ) -> None:
-    backend = await start_backend(dsn)
+    backend = await start_backend(dsn, timings=SMALL_SLICES)
     expired = [f"expired {n}" for n in range(10)]
     await store(backend, *expired, "there", "later", labels={"result_ttl": 3600})
     for task_id in (*expired, "there", "running"):
@@ -181,9 +168,9 @@ async def test_prune_deletes_what_has_expired_with_its_progress(
 
 
 async def test_prune_keeps_to_its_limits(
-    dsn: str, database: Database, start_backend: BackendFactory, small_slices: int
+    dsn: str, database: Database, start_backend: BackendFactory
 ) -> None:
-    backend = await start_backend(dsn, progress_ttl=MINUTE)
+    backend = await start_backend(dsn, progress_ttl=MINUTE, timings=SMALL_SLICES)
     await store(backend, *map(str, range(10)))
     await expire(database)
     assert await backend.prune(limit=4) == Pruned(4, 0, 0, is_complete=False)
@@ -211,9 +198,9 @@ async def test_prune_needs_a_started_backend(database: Database) -> None:
 
 
 async def test_results_of_one_moment_are_pruned_in_slices_too(
-    database: Database, start_backend: BackendFactory, small_slices: int
+    database: Database, start_backend: BackendFactory
 ) -> None:
-    backend = await start_backend()
+    backend = await start_backend(timings=SMALL_SLICES)
     await store(backend, *map(str, range(20)))
     await expire(database)
     [row] = await database.fetch("SELECT count(DISTINCT expires_at) AS n FROM taskiq_results")
@@ -222,11 +209,15 @@ async def test_results_of_one_moment_are_pruned_in_slices_too(
     assert await backend.prune() == Pruned(13, 0, 0, is_complete=True)
 
 
-@pytest.mark.parametrize("kind", ["VarChar", "Text", "Uuid"])
+@pytest.mark.parametrize(
+    ("kind", "driver"), [("VarChar", "asyncpg"), ("Text", "psycopg"), ("Uuid", "asyncpg")]
+)
 async def test_progress_of_tasks_that_never_finished_goes(
-    dsn: str, database: Database, start_backend: BackendFactory, small_slices: int, kind: str
+    database: Database, start_backend: BackendFactory, kind: str, driver: str
 ) -> None:
-    backend = await start_backend(dsn, field_for_task_id=kind, progress_ttl=timedelta(hours=1))
+    backend = await start_backend(
+        database.dsn_of(driver), field_for_task_id=kind, progress_ttl=MINUTE, timings=SMALL_SLICES
+    )
     young = [f"{n:032x}" for n in range(8)]  # more than a slice looks at, and the first
     old = [f"a{n:031x}" for n in range(8)]
     finished = "e" * 32
@@ -244,9 +235,9 @@ async def test_progress_of_tasks_that_never_finished_goes(
 
 
 async def test_what_is_locked_is_left_and_waited_for_by_none(
-    dsn: str, database: Database, start_backend: BackendFactory
+    database: Database, start_backend: BackendFactory
 ) -> None:
-    backend = await start_backend(dsn, progress_ttl=MINUTE, command_timeout=5)
+    backend = await start_backend(progress_ttl=MINUTE, command_timeout=5)
     await store(backend, "1", "2")
     await backend.set_progress("3", progress_of(1))
     await expire(database)
@@ -261,28 +252,29 @@ async def test_what_is_locked_is_left_and_waited_for_by_none(
 
 
 async def test_several_prune_at_once_and_each_row_goes_once(
-    dsn: str, database: Database, start_backend: BackendFactory, small_slices: int
+    database: Database, start_backend: BackendFactory
 ) -> None:
-    backends = [await start_backend(dsn) for _ in range(4)]
-    await store(backends[0], *map(str, range(200)))
+    backends = [await start_backend(timings=SMALL_SLICES) for _ in range(4)]
+    await store(backends[0], *map(str, range(100)))
     await expire(database)
-    writing = asyncio.gather(*[store(backends[1], *map(str, range(100, 150))) for _ in range(3)])
+    writing = asyncio.gather(*[store(backends[1], *map(str, range(50, 75))) for _ in range(3)])
     pruned = await asyncio.gather(*[backend.prune() for backend in backends])
     await writing
     rest = await backends[0].prune()
-    assert await ids_in(database) == set(map(str, range(100, 150)))
-    assert 150 <= sum(p.results for p in pruned) + rest.results <= 200
+    assert await ids_in(database) == set(map(str, range(50, 75)))
+    assert 75 <= sum(p.results for p in pruned) + rest.results <= 100
 
 
 async def test_the_background_prunes_as_soon_as_results_are_stored(
-    dsn: str, database: Database, start_backend: BackendFactory
+    database: Database, start_backend: BackendFactory
 ) -> None:
-    asking = await start_backend(dsn, prune_interval=0.01)
-    await store(await start_backend(dsn), "old")
+    asking = await start_backend(prune_interval=0.01)
+    await store(await start_backend(), "old")
     await expire(database)
     assert not await asking.is_result_ready("old")
-    assert asking._parts.pruner._task is None
+    assert not asking.runtime.pruner.is_running
     await store(asking, "new")
+    assert asking.runtime.pruner.is_running
 
     async def is_pruned() -> bool:
         return await ids_in(database) == {"new"}
@@ -299,8 +291,8 @@ async def test_the_background_leaves_it_to_who_is_at_it(
     async with engine_of(backend).connect() as connection:
         await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({key})"))
         await expire(database)
-        pruning = backend._parts.pruner._pruning
-        assert await pruning.run() == Pruned(0, 0, 0, is_complete=True)
+        pruned = await backend.runtime.pruner.run(is_exclusive=True)
+        assert pruned == Pruned(0, 0, 0, is_complete=True)
         assert await ids_in(database) == {"old"}
         assert await backend.prune() == Pruned(1, 0, 0, is_complete=True)
 
@@ -332,15 +324,15 @@ async def test_no_slice_reads_a_whole_table(
     await database.fetch(
         "INSERT INTO taskiq_results (task_id, is_err, return_value, execution_time, labels, "
         "expires_at) SELECT 'task ' || n, false, '', 0.1, '{}', now() - n % 2 * interval '1 day' "
-        "+ interval '1 hour' FROM generate_series(1, 20000) AS n"
+        "+ interval '1 hour' FROM generate_series(1, 10000) AS n"
     )
     await database.fetch(
         "INSERT INTO taskiq_results_progress (task_id, state, updated_at) "
-        "SELECT 'progress ' || n, 's', now() - interval '1 day' FROM generate_series(1, 20000) n"
+        "SELECT 'progress ' || n, 's', now() - interval '1 day' FROM generate_series(1, 10000) n"
     )
     await database.fetch(
         "INSERT INTO taskiq_results_status (task_id, state, updated_at) "
-        "SELECT 'status ' || n, 's', now() - interval '1 day' FROM generate_series(1, 20000) n"
+        "SELECT 'status ' || n, 's', now() - interval '1 day' FROM generate_series(1, 10000) n"
     )
     await database.fetch("ANALYZE taskiq_results, taskiq_results_progress, taskiq_results_status")
     plans: list[str] = []
@@ -351,21 +343,14 @@ async def test_no_slice_reads_a_whole_table(
     ) -> tuple[str, Any]:
         return f"EXPLAIN {statement}", parameters
 
-    pruning = backend._store
-    models = backend.models
-    assert models.status_table is not None
-    others = [models.progress_table, models.status_table]
-    stale = {"size": 1000, "most": 1000, "seconds": 60.0, "start": "x"}
-    for statement, parameters in (
-        (prune_results(models, others, is_exclusive=True), {"size": 1000, "start": None}),
-        (
-            prune_results(models, others, is_exclusive=False),
-            {"size": 1000, "start": datetime.now(UTC)},
-        ),
-        *[(prune_stale(models, other, is_exclusive=True), stale) for other in others],
-    ):
-        rows = await pruning.fetch(statement, parameters, "explain")
-        plans.append("\n".join(row[0] for row in rows))
+    slices = [(prune_results(backend.models), start) for start in (None, datetime.now(UTC))]
+    slices += [(prune_stale(backend.models, other), "x") for other in backend.models.other_tables]
+    for statement, start in slices:
+        for is_exclusive in (False, True):
+            parameters = {"start": start, "is_exclusive": is_exclusive, "size": 1000, "most": 1000}
+            parameters["seconds"] = 60.0
+            rows = await backend.runtime.database.fetch(statement, parameters, "explain")
+            plans.append("\n".join(row[0] for row in rows))
     for plan in plans:
         assert "Seq Scan" not in plan, plan
     assert "taskiq_results_expires_at_idx" in plans[0]

@@ -7,28 +7,44 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 
 from taskiq_sa_pg import NotStartedError, SQLAlchemyResultBackend, StorageError
-from taskiq_sa_pg.engines import make_engine
-from taskiq_sa_pg.streams import Stream
+from taskiq_sa_pg.database import make_engine
+from taskiq_sa_pg.database.stream import Stream
 from tests.conftest import (
     BackendFactory,
     Database,
     assert_comes_to_rest,
     assert_nothing_checked_out,
     engine_of,
+    eventually,
 )
-from tests.integration.test_asking import assert_only_idle, fill, open_sessions
+from tests.integration.test_search import assert_only_idle, fill, open_sessions
 from tests.tasks import result_of
 
 Backend = SQLAlchemyResultBackend[Any]
 
 
 @pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Stream]:
+    """All cursors, kept from the garbage collector, which would close them as well."""
+    opened: list[Stream] = []
+    real = Stream.open
+
+    async def open_and_keep(stream: Stream, statement: Any) -> Any:
+        opened.append(stream)
+        return await real(stream, statement)
+
+    monkeypatch.setattr(Stream, "open", open_and_keep)
+    return opened
+
+
+@pytest.fixture
 async def backend(
-    dsn: str, database: Database, start_backend: BackendFactory
+    dsn: str, database: Database, start_backend: BackendFactory, opened: list[Stream]
 ) -> AsyncIterator[Backend]:
     """A backend on a thousand results, of which no cursor is left open at the end."""
     backend: Backend = await start_backend(dsn, command_timeout=10)
@@ -36,12 +52,7 @@ async def backend(
     yield backend
     await assert_only_idle(database)
     await assert_comes_to_rest(backend)
-    assert backend._store._streams == set()
-
-
-def hold(backend: Backend) -> set[Stream]:
-    """Keeps what is open from the garbage collector, which would close it as well."""
-    return set(backend._store._streams)
+    assert backend.runtime.database.streams == 0
 
 
 async def terminate_streams(database: Database) -> None:
@@ -54,11 +65,12 @@ async def terminate_streams(database: Database) -> None:
 
 
 async def test_at_the_end_the_session_is_gone(backend: Backend, database: Database) -> None:
-    held: set[Stream] = set()
+    found = 0
     async for _ in backend.iter_results(batch_size=500):
-        if not held:
-            held = hold(backend)
+        found += 1
+        if found == 1:
             assert await open_sessions(database) == ["idle in transaction"]
+            assert backend.runtime.database.streams == 1
     assert len(await database.sessions("ours")) <= 1
 
 
@@ -67,34 +79,31 @@ async def test_an_iteration_that_is_left_leaves_nothing(
 ) -> None:
     async for _ in backend.iter_results(batch_size=10):
         assert await open_sessions(database) == ["idle in transaction"]
-        held = hold(backend)
         break
     gc.collect()
     await assert_only_idle(database)
     async with aclosing(backend.iter_results(batch_size=10)) as results:
         await anext(results)
-        held |= hold(backend)
     assert await open_sessions(database) == []
-    assert len(held) == 2
 
 
 async def test_a_consumer_that_raises_leaves_nothing(backend: Backend, database: Database) -> None:
     async def consume() -> None:
         async with aclosing(backend.iter_results(batch_size=10)) as results:
             async for _ in results:
-                held.update(hold(backend))
                 raise KeyError
 
-    held: set[Stream] = set()
     with pytest.raises(KeyError):
         await consume()
     assert await open_sessions(database) == []
 
 
-async def test_one_that_is_never_begun_opens_nothing(backend: Backend, database: Database) -> None:
+async def test_one_that_is_never_begun_opens_nothing(
+    backend: Backend, opened: list[Stream]
+) -> None:
     results = backend.iter_results()
-    assert backend._store._streams == set()
     await results.aclose()
+    assert opened == []
 
 
 async def test_a_cancelled_consumer_leaves_nothing(
@@ -109,7 +118,7 @@ async def test_a_cancelled_consumer_leaves_nothing(
         async with aclosing(backend.iter_results(batch_size=300)) as results:
             return len([result async for result in results])
 
-    for turns in range(0, 120, 2):
+    for turns in range(0, 120, 4):
         consuming = asyncio.ensure_future(consume())
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -150,21 +159,20 @@ async def test_a_connection_that_is_cut_ends_it_with_an_error(
 
 
 async def test_before_the_first_result_it_is_tried_again(
-    backend: Backend, database: Database, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, opened: list[Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = 0
     real = Stream.open
 
     async def cut_once(stream: Stream, statement: Any) -> Any:
-        nonlocal opened
-        opened += 1
-        if opened == 1:
+        rows = await real(stream, statement)
+        if len(opened) == 1:
+            await stream.close()
             raise ConnectionResetError("cut")
-        return await real(stream, statement)
+        return rows
 
     monkeypatch.setattr(Stream, "open", cut_once)
     assert len([result async for result in backend.iter_results()]) == 1000
-    assert opened == 2
+    assert len(opened) == 2
 
 
 async def test_shutdown_ends_it(backend: Backend, database: Database) -> None:
@@ -184,16 +192,28 @@ async def test_shutdown_ends_it(backend: Backend, database: Database) -> None:
 async def test_shutdown_waits_for_the_batch_that_is_under_way(
     backend: Backend, database: Database
 ) -> None:
-    slowly = sa.func.pg_sleep(0.05).cast(sa.Text) == ""
-    results = backend.iter_results(slowly, batch_size=10)
-    await anext(results)
-    for _ in range(9):
+    number = backend.models.Result.execution_time
+    lock = sa.func.pg_advisory_xact_lock_shared(number.cast(sa.BigInteger))
+    results = backend.iter_results(lock.cast(sa.Text) == "", batch_size=50)
+    for _ in range(50):
         await anext(results)
-    fetching = asyncio.ensure_future(anext(results))
-    await asyncio.sleep(0.05)
-    await backend.shutdown()
+
+    async def is_fetching() -> bool:
+        return await open_sessions(database) == ["active"]
+
+    holder = await asyncpg.connect(database.direct_dsn)
+    try:
+        await holder.execute("SELECT pg_advisory_lock(51)")
+        fetching = asyncio.ensure_future(anext(results))
+        await eventually(is_fetching)
+        closing = asyncio.create_task(backend.shutdown())
+        await asyncio.wait([closing], timeout=0.1)
+        assert not closing.done()
+    finally:
+        await holder.close()
     task_id, _ = await fetching
-    assert task_id.startswith("task")
+    assert task_id == "task 51"
+    await closing
     assert await database.sessions("ours") == []
     await results.aclose()
     await backend.startup()
@@ -218,12 +238,12 @@ async def test_slow_consumers_keep_nobody_waiting(
     assert await open_sessions(database) == ["idle in transaction"] * 6
     assert_nothing_checked_out(engine_of(backend), kept=engine_of(backend).pool.checkedout())
     async with asyncio.timeout(20):
-        for number in range(20):
+        for number in range(6):
             await asyncio.gather(
                 *[backend.set_result(f"{number} {n}", result_of(n)) for n in range(50)]
             )
             assert await backend.is_result_ready(f"{number} 7")
-            await anext(slow[number % 6])
+            await anext(slow[number])
     for results in slow:
         await results.aclose()
     assert await open_sessions(database) == []

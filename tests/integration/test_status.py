@@ -34,9 +34,9 @@ from taskiq_sa_pg import (
     TaskStatus,
     build_models,
 )
-from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.database import make_engine
 from tests.conftest import BackendFactory, Database, eventually
-from tests.integration.stores import Log
+from tests.integration.databases import Log
 from tests.tasks import new_id, result_of
 
 Backend = SQLAlchemyResultBackend[Any]

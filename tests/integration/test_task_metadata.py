@@ -6,12 +6,10 @@ import json
 import os
 import socket
 import weakref
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from taskiq import (
     Context,
     InMemoryBroker,
@@ -26,30 +24,29 @@ from taskiq.exceptions import NoResultError
 
 from taskiq_sa_pg import (
     ConfigurationError,
-    Models,
-    ProgressMixin,
-    ResultMixin,
     SQLAlchemyResultBackend,
     TaskMetadataMiddleware,
 )
-from taskiq_sa_pg.engines import make_engine
-from taskiq_sa_pg.metadata import metadata_of
+from taskiq_sa_pg.codec import task_metadata_of
 from taskiq_sa_pg.middleware import QUEUED_AT_LABEL
 from tests.conftest import BackendFactory, Database
-from tests.integration.stores import Log
+from tests.integration.databases import Log
 
 Backend = SQLAlchemyResultBackend[Any]
-Run = Callable[..., Awaitable[dict[str, Any]]]
 
 ODD_TEXT = "'ü' \"%s\" {} :x \\ \N{SNOWMAN}"
 
 
-@pytest.fixture(params=["asyncpg", "psycopg"])
+@pytest.fixture
 async def backend(
     request: pytest.FixtureRequest, database: Database, start_backend: BackendFactory
 ) -> Backend:
-    started: Backend = await start_backend(database.dsn_of(request.param))
+    driver = getattr(request, "param", "asyncpg")
+    started: Backend = await start_backend(database.dsn_of(driver))
     return started
+
+
+each_driver = pytest.mark.parametrize("backend", ["asyncpg", "psycopg"], indirect=True)
 
 
 def broker_of(backend: Backend, *middlewares: TaskiqMiddleware) -> InMemoryBroker:
@@ -81,6 +78,7 @@ async def run(
     return await row_of(database, sent.task_id)
 
 
+@each_driver
 async def test_task_worker_and_times_are_in_the_row(database: Database, backend: Backend) -> None:
     before = datetime.now(UTC)
     row = await run(database, broker_of(backend, TaskMetadataMiddleware()), 1, secret="x")
@@ -91,6 +89,7 @@ async def test_task_worker_and_times_are_in_the_row(database: Database, backend:
     assert row["labels"] == {}
 
 
+@each_driver
 async def test_arguments_are_as_they_were_sent(database: Database, backend: Backend) -> None:
     """Whatever the task does with them, and whatever taskiq makes of them."""
     broker = broker_of(backend, TaskMetadataMiddleware(record_args=True, worker="w\x001"))
@@ -242,6 +241,7 @@ async def test_a_task_that_runs_out_of_time_has_its_metadata(
     assert row["started_at"] is not None
 
 
+@each_driver
 async def test_without_the_middleware_a_later_result_leaves_nothing_of_an_earlier_one(
     database: Database, backend: Backend
 ) -> None:
@@ -259,6 +259,7 @@ async def test_without_the_middleware_a_later_result_leaves_nothing_of_an_earlie
     assert (await row_of(database, row["task_id"]))["args"] == [1]
 
 
+@each_driver
 async def test_rows_with_and_without_metadata_share_a_batch(
     database: Database, backend: Backend
 ) -> None:
@@ -326,7 +327,7 @@ async def test_nothing_is_kept_of_tasks_whose_result_never_comes(backend: Backen
 
     class Watch(TaskiqMiddleware):
         def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
-            assert metadata_of(message).started_at is not None
+            assert task_metadata_of(message).started_at is not None
             messages.append(weakref.ref(message))
             return message
 
@@ -384,28 +385,6 @@ async def test_a_message_that_another_middleware_makes_anew_keeps_its_name(
     row = await run(database, broker_of(backend, TaskMetadataMiddleware(), Renew()))
     assert row["task_name"] == "anything"
     assert row["labels"] == {}
-
-
-async def test_a_column_of_your_own_that_is_called_like_one_of_ours_stays_yours(
-    database: Database, start_backend: BackendFactory
-) -> None:
-    class Base(DeclarativeBase): ...
-
-    class OwnResult(ResultMixin, Base):
-        worker: Mapped[int] = mapped_column()  # type: ignore[assignment]  # older than ours
-
-    class OwnProgress(ProgressMixin, Base): ...
-
-    models = Models(OwnResult, OwnProgress)
-    engine = make_engine(database.dsn)
-    async with engine.begin() as connection:
-        await connection.run_sync(models.metadata.create_all)
-    await engine.dispose()
-    backend = await start_backend(
-        models=models, run_migrations=False, extra_values=lambda *_: {"worker": 7}
-    )
-    row = await run(database, broker_of(backend, TaskMetadataMiddleware(record_args=True)), 1)
-    assert (row["worker"], row["task_name"], row["args"]) == (7, "anything", None)
 
 
 def test_one_for_each_broker() -> None:

@@ -17,9 +17,9 @@ from taskiq_sa_pg import (
     SQLAlchemyResultBackend,
     TaskMetadataMiddleware,
 )
-from taskiq_sa_pg.engines import make_engine
+from taskiq_sa_pg.database import make_engine
 from tests.conftest import BackendFactory, Database
-from tests.integration.stores import Log
+from tests.integration.databases import Log
 
 Backend = SQLAlchemyResultBackend[Any]
 

@@ -1,8 +1,6 @@
 """wait_result(): woken by a notification, or by the regular look; by whoever it was stored."""
 
 import asyncio
-import subprocess
-import sys
 import uuid
 from typing import Any, NamedTuple
 
@@ -11,16 +9,17 @@ from pydantic import BaseModel
 from taskiq import AsyncTaskiqTask
 
 from taskiq_sa_pg import InvalidTaskIdError
+from taskiq_sa_pg.timings import Timings
 from tests.conftest import eventually
 from tests.integration.waiters import (
     SOON,
     Backends,
     counted_fetches,
+    heard_by,
     insert,
-    table_of,
     until_healthy,
     until_waiting,
-    waiting_of,
+    waiters_of,
 )
 from tests.tasks import new_id, result_of
 
@@ -70,11 +69,14 @@ class Combination(NamedTuple):
     is_borrowed: bool
 
 
+# Each kind, driver and engine with each of the others.
 COMBINATIONS = [
-    Combination(kind, driver, is_borrowed)
-    for kind in ("VarChar", "Text", "Uuid")
-    for driver in ("asyncpg", "psycopg")
-    for is_borrowed in (False, True)
+    Combination("VarChar", "asyncpg", is_borrowed=False),
+    Combination("VarChar", "psycopg", is_borrowed=True),
+    Combination("Text", "asyncpg", is_borrowed=True),
+    Combination("Text", "psycopg", is_borrowed=False),
+    Combination("Uuid", "asyncpg", is_borrowed=False),
+    Combination("Uuid", "psycopg", is_borrowed=True),
 ]
 
 
@@ -96,37 +98,6 @@ async def test_every_kind_of_table_driver_and_engine_wakes(
     assert (await waiting).return_value == "stored"
 
 
-STORE = """
-import asyncio, sys
-from taskiq import TaskiqResult
-from taskiq_sa_pg import SQLAlchemyResultBackend
-
-async def store():
-    backend = SQLAlchemyResultBackend(sys.argv[1], table_name=sys.argv[2])
-    await backend.startup()
-    result = TaskiqResult(is_err=False, return_value="elsewhere", execution_time=0.1)
-    await backend.set_result(sys.argv[3], result)
-    await backend.shutdown()
-
-asyncio.run(store())
-"""
-
-
-@pytest.mark.usefixtures("blind")
-async def test_another_process_wakes_who_waits(backends: Backends) -> None:
-    backend = await backends.start()
-    task_id = new_id()
-    waiting = asyncio.create_task(backend.wait_result(task_id, timeout=30))
-    await until_healthy(backend)
-    await until_waiting(backend)
-    await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-c", STORE, backends.dsn(), table_of(backends.database), task_id],
-        check=True,
-    )
-    assert (await waiting).return_value == "elsewhere"
-
-
 ODD_IDS = {
     "empty": "",
     "space": " ",
@@ -145,23 +116,23 @@ ODD_IDS = {
 }
 
 
-@pytest.mark.parametrize("text", ODD_IDS.values(), ids=ODD_IDS)
 @pytest.mark.parametrize("kind", ["VarChar", "Text"])
-async def test_ids_of_any_content_and_length_wake(
-    backends: Backends, monkeypatch: pytest.MonkeyPatch, kind: str, text: str
-) -> None:
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 1000.0)
-    backend = await backends.start(field_for_task_id=kind)
-    waiting = asyncio.create_task(backend.wait_result(text, timeout=SOON))
-    await until_healthy(backend)
-    await until_waiting(backend)
+async def test_ids_of_any_content_and_length_wake(backends: Backends, kind: str) -> None:
+    """By a notification, which for the longest asks for a look: nobody looks on his own."""
+    timings = Timings(between_looks=1000)
+    backend = await backends.start(field_for_task_id=kind, timings=timings)
+    with counted_fetches() as fetches:
+        async with heard_by(backend):
 
-    async def has_looked() -> bool:
-        return not waiting_of(backend)._is_look_due.is_set()
+            async def has_looked_for_the_last_time() -> bool:
+                return sum("look for results" in purpose for purpose in fetches) == 2
 
-    await eventually(has_looked)
-    await backend.set_result(text, result_of(text[:10]))
-    assert (await waiting).return_value == text[:10]
+            await eventually(has_looked_for_the_last_time)
+            for name, text in ODD_IDS.items():
+                waiting = asyncio.create_task(backend.wait_result(text, timeout=SOON))
+                await until_waiting(backend, 2)
+                await backend.set_result(text, result_of(name))
+                assert (await waiting).return_value == name
 
 
 @pytest.mark.usefixtures("blind")
@@ -183,9 +154,12 @@ async def test_ids_that_the_column_cannot_hold_are_refused(backends: Backends) -
             await backend.wait_result(task_id)
 
 
+OFTEN = Timings(between_looks=0.05)
+
+
 @pytest.mark.usefixtures("deaf")
 async def test_a_lost_notification_is_made_up_for_by_the_look(each_driver: Backends) -> None:
-    backend = await each_driver.start()
+    backend = await each_driver.start(timings=OFTEN)
     task_id = new_id()
     waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
     await until_healthy(backend)
@@ -196,10 +170,9 @@ async def test_a_lost_notification_is_made_up_for_by_the_look(each_driver: Backe
 
 @pytest.mark.parametrize("stores", ["sql", "silent"])
 async def test_what_nobody_notified_is_found_by_the_look(
-    each_driver: Backends, monkeypatch: pytest.MonkeyPatch, stores: str
+    each_driver: Backends, stores: str
 ) -> None:
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 0.05)
-    backend = await each_driver.start()
+    backend = await each_driver.start(timings=OFTEN)
     task_id = new_id()
     waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
     await until_healthy(backend)
@@ -213,10 +186,9 @@ async def test_what_nobody_notified_is_found_by_the_look(
 
 
 async def test_without_notifications_waiting_looks_ten_times_a_second(
-    each_driver: Backends, monkeypatch: pytest.MonkeyPatch
+    each_driver: Backends,
 ) -> None:
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 1000.0)
-    backend = await each_driver.start(notify=False)
+    backend = await each_driver.start(notify=False, timings=Timings(between_looks=1000))
     task_id = new_id()
     waiting = asyncio.create_task(backend.wait_result(task_id, timeout=SOON))
     await until_waiting(backend)
@@ -226,14 +198,13 @@ async def test_without_notifications_waiting_looks_ten_times_a_second(
 
 @pytest.mark.parametrize("notify", [True, False], ids=["notify", "silent"])
 async def test_looks_that_fail_are_warned_of_once_and_made_again(
-    each_driver: Backends,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    notify: bool,
+    each_driver: Backends, caplog: pytest.LogCaptureFixture, notify: bool
 ) -> None:
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 0.02)
     table = f"table_{new_id()}"
-    backend = await each_driver.start(table_name=table, run_migrations=True, notify=notify)
+    timings = Timings(between_looks=0.02, between_unheard_looks=0.02)
+    backend = await each_driver.start(
+        table_name=table, run_migrations=True, notify=notify, timings=timings
+    )
     waiting = asyncio.create_task(backend.wait_result("late", timeout=SOON))
     await until_waiting(backend)
     await each_driver.database.fetch(f"ALTER TABLE {table} RENAME TO {table}_away")
@@ -253,20 +224,19 @@ async def test_a_thousand_waiters_share_one_statement_a_look(
     each_driver: Backends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three seconds apart, that is one statement in three seconds; five a second are allowed."""
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 0.05)
-    backend = await each_driver.start()
+    backend = await each_driver.start(timings=OFTEN)
     waiting = [asyncio.create_task(backend.wait_result(new_id())) for _ in range(1000)]
     await until_healthy(backend)
     await until_waiting(backend, 1000)
     looks = 0
-    look = waiting_of(backend)._look
+    look = waiters_of(backend).look
 
     async def count() -> None:
         nonlocal looks
         await look()
         looks += 1
 
-    monkeypatch.setattr(waiting_of(backend), "_look", count)
+    monkeypatch.setattr(waiters_of(backend), "look", count)
     with counted_fetches() as fetches:
 
         async def has_looked_twice() -> bool:

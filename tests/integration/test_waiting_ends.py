@@ -7,7 +7,7 @@ import pytest
 from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg import NotStartedError
-from taskiq_sa_pg.operations import Operations
+from taskiq_sa_pg.database import Database as Connected
 from tests.integration.waiters import (
     SOON,
     Backends,
@@ -15,7 +15,7 @@ from tests.integration.waiters import (
     until_healthy,
     until_nobody_waits,
     until_waiting,
-    waiting_of,
+    waiters_of,
 )
 from tests.tasks import new_id, result_of
 
@@ -40,17 +40,17 @@ async def test_no_result_is_taken_and_then_too_late(
     """The time ends between the deletion and its answer."""
     backend = await each_driver.start(keep_results=False)
     task_id = new_id()
-    take = Operations._take
+    transact = Connected.transact
 
-    async def take_slowly(*args: Any) -> Any:
-        taken = await take(*args)
-        await asyncio.sleep(0.3)
+    async def transact_slowly(*args: Any, **kwargs: Any) -> Any:
+        taken = await transact(*args, **kwargs)
+        await asyncio.sleep(0.15)
         return taken
 
-    monkeypatch.setattr(Operations, "_take", take_slowly)
+    monkeypatch.setattr(Connected, "transact", transact_slowly)
     await backend.is_result_ready(task_id)  # connects
     await backend.set_result(task_id, result_of(7))
-    assert (await backend.wait_result(task_id, timeout=0.2)).return_value == 7
+    assert (await backend.wait_result(task_id, timeout=0.1)).return_value == 7
 
 
 @pytest.mark.parametrize("timeout", [None, -1, -0.5])
@@ -96,7 +96,7 @@ async def test_a_cancelled_waiter_leaves_nothing_behind(each_driver: Backends) -
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert not waiting_of(backend)._subscriptions
+        assert not waiters_of(backend).subscriptions
     await backend.set_result(task_id, result_of(7))
     assert (await backend.wait_result(task_id, timeout=SOON)).return_value == 7
 
@@ -130,11 +130,11 @@ async def test_shutdown_ends_all_waiting_with_an_error(each_driver: Backends) ->
     ]
     await until_healthy(backend)
     await until_waiting(backend, len(waiting))
-    waiters, listener = waiting_of(backend), listener_of(backend)
+    waiters, listener = waiters_of(backend), listener_of(backend)
     await backend.shutdown()
     outcomes = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [NotStartedError] * len(waiting)
-    assert not waiters._subscriptions
+    assert not waiters.subscriptions
     assert not listener.is_healthy
     with pytest.raises(NotStartedError):
         await backend.wait_result(task_ids[0])
@@ -143,10 +143,11 @@ async def test_shutdown_ends_all_waiting_with_an_error(each_driver: Backends) ->
 async def test_an_iterator_that_is_begun_after_shutdown_starts_nothing(backends: Backends) -> None:
     backend = await backends.start()
     iterators = [backend.as_completed([new_id()]), backend.watch_progress(new_id())]
-    waiters, listener = waiting_of(backend), listener_of(backend)
+    waiters = waiters_of(backend)
     await backend.shutdown()
+    tasks = asyncio.all_tasks()
     for iterator in iterators:
         with pytest.raises(NotStartedError):
             await anext(aiter(iterator))
-    assert not waiters._subscriptions
-    assert (waiters._looker, listener._task) == (None, None)
+    assert (waiters.waiting, waiters.listener_state) == (0, "idle")
+    assert asyncio.all_tasks() == tasks

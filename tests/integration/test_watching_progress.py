@@ -9,6 +9,7 @@ import pytest
 from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg import InvalidTaskIdError, ResultDecodeError
+from taskiq_sa_pg.timings import Timings
 from tests.integration.waiters import (
     SOON,
     Backends,
@@ -17,9 +18,11 @@ from tests.integration.waiters import (
     until_healthy,
     until_nobody_waits,
     until_waiting,
-    waiting_of,
+    waiters_of,
 )
 from tests.tasks import new_id, progress_of, result_of
+
+OFTEN = Timings(between_looks=0.05)
 
 
 async def metas(iterator: AsyncIterator[Any]) -> list[Any]:
@@ -45,7 +48,7 @@ async def test_each_change_comes_by_notification_until_the_result(
             await worker.set_result(task_id, result_of("done"))
     assert seen == [("running", i) for i in range(4)]
     assert await backend.is_result_ready(task_id)
-    assert not waiting_of(backend)._subscriptions
+    assert not waiters_of(backend).subscriptions
 
 
 @pytest.mark.usefixtures("blind")
@@ -63,7 +66,7 @@ async def test_the_first_progress_may_come_later_than_the_watcher(each_driver: B
 
 @pytest.mark.usefixtures("deaf")
 async def test_what_was_not_heard_is_found_by_the_look(each_driver: Backends) -> None:
-    backend = await each_driver.start()
+    backend = await each_driver.start(timings=OFTEN)
     task_id = new_id()
     await backend.set_progress(task_id, progress_of(0))
     seen = []
@@ -79,35 +82,35 @@ async def test_what_was_not_heard_is_found_by_the_look(each_driver: Backends) ->
 
 @pytest.mark.usefixtures("deaf")
 async def test_progress_that_does_not_change_comes_once(backends: Backends) -> None:
-    backend = await backends.start()
+    backend = await backends.start(timings=OFTEN)
     task_id = new_id()
     await backend.set_progress(task_id, progress_of("same"))
     watching = asyncio.create_task(metas(backend.watch_progress(task_id, timeout=SOON)))
     await until_healthy(backend)
     for _ in range(3):
         await until_waiting(backend)
-        await waiting_of(backend)._look()
+        await waiters_of(backend).look()
     await backend.set_result(task_id, result_of(1))
     assert await watching == ["same"]
 
 
 @pytest.mark.parametrize("keep_results", [True, False], ids=["kept", "taken"])
-@pytest.mark.parametrize("timeout", [None, SOON, 0])
 async def test_of_a_finished_task_the_last_progress_comes(
-    each_driver: Backends, keep_results: bool, timeout: float | None
+    each_driver: Backends, keep_results: bool
 ) -> None:
     backend = await each_driver.start(keep_results=keep_results)
-    task_id = new_id()
-    await backend.set_result(task_id, result_of("done"))
-    assert await metas(backend.watch_progress(task_id, timeout)) == []
-    await backend.set_progress(task_id, progress_of("last"))
-    assert await metas(backend.watch_progress(task_id, timeout)) == ["last"]
-    assert await backend.is_result_ready(task_id)
+    for timeout in (None, SOON, 0):
+        task_id = new_id()
+        await backend.set_result(task_id, result_of("done"))
+        assert await metas(backend.watch_progress(task_id, timeout)) == []
+        await backend.set_progress(task_id, progress_of("last"))
+        assert await metas(backend.watch_progress(task_id, timeout)) == ["last"]
+        assert await backend.is_result_ready(task_id)
 
 
 async def test_it_ends_although_somebody_takes_the_result_at_once(each_driver: Backends) -> None:
     backend, worker = [await each_driver.start(keep_results=False) for _ in range(2)]
-    for _ in range(20):
+    for _ in range(10):
         task_id = new_id()
         watching = asyncio.create_task(metas(backend.watch_progress(task_id, timeout=SOON)))
         await until_waiting(backend)
@@ -118,7 +121,7 @@ async def test_it_ends_although_somebody_takes_the_result_at_once(each_driver: B
         assert await watching == []
 
 
-@pytest.mark.parametrize("timeout", [0, 1])
+@pytest.mark.parametrize("timeout", [0, 0.2])
 async def test_without_a_result_in_time_it_ends_with_an_error(
     each_driver: Backends, timeout: float
 ) -> None:
@@ -130,7 +133,7 @@ async def test_without_a_result_in_time_it_ends_with_an_error(
     with pytest.raises(TaskiqResultTimeoutError) as caught:
         await anext(iterator)
     assert caught.value.timeout == timeout
-    assert not waiting_of(backend)._subscriptions
+    assert not waiters_of(backend).subscriptions
 
 
 async def test_who_is_slow_between_two_steps_is_not_interrupted(backends: Backends) -> None:
@@ -163,7 +166,7 @@ async def test_a_slow_watcher_gets_the_last_of_what_he_missed(each_driver: Backe
             await backend.set_result(task_id, result_of("done"))
             await until_healthy(backend)
             # Its notifications come while nobody waits.
-            waiting_of(backend)._hear(table_of(each_driver.database), f'["{task_id}"]')
+            waiters_of(backend).hear(table_of(each_driver.database), f'["{task_id}"]')
     assert seen == [0, 5]
 
 
@@ -176,8 +179,8 @@ async def test_breaking_out_unsubscribes(each_driver: Backends) -> None:
     await until_nobody_waits(backend)
     async with aclosing(backend.watch_progress(task_id)) as iterator:
         await anext(iterator)
-        assert waiting_of(backend)._subscriptions
-    assert not waiting_of(backend)._subscriptions
+        assert waiters_of(backend).subscriptions
+    assert not waiters_of(backend).subscriptions
 
 
 async def test_cancelling_a_watcher_unsubscribes(each_driver: Backends) -> None:
@@ -189,8 +192,8 @@ async def test_cancelling_a_watcher_unsubscribes(each_driver: Backends) -> None:
         watching.cancel()
         with pytest.raises(asyncio.CancelledError):
             await watching
-        assert not waiting_of(backend)._subscriptions
-    assert listener_of(backend)._task is not None
+        assert not waiters_of(backend).subscriptions
+    assert listener_of(backend).state != "idle"
 
 
 async def test_what_cannot_be_read_is_an_error(backends: Backends) -> None:

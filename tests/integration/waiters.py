@@ -6,14 +6,16 @@ import pickle
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg import Models, SQLAlchemyResultBackend, build_models
 from taskiq_sa_pg.database import Database as Connected
 from taskiq_sa_pg.database import make_engine
+from taskiq_sa_pg.models import TaskIdField
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS
 from taskiq_sa_pg.waiting import Listener, Waiters
 from tests.conftest import Database, assert_nothing_checked_out, eventually
@@ -117,8 +119,9 @@ class Backends:
         self, *, driver: str | None = None, is_borrowed: bool = False, **kwargs: Any
     ) -> Any:
         """Starts a backend on the table of its kind of ids, which the tests of a file share."""
-        kind = kwargs.get("field_for_task_id", "VarChar")
-        kwargs = {"table_name": table_of(self.database, kind), "check_schema": "off", **kwargs}
+        kind = kwargs.pop("field_for_task_id", "VarChar")
+        models = models_of(kwargs.pop("table_name", table_of(self.database, kind)), kind)
+        kwargs = {"models": models, "check_schema": "off", **kwargs}
         if self.database.pooler and kwargs.get("notify", True):
             kwargs.setdefault("listen_dsn", self.direct_dsn(driver))
         pool = {key: kwargs.pop(key) for key in ("pool_size",) if key in kwargs}
@@ -165,6 +168,12 @@ class Backends:
 def table_of(database: Database, kind: str = "VarChar") -> str:
     """A name that is also a channel of nobody else's: channels belong to the whole database."""
     return f"{kind}_{database.schema[-20:]}"
+
+
+@lru_cache
+def models_of(table_name: str, kind: TaskIdField) -> Models:
+    """To make them takes longer than most tests."""
+    return build_models(table_name=table_name, field_for_task_id=kind)
 
 
 async def insert(database: Database, task_id: str, value: Any) -> None:

@@ -5,12 +5,12 @@ import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import asyncpg
 from alembic import command
-from alembic.config import CommandLine, Config
+from alembic.config import Config
 
+from tests.commands import run_alembic
 from tests.conftest import Database
 
 MODELS = """
@@ -38,6 +38,29 @@ class Order(Base):
     __tablename__ = "orders"
     id: Mapped[int] = mapped_column(primary_key=True)
     item: Mapped[str] = mapped_column(index=True)
+"""
+
+# As autogenerate makes it.
+ORDERS_REVISION = "0a_orders.py"
+ORDERS = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0a"
+down_revision = None
+
+def upgrade():
+    op.create_table(
+        "orders",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("item", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_orders")),
+    )
+    op.create_index(op.f("ix_orders_item"), "orders", ["item"], unique=False)
+
+def downgrade():
+    op.drop_index(op.f("ix_orders_item"), table_name="orders")
+    op.drop_table("orders")
 """
 
 ENVIRONMENT = """
@@ -75,6 +98,7 @@ class Application:
             str(self.folder / "migrations"),
             template=self.template,
         )
+        (self.folder / "migrations/versions" / ORDERS_REVISION).write_text(ORDERS)
         self._env = (self.folder / "migrations/env.py").read_text()
         self.use(self.database)
         self.set_models("")
@@ -127,20 +151,7 @@ class Application:
         Raises:
             CommandError: It fails.
         """
-        return await asyncio.to_thread(self._run, arguments)
-
-    def _run(self, arguments: tuple[str, ...]) -> str:
-        line = CommandLine()
-        options: Any = line.parser.parse_args(arguments)
-        printed = io.StringIO()
-        config = Config(self.ini, output_buffer=printed, stdout=printed, cmd_opts=options)
-        function, positional, named = options.cmd
-        function(
-            config,
-            *[getattr(options, name) for name in positional],
-            **{name: getattr(options, name, None) for name in named},
-        )
-        return printed.getvalue()
+        return await asyncio.to_thread(run_alembic, *arguments, ini=self.ini)
 
     async def autogenerate(self, message: str) -> str:
         """Makes a revision, and returns what its upgrade() and downgrade() say."""

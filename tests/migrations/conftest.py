@@ -1,4 +1,4 @@
-"""Alembic as a process of its own, what the catalogue says of the tables, and roles."""
+"""Alembic's commands, what the catalogue says of the tables, and roles."""
 
 import asyncio
 import os
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.util import CommandError
 from sqlalchemy import make_url
 
+from tests.commands import only_variables, run_alembic
 from tests.conftest import Database
 
 ROOT = Path(__file__).parents[2]
@@ -20,34 +22,46 @@ ROOT = Path(__file__).parents[2]
 PASSWORD = "geheim+7%"
 
 
+async def alembic(*arguments: str, ini: Path | None = None, **variables: str) -> str:
+    """What an Alembic command prints, in this process, with no other TASKIQ_SA_PG_* variables.
+
+    Raises:
+        CommandError: It fails.
+    """
+
+    def run() -> str:
+        with only_variables(variables):
+            return run_alembic(*arguments, ini=ini)
+
+    return await asyncio.to_thread(run)
+
+
+async def alembic_error(*arguments: str, **variables: str) -> str:
+    """What it says as it fails, without the password."""
+    with pytest.raises(CommandError) as caught:
+        await alembic(*arguments, **variables)
+    assert PASSWORD not in str(caught.value)
+    return str(caught.value)
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """What a process left behind."""
 
     status: int
     stdout: str
     stderr: str
 
-    @property
-    def message(self) -> str:
-        """The line that Alembic prints when it gives up, and no traceback beside it."""
-        assert "Traceback" not in self.stderr
-        assert self.status != 0
-        *_, last = self.stdout.splitlines()
-        assert last.startswith("FAILED: "), self.stdout
-        return last.removeprefix("FAILED: ")
 
-
-async def run(*command: str, **environment: str) -> Outcome:
-    """Runs a command in the checkout, without the TASKIQ_SA_PG_* variables of the caller."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("TASKIQ_SA_PG_")}
-    # Without bytecode the imports take three times as long.
-    kept.pop("PYTHONDONTWRITEBYTECODE", None)
-    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+async def run(*command: str, **variables: str) -> Outcome:
+    """Runs a program in the checkout, with no other TASKIQ_SA_PG_* variables."""
+    with only_variables(variables):
+        environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=ROOT,
-        env={**kept, "PYTHONWARNINGS": "error", **environment},
+        env=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -56,11 +70,6 @@ async def run(*command: str, **environment: str) -> Outcome:
     outcome = Outcome(process.returncode, stdout.decode(), stderr.decode())
     assert PASSWORD not in outcome.stdout + outcome.stderr
     return outcome
-
-
-async def alembic(*arguments: str, **environment: str) -> Outcome:
-    """Runs an Alembic command."""
-    return await run(sys.executable, "-m", "alembic", *arguments, **environment)
 
 
 def with_password(dsn: str, **changes: Any) -> str:

@@ -11,10 +11,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from taskiq_sa_pg import ConfigurationError, build_models, schema
-from taskiq_sa_pg.config import PayloadField, TaskIdField
-from taskiq_sa_pg.engines import make_engine
-from taskiq_sa_pg.provisioning import script_location
-from taskiq_sa_pg.steps import LATEST_VERSION
+from taskiq_sa_pg.database import make_engine
+from taskiq_sa_pg.models import PayloadField, TaskIdField
+from taskiq_sa_pg.schema import LATEST_VERSION
+from taskiq_sa_pg.schema.migrate import script_location
 from tests.conftest import Database
 from tests.migrations.conftest import catalogue, tables
 
@@ -57,22 +57,36 @@ async def create_all(dsn: str, **options: Any) -> None:
     await on_connection(dsn, build_models(**options).metadata.create_all)
 
 
-@pytest.mark.parametrize("table_name", NAMES, ids=["plain", "odd"])
+async def differences(dsn: str, **options: Any) -> Any:
+    """What autogenerate would change."""
+    metadata = build_models(metadata=sa.MetaData(), **options).metadata
+
+    def compare(connection: sa.Connection) -> Any:
+        opts = {"compare_server_default": True}
+        return compare_metadata(MigrationContext.configure(connection, opts=opts), metadata)
+
+    return await on_connection(dsn, compare)
+
+
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()))
 async def test_the_steps_build_what_the_models_describe(
-    database: Database, other_database: Database, types: dict[str, Any], table_name: str
+    database: Database, other_database: Database, types: dict[str, Any]
 ) -> None:
-    states = [await catalogue(database, table_name)]
+    """And autogenerate finds nothing to do after them."""
+    options = {"table_name": NAMES[TYPES.index(types) % 2], **types}
+    name = options["table_name"]
+    states = [await catalogue(database, name)]
     assert states == [[]]
     for version in range(1, LATEST_VERSION + 1):
-        await upgrade(database.dsn, version, table_name=table_name, **types)
-        states.append(await catalogue(database, table_name))
-    await create_all(other_database.dsn, table_name=table_name, **types)
-    assert states[-1] == await catalogue(other_database, table_name)
+        await upgrade(database.dsn, version, **options)
+        states.append(await catalogue(database, name))
+    await create_all(other_database.dsn, **options)
+    assert states[-1] == await catalogue(other_database, name)
+    assert await differences(database.dsn, **options) == []
     for version in range(LATEST_VERSION, 0, -1):
-        await downgrade(database.dsn, version, table_name=table_name, **types)
+        await downgrade(database.dsn, version, **options)
         states.pop()
-        assert await catalogue(database, table_name) == states[-1]
+        assert await catalogue(database, name) == states[-1]
     assert await tables(database) == []
 
 
@@ -148,21 +162,6 @@ async def test_an_applications_own_revision_builds_the_same(
     await on_connection(database.dsn, upgrade)
     await create_all(other_database.dsn)
     assert await catalogue(database) == await catalogue(other_database)
-
-
-@pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()))
-async def test_autogenerate_finds_nothing_to_do_after_the_steps(
-    database: Database, types: dict[str, Any]
-) -> None:
-    metadata = sa.MetaData()
-    build_models(metadata=metadata, **types)
-    await upgrade_to_latest(database.dsn, **types)
-
-    def differences(connection: sa.Connection) -> Any:
-        opts = {"compare_server_default": True}
-        return compare_metadata(MigrationContext.configure(connection, opts=opts), metadata)
-
-    assert await on_connection(database.dsn, differences) == []
 
 
 async def test_autogenerate_builds_the_same_from_the_models(

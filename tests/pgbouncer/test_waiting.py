@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.timings import Timings
 from tests.conftest import BackendFactory, Database, eventually
 from tests.integration.waiters import SOON, heard_by, listener_of, until_waiting
 from tests.tasks import new_id, progress_of, result_of
@@ -19,7 +20,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if record.name == "taskiq_sa_pg.listener" and record.levelname == "WARNING"
+        if record.name == "taskiq_sa_pg.waiting.listener" and record.levelname == "WARNING"
     ]
 
 
@@ -28,13 +29,13 @@ async def test_listen_dsn_leads_past_it_to_the_server(
     driver: str,
     database: Database,
     start_backend: BackendFactory,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What wakes the waiter is a notification: nobody looks before it would be too late."""
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 600)
     listen_dsn = database.direct_dsn.replace("postgresql", f"postgresql+{driver}", 1)
-    waiting: Backend = await start_backend(database.dsn_of(driver), listen_dsn=listen_dsn)
+    waiting: Backend = await start_backend(
+        database.dsn_of(driver), listen_dsn=listen_dsn, timings=Timings(between_looks=600)
+    )
     storing: Backend = await start_backend(database.dsn_of(driver))
     task_id = new_id()
     async with heard_by(waiting):
@@ -50,13 +51,11 @@ async def test_without_it_the_probe_finds_out_and_waiting_looks(
     driver: str,
     database: Database,
     start_backend: BackendFactory,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Many times a second, not only at the regular looks; one warning says what to do about it."""
-    monkeypatch.setattr("taskiq_sa_pg.listener._SECONDS_BETWEEN_PROBES", 0.5)
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 600)
-    backend: Backend = await start_backend(database.dsn_of(driver))
+    timings = Timings(between_probes=0.5, between_looks=600)
+    backend: Backend = await start_backend(database.dsn_of(driver), timings=timings)
     kept = asyncio.create_task(backend.wait_result(new_id()))
 
     async def is_warned() -> bool:
@@ -78,10 +77,9 @@ async def test_without_it_the_probe_finds_out_and_waiting_looks(
 
 
 async def test_progress_is_followed_by_looks(
-    database: Database, start_backend: BackendFactory, monkeypatch: pytest.MonkeyPatch
+    database: Database, start_backend: BackendFactory
 ) -> None:
-    monkeypatch.setattr("taskiq_sa_pg.waiting._SECONDS_BETWEEN_LOOKS", 600)
-    backend: Backend = await start_backend(database.dsn)
+    backend: Backend = await start_backend(database.dsn, timings=Timings(between_looks=600))
     task_id = new_id()
     seen: dict[Any, Any] = {}
 

@@ -14,10 +14,14 @@ from taskiq.serializers import JSONSerializer
 from taskiq_sa_pg import (
     Models,
     ProgressMixin,
+    Pruned,
     ResultMixin,
     SQLAlchemyResultBackend,
+    Stats,
+    StatusMixin,
     StorageError,
     TableConfig,
+    TaskStatus,
     build_models,
 )
 
@@ -34,6 +38,10 @@ class Progress(ProgressMixin, Base):
     __table_config__ = TableConfig("orders_results", field_for_task_id="Uuid")
 
 
+class Status(StatusMixin, Base):
+    __table_config__ = TableConfig("orders_results", field_for_task_id="Uuid")
+
+
 def tenant_of(task_id: str, result: TaskiqResult[Any]) -> dict[str, str]:
     return {"tenant": result.labels["tenant"]}
 
@@ -47,7 +55,8 @@ def arguments(engine: AsyncEngine) -> None:
     SQLAlchemyResultBackend[int](lambda: URL.create("postgresql"), pool_size=3)
     SQLAlchemyResultBackend[int]("postgresql://", notify=False, max_connections=2)
     SQLAlchemyResultBackend[int](engine=engine, listen_dsn=lambda: URL.create("postgresql"))
-    models = Models(Result, Progress)
+    models = Models(Result, Progress, Status)
+    SQLAlchemyResultBackend[int](engine=engine, models=Models(Result, Progress), track="started")
     SQLAlchemyResultBackend[int](engine=engine, models=models)
     SQLAlchemyResultBackend[int](engine=engine, models=models, extra_values=tenant_of)
     SQLAlchemyResultBackend[int](engine=engine, models=models, extra_values=lambda *_: {})
@@ -96,6 +105,13 @@ async def asking(backend: SQLAlchemyResultBackend[int], session: AsyncSession) -
     backend.iter_results(order_by=[Result.finished_at, Result.waited.desc()])
     backend.iter_results(True)  # type: ignore[arg-type]  # no condition
     assert_type(await backend.forget(["id"]), int)
+
+
+async def tending(backend: SQLAlchemyResultBackend[int]) -> None:
+    assert_type(await backend.get_status("id"), TaskStatus)
+    assert_type(await backend.get_running(limit=10), list[TaskStatus])
+    assert_type(await backend.prune(limit=10, time_budget=timedelta(minutes=1)), Pruned)
+    assert_type(backend.stats(), Stats)
 
 
 def properties(result: Result) -> None:

@@ -59,11 +59,7 @@ class Flushes:
 
 def call(batcher: AnyBatcher, key: Any, item: Any) -> asyncio.Task[Any]:
     """A caller in a task of its own."""
-
-    async def caller() -> Any:
-        return await batcher.submit(key, item)
-
-    return asyncio.create_task(caller())
+    return asyncio.create_task(batcher.submit(key, item))
 
 
 def submit(batcher: AnyBatcher, keys: Iterable[Any]) -> list[asyncio.Task[Any]]:
@@ -83,9 +79,8 @@ async def outcomes_of(calls: Iterable[Awaitable[Any]]) -> list[Any]:
 async def assert_at_rest(batcher: AnyBatcher) -> None:
     """Nothing is kept, nothing runs, and the next call works."""
     await turns_of_the_loop()
-    kept = (batcher._pending, batcher._held, batcher._in_flight, batcher._lanes, batcher._alone)
-    assert not any(kept), kept
-    assert batcher._starting is None
+    assert batcher.is_idle
+    assert batcher.pending == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
@@ -94,16 +89,25 @@ def refusal(sqlstate: str | None) -> StorageError:
 
 
 class Table:
-    """A flush function that stores at once, but refuses a batch with one of certain values."""
+    """A flush function that stores at once, but refuses a batch with one of certain values.
+
+    Two flushes at a time must not hold the same key.
+    """
 
     def __init__(self, refused: Iterable[Any] = (), error: Exception | None = None) -> None:
         self.stored: dict[Any, Any] = {}
         self.statements = 0
+        self._in_flight: set[Any] = set()
         self._refused = set(refused)
         self._error = error or refusal("23514")
 
     async def __call__(self, batch: Batch) -> Mapping[Any, Any]:
-        await asyncio.sleep(0)
+        assert self._in_flight.isdisjoint(batch)
+        self._in_flight.update(batch)
+        try:
+            await asyncio.sleep(0)
+        finally:
+            self._in_flight.difference_update(batch)
         self.statements += 1
         rows = {key: entry.row for key, entry in batch.items()}
         if not self._refused.isdisjoint(rows.values()):

@@ -19,6 +19,7 @@ from taskiq_sa_pg import (
     TableConfig,
     build_models,
 )
+from taskiq_sa_pg.database import Database
 
 DSN = "postgresql://user:hunter2@localhost:1/database"
 
@@ -143,7 +144,7 @@ def test_a_callable_dsn_is_not_asked_at_construction() -> None:
 
 def test_no_repr_shows_the_password() -> None:
     backend = Backend(DSN)
-    assert "hunter2" not in f"{backend!r} {backend._store!r}"
+    assert "hunter2" not in f"{backend!r} {backend.settings!r} {Database(DSN)!r}"
 
 
 @pytest.mark.parametrize(

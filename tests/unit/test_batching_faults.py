@@ -59,10 +59,33 @@ async def test_an_error_that_blames_no_row_reaches_all_callers_of_its_batch(
 ) -> None:
     table = Table({7}, error)
     batcher: AnyBatcher = Batcher(table, encode=same, lanes=1)
-    outcomes = await outcomes_of(submit(batcher, [*range(30), 7, 7]))
-    assert outcomes == [0] + [error] * 31
+    keys = [*range(1, 30), 7, 7]
+    [stored, *outcomes] = await outcomes_of(submit(batcher, [0, *keys]))
+    assert stored == 0
+    for key, outcome in zip(keys, outcomes, strict=True):
+        assert_is_told(outcome, error, key)
     assert (table.stored, table.statements) == ({0: 0}, 2)
     assert await batcher.submit("later", 1) == 1
+
+
+def assert_is_told(outcome: object, error: Exception, key: Any) -> None:
+    """What PostgreSQL said names the task; any other error stays what it is."""
+    if not isinstance(error, StorageError):
+        assert outcome is error
+        return
+    assert isinstance(outcome, StorageError)
+    assert outcome.args == (f"task '{key}': {error}", error.sqlstate)
+    assert outcome.__cause__ is error.__cause__
+
+
+@pytest.mark.parametrize("error", [refusal("57P01"), refusal("23514"), OSError("gone")], ids=repr)
+async def test_a_lone_caller_is_told_the_same(error: Exception) -> None:
+    error.__cause__ = ValueError("the driver's")
+    batcher: AnyBatcher = Batcher(Table({7}, error), encode=same)
+    [outcome] = await outcomes_of(submit(batcher, [7]))
+    assert_is_told(outcome, error, 7)
+    await assert_at_rest(batcher)
+    assert await batcher.submit(7, 1) == 1
 
 
 async def test_where_the_chosen_call_is_refused_the_one_before_has_its_turn() -> None:
@@ -102,6 +125,27 @@ async def test_an_item_that_makes_no_row_fails_its_own_caller(argument: str) -> 
         outcomes = await outcomes_of([call(batcher, *pair) for pair in pairs])
     assert [type(outcome) for outcome in outcomes] == [int, int, ValueError, ValueError, int]
     assert table.stored == {"a": 1, "key": 2, "b": 3}
+    await assert_at_rest(batcher)
+
+
+async def test_a_call_that_never_starts_leaves_nothing(flushes: Flushes) -> None:
+    batcher: AnyBatcher = Batcher(flushes, encode=same)
+    [never_started] = submit(batcher, ["key"])
+    never_started.cancel()
+    batcher.submit("key", "never awaited").close()
+    await turns_of_the_loop()
+    assert never_started.cancelled()
+    assert flushes.begun == []
+    await assert_at_rest(batcher)
+    # Nor among others, of which it is the first or the last.
+    calls = submit(batcher, ["key", "a", "b", "key"])
+    calls[0].cancel()
+    calls[3].cancel()
+    await turns_of_the_loop()
+    assert flushes.keys == [["a"], ["b"]]
+    for flush in flushes.begun:
+        flush.end()
+    assert await asyncio.gather(*calls[1:3]) == [None, None]
     await assert_at_rest(batcher)
 
 

@@ -9,38 +9,27 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict
-from taskiq import TaskiqResult
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.serializers import (
     CBORSerializer,
     JSONSerializer,
     MSGPackSerializer,
-    ORJSONSerializer,
     PickleSerializer,
 )
 
+from taskiq_sa_pg import ConfigurationError, ResultDecodeError, ResultSerializationError
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.config import TableConfig
-from taskiq_sa_pg.exceptions import (
-    ConfigurationError,
-    ResultDecodeError,
-    ResultSerializationError,
-)
-from taskiq_sa_pg.rows import ResultRow, StoredProgress, StoredResult
-from tests.tasks import result_of
-
-BYTEA, JSONB = TableConfig("jobs"), TableConfig("jobs", field_for_payload="Jsonb")
-PLAIN = [JSONSerializer, ORJSONSerializer, MSGPackSerializer, CBORSerializer]
-CODECS = {
-    "pickle": Codec(BYTEA),
-    **{serializer.__name__: Codec(BYTEA, serializer()) for serializer in PLAIN},
-    "jsonb": Codec(JSONB),
-    "jsonb-orjson": Codec(JSONB, ORJSONSerializer()),
-}
-every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
-every_plain_codec = pytest.mark.parametrize(
-    "codec", list(CODECS.values())[1:], ids=list(CODECS)[1:]
+from taskiq_sa_pg.statements import StoredProgress
+from tests.unit.codecs import (
+    CODECS,
+    JSONB,
+    PICKLE,
+    decode,
+    each,
+    encode,
+    every_codec,
+    every_plain_codec,
 )
 
 
@@ -58,12 +47,8 @@ class Stream(BaseModel):
     numbers: Iterable[int]
 
 
-def stored(row: ResultRow) -> StoredResult:
-    return StoredResult._make(getattr(row, name) for name in StoredResult._fields)
-
-
-def through(codec: Codec, result: TaskiqResult[Any]) -> Any:
-    return codec.decode_result("t1", stored(codec.encode_result("t1", result)))
+def through(codec: Codec, value: Any) -> Any:
+    return decode(codec, encode(codec, return_value=value))
 
 
 def endless() -> Any:
@@ -96,8 +81,8 @@ def test_what_cannot_be_stored_becomes_an_error_result(
     codec: Codec, make: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     value = make()
-    row = codec.encode_result("t1", result_of(value, labels={"queue": "a"}))
-    result = codec.decode_result("t1", stored(row))
+    row = encode(codec, return_value=value, labels={"queue": "a"})
+    result = decode(codec, row)
     assert result.is_err
     assert result.return_value is None
     assert result.labels == {"queue": "a"}
@@ -111,20 +96,20 @@ def test_what_cannot_be_stored_becomes_an_error_result(
 @every_plain_codec
 @pytest.mark.timeout(20)
 def test_an_endless_iterator_becomes_an_error_result(codec: Codec) -> None:
-    assert through(codec, result_of(itertools.count())).is_err
+    assert through(codec, itertools.count()).is_err
 
 
 @every_plain_codec
 def test_a_value_that_contains_itself_becomes_an_error_result(codec: Codec) -> None:
     value: list[Any] = []
     value.append(value)
-    assert type(through(codec, result_of(value)).error) is ResultSerializationError
+    assert type(through(codec, value).error) is ResultSerializationError
 
 
 def test_pickle_returns_a_value_that_contains_itself() -> None:
     value: list[Any] = []
     value.append(value)
-    read = through(CODECS["pickle"], result_of(value)).return_value
+    read = through(PICKLE, value).return_value
     assert read[0] is read
 
 
@@ -138,7 +123,7 @@ def test_a_value_without_a_text_becomes_an_error_result(codec: Codec) -> None:
         def __str__(self) -> str:
             raise self
 
-    assert type(through(codec, result_of(Mute())).error) is ResultSerializationError
+    assert type(through(codec, Mute()).error) is ResultSerializationError
 
 
 @every_codec
@@ -162,21 +147,19 @@ def test_jsonb_refuses_serializers_that_do_not_write_json(serializer: TaskiqSeri
         Codec(JSONB, serializer)
 
 
-@pytest.mark.parametrize("config", [BYTEA, JSONB], ids=["bytea", "jsonb"])
+@each("pickle", "jsonb")
 @pytest.mark.parametrize("damage", [b"", b"\x80\x04X", b"{", b"\xff", b"\x80\x04K\x01"])
-def test_a_damaged_value_names_the_task_and_the_table(config: TableConfig, damage: bytes) -> None:
-    codec = Codec(config)
-    row = stored(codec.encode_result("t1", result_of([1])))
-    damaged = damage if config is BYTEA else damage.decode(errors="replace")
+def test_a_damaged_value_names_the_task_and_the_table(codec: Codec, damage: bytes) -> None:
+    damaged = damage if codec is PICKLE else damage.decode(errors="replace")
     with pytest.raises(ResultDecodeError, match=r"task 't1' in table jobs"):
-        codec.decode_result("t1", row._replace(return_value=damaged))
+        decode(codec, encode(codec)._replace(return_value=damaged))
     with pytest.raises(ResultDecodeError, match=r"task 't1' in table jobs"):
-        codec.decode_progress("t1", StoredProgress("t1", "x", damaged))
+        codec.decode_progress(StoredProgress("t1", "x", damaged))
 
 
 @pytest.mark.parametrize("content", ['"no base64!"', "5", "null", '"eA=="'])
 def test_a_damaged_wrapper_names_the_task_and_the_table(content: str) -> None:
     codec = CODECS["jsonb"]
-    row = stored(codec.encode_result("t1", result_of([1])))
+    row = encode(codec)._replace(return_value=f'{{"$serialized": {content}}}')
     with pytest.raises(ResultDecodeError, match=r"task 't1' in table jobs"):
-        codec.decode_result("t1", row._replace(return_value=f'{{"$serialized": {content}}}'))
+        decode(codec, row)

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
 from taskiq_sa_pg import ConfigurationError
-from taskiq_sa_pg.engines import make_engine, parse_dsn
+from taskiq_sa_pg.database import make_engine, parse_dsn
 
 SECRET = "hunter2:@/?#[]%&+ ,='\"\\ü€"
 QUOTED_SECRET = "hunter2%3A%40%2F%3F%23%5B%5D%25%26%2B%20%2C%3D%27%22%5C%C3%BC%E2%82%AC"

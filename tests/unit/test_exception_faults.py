@@ -8,30 +8,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from taskiq import TaskiqResult
 
+from taskiq_sa_pg import ResultDecodeError, ResultSerializationError
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.exceptions import ResultDecodeError, ResultSerializationError
-from taskiq_sa_pg.rows import ResultRow, StoredResult
-from tests.unit.codecs import CODECS, every_codec
+from tests.unit.codecs import CODECS, PICKLE, every_codec
+from tests.unit.codecs import decode_error as decode
+from tests.unit.codecs import encode as encode_result
+from tests.unit.codecs import encode_error as encode
+from tests.unit.codecs import error_through as through
 
-JSON = CODECS["JSONSerializer"]
-
-
-def encode(codec: Codec, exception: BaseException) -> ResultRow:
-    result: TaskiqResult[Any] = TaskiqResult.model_construct(
-        is_err=True, return_value=None, execution_time=0.1, labels={}, log=None, error=exception
-    )
-    return codec.encode_result("t1", result)
-
-
-def decode(codec: Codec, row: ResultRow) -> Any:
-    stored = StoredResult._make(getattr(row, name) for name in StoredResult._fields)
-    return codec.decode_result("t1", stored).error
-
-
-def through(codec: Codec, exception: BaseException) -> Any:
-    return decode(codec, encode(codec, exception))
+JSON = CODECS["json"]
 
 
 class Hostile(Exception):
@@ -142,28 +128,26 @@ def test_a_module_that_the_reader_lacks_is_not_imported(codec: Codec, module: An
 
 
 def test_a_class_that_has_changed_at_the_reader_is_rebuilt_from_its_parts(module: Any) -> None:
-    codec = CODECS["PickleSerializer"]
     original = module.Base(2, "b")
     original.value = 5
-    row = encode(codec, original)
+    row = encode(PICKLE, original)
 
     def refuse(self: Any, *args: Any) -> None:
         raise TypeError("takes no arguments")
 
     module.Base.__init__ = refuse
-    error = decode(codec, row)
+    error = decode(PICKLE, row)
     assert type(error) is module.Base
     assert (error.errno, error.value) == (2, 5)
 
 
 def test_an_argument_that_the_reader_lacks_leaves_the_exception_alone(module: Any) -> None:
-    codec = CODECS["PickleSerializer"]
     original: Any = ValueError("a", module.Value())
     original.value = module.Value()
-    assert through(codec, original).args == original.args
-    row = encode(codec, original)
+    assert through(PICKLE, original).args == original.args
+    row = encode(PICKLE, original)
     del module.Value
-    error = decode(codec, row)
+    error = decode(PICKLE, row)
     assert type(error) is ValueError
     assert error.args[0] == "a"
 
@@ -259,12 +243,9 @@ def test_a_damaged_document_names_the_task_and_the_table(nodes: Any) -> None:
 @every_codec
 @pytest.mark.parametrize("document", [None, 5, "x", [], {}, {"exceptions": None}], ids=repr)
 def test_what_is_no_document_names_the_task_and_the_table(codec: Codec, document: Any) -> None:
-    other = encode(codec, ValueError("x"))
-    damaged = codec.encode_result(
-        "t1", TaskiqResult(is_err=False, return_value=document, execution_time=0.1)
-    )
+    row = encode_result(codec, is_err=True, return_value=document)
     with pytest.raises(ResultDecodeError, match=r"task 't1' in table jobs"):
-        decode(codec, other._replace(error=damaged.return_value))
+        decode(codec, row._replace(error=row.return_value))
 
 
 @every_codec

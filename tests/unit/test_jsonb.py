@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskiq_sa_pg.jsonb import (
+from taskiq_sa_pg.codec.jsonb import (
     from_jsonb,
     is_plain,
     is_wrapper,

@@ -1,13 +1,12 @@
 """The models: their columns, types and names in the DDL, their metadata, what they refuse."""
 
-import re
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy.dialects.postgresql import JSONB, asyncpg
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.schema import CreateIndex, CreateTable
 
@@ -16,12 +15,12 @@ from taskiq_sa_pg import (
     Models,
     ProgressMixin,
     ResultMixin,
+    StatusMixin,
     TableConfig,
     build_models,
 )
-from taskiq_sa_pg.catalogue import describe_tables
-from taskiq_sa_pg.rows import METADATA_COLUMNS
-from taskiq_sa_pg.statements import Statements, notify
+from taskiq_sa_pg.models import primary_key_name
+from tests.unit.sql import compiled, names, quoted
 
 CONVENTION = {"pk": "pk_%(table_name)s", "ix": "ix_%(column_0_label)s"}
 
@@ -39,51 +38,26 @@ RESULT_COLUMNS = [
     "attempt",
     "finished_at",
     "expires_at",
-    *METADATA_COLUMNS,
+    "args",
+    "kwargs",
+    "worker",
+    "queued_at",
+    "started_at",
 ]
 PROGRESS_COLUMNS = ["task_id", "state", "meta", "updated_at"]
-
-# 47 bytes, and 16 for the longest name derived from it.
-names = st.text(min_size=1, max_size=47).filter(
-    lambda name: "\x00" not in name and len(name.encode()) <= 47
-)
-
-
-def compiled(element: Any) -> str:
-    return str(element.compile(dialect=asyncpg.dialect()))  # type: ignore[no-untyped-call]  # SQLAlchemy's, bare
+STATUS_COLUMNS = [
+    *("task_id", "state", "task_name", "attempt", "queued_at", "started_at", "worker"),
+    "updated_at",
+]
 
 
 def ddl(models: Models) -> list[str]:
-    tables = (models.results_table, models.progress_table)
+    tables = (models.results_table, *models.other_tables)
     indexes = sorted(models.results_table.indexes, key=lambda index: str(index.name))
     return [*map(compiled, map(CreateTable, tables)), *map(compiled, map(CreateIndex, indexes))]
 
 
-def statements(models: Models) -> list[str]:
-    built = each(Statements(models))
-    return [*map(compiled, [*built, notify(), describe_tables(models.config)])]
-
-
-def each(statements: Statements) -> list[Any]:
-    """Every shape of those that have several."""
-    results = statements.upsert_results
-    upserts = [results.without_metadata, results.with_metadata, statements.upsert_progress]
-    return [
-        *[statement for upsert in upserts for statement in (upsert.one, upsert.many, upsert.alike)],
-        *(statements.select_ready, statements.select_results, statements.take_results),
-        *(statements.forget_results, statements.select_progress),
-    ]
-
-
-def quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def without_quoted_names(sql: str) -> str:
-    return re.sub(r'"(?:[^"]|"")*"', "NAME", sql)
-
-
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(names, st.none() | names)
 def test_names_are_in_the_ddl_to_the_letter(name: str, schema: str | None) -> None:
     config = TableConfig(name, schema=schema)
@@ -91,40 +65,27 @@ def test_names_are_in_the_ddl_to_the_letter(name: str, schema: str | None) -> No
     prefix = "" if schema is None else f"{quoted(schema)}."
     assert f"CREATE TABLE {prefix}{quoted(name)} (" in text
     assert f"CREATE TABLE {prefix}{quoted(config.progress_table_name)} (" in text
+    assert f"CREATE TABLE {prefix}{quoted(config.status_table_name)} (" in text
     assert f"CREATE INDEX {quoted(config.finished_at_index_name)} ON {prefix}" in text
     assert f"CREATE INDEX {quoted(config.expires_at_index_name)} ON {prefix}" in text
-    assert f"CONSTRAINT {quoted(config.primary_key_name)} PRIMARY KEY" in text
-    assert f"CONSTRAINT {quoted(config.progress_primary_key_name)} PRIMARY KEY" in text
-
-
-@settings(max_examples=30)
-@given(names, st.none() | names)
-def test_nothing_of_a_name_stands_unquoted_in_any_sql(name: str, schema: str | None) -> None:
-    usual = build_models(schema=None if schema is None else "app")
-    models = build_models(name, schema=schema)
-    assert list(map(without_quoted_names, ddl(models))) == list(
-        map(without_quoted_names, ddl(usual))
-    )
-    assert list(map(without_quoted_names, statements(models))) == list(
-        map(without_quoted_names, statements(usual))
-    )
-
-
-@pytest.mark.parametrize("name", ["results", "user", "Order", "select"])
-def test_names_are_quoted_even_where_todays_postgresql_needs_no_quotes(name: str) -> None:
-    models = build_models(name, schema="app")
-    for statement in each(Statements(models)):
-        assert f'"app"."{name}' in compiled(statement)
-
-
-def test_every_operation_is_one_statement() -> None:
-    assert all(";" not in sql for sql in statements(build_models()))
+    for table_name in config.table_names:
+        assert f"CONSTRAINT {quoted(primary_key_name(table_name))} PRIMARY KEY" in text
 
 
 def test_the_columns_stand_in_the_documented_order() -> None:
     models = build_models()
     assert models.results_table.c.keys() == RESULT_COLUMNS
     assert models.progress_table.c.keys() == PROGRESS_COLUMNS
+    assert models.status_table is not None
+    assert models.status_table.c.keys() == STATUS_COLUMNS
+
+
+def test_the_other_tables_are_those_whose_rows_go_with_a_result() -> None:
+    models = build_models()
+    assert models.other_tables == [models.progress_table, models.status_table]
+    without_status = Models(models.Result, models.Progress)
+    assert without_status.status_table is None
+    assert without_status.other_tables == [models.progress_table]
 
 
 @pytest.mark.parametrize(
@@ -151,25 +112,28 @@ def test_the_columns_are_not_null_and_default_as_documented() -> None:
         *("task_id", "is_err", "return_value", "execution_time", "labels"),
         *("attempt", "finished_at"),
     ]
-    results, progress, *_ = ddl(models)
+    results, progress, status, *_ = ddl(models)
     assert "attempt INTEGER DEFAULT 0 NOT NULL" in results
     assert "execution_time DOUBLE PRECISION NOT NULL" in results
     assert "finished_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL" in results
     assert "expires_at TIMESTAMP WITH TIME ZONE," in results
     assert "state TEXT NOT NULL" in progress
     assert "updated_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL" in progress
+    assert "attempt INTEGER DEFAULT 0 NOT NULL" in status
+    assert "updated_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL" in status
 
 
 def test_finished_at_has_a_brin_index_and_expires_at_a_partial_one() -> None:
-    _, _, expires_at, finished_at = ddl(build_models())
+    *_, expires_at, finished_at = ddl(build_models())
     assert finished_at.endswith('ON "taskiq_results" USING brin (finished_at)')
     assert expires_at.endswith('ON "taskiq_results" (expires_at) WHERE expires_at IS NOT NULL')
 
 
-def test_progress_rows_leave_room_for_updates_and_have_no_index_but_the_key() -> None:
+def test_rows_that_change_often_have_room_for_it_and_no_index_but_the_key() -> None:
     models = build_models()
-    assert "WITH (fillfactor = 50)" in compiled(CreateTable(models.progress_table))
-    assert not models.progress_table.indexes
+    for table in models.other_tables:
+        assert "WITH (fillfactor = 50)" in compiled(CreateTable(table))
+        assert not table.indexes
     assert "fillfactor" not in compiled(CreateTable(models.results_table))
 
 
@@ -297,6 +261,18 @@ def test_a_column_of_the_mixin_that_is_changed_is_refused(
     own_result = type("OwnResult", (ResultMixin, Base), {attribute: column})
     with pytest.raises(ConfigurationError, match=reason):
         Models(own_result, OwnProgress)
+
+
+def test_no_column_of_ours_may_have_another_type() -> None:
+    models = build_models()
+    usual = {ResultMixin: models.Result, ProgressMixin: models.Progress, StatusMixin: models.Status}
+    for mixin, model in usual.items():
+        for column in sa.inspect(model).columns:
+            other = mapped_column(sa.ARRAY(sa.Text), primary_key=column.primary_key)
+            base = type("Base", (DeclarativeBase,), {})
+            own = type("Own", (mixin, base), {column.name: other})
+            with pytest.raises(ConfigurationError, match=rf"\.{column.name} is ARRAY.* must be "):
+                Models(*{**usual, mixin: own}.values())
 
 
 def test_a_column_of_the_mixin_may_have_an_index_or_a_length() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskiq_sa_pg.notifications import pack
+from taskiq_sa_pg.waiting.notifier import pack
 
 # https://www.postgresql.org/docs/18/sql-notify.html: less than 8000 bytes.
 LIMIT = 8000
@@ -37,7 +37,7 @@ def test_every_id_is_told_once_and_no_payload_is_too_long(ids: list[str]) -> Non
     assert ("[]" in payloads) == (has_too_long or not ids)
 
 
-@pytest.mark.parametrize("count", [1, 2, 205, 206, 1_000, 100_000])
+@pytest.mark.parametrize("count", [1, 2, 205, 206, 1_000, 10_000])
 def test_ids_share_payloads(count: int) -> None:
     ids = [str(UUID(int=number)) for number in range(count)]
     payloads = pack(ids)

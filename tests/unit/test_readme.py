@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import taskiq_sa_pg
-from taskiq_sa_pg import SQLAlchemyResultBackend, build_models, exceptions
-from taskiq_sa_pg.config import TableConfig
+from taskiq_sa_pg import SQLAlchemyResultBackend, TableConfig, build_models, exceptions
 from taskiq_sa_pg.exceptions import TaskiqSaPgError
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from taskiq_sa_pg import ConfigurationError, SQLAlchemyResultBackend
-from taskiq_sa_pg.retention import Retention
+from taskiq_sa_pg.codec import Retention
 
 DSN = "postgresql://u:p@h/d"
 

@@ -10,8 +10,7 @@ from taskiq.serializers import JSONSerializer, PickleSerializer
 
 from taskiq_sa_pg import ConfigurationError, ResultDecodeError, SignedSerializer, TableConfig
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.rows import ResultRow, StoredResult
-from tests.tasks import result_of
+from tests.unit.codecs import decode, encode
 
 OLD, NEW, FOREIGN = "old key, 16 bytes", b"new key, 16 bytes", "another key, 16 bytes"
 
@@ -98,10 +97,6 @@ def test_keys_that_protect_nothing_are_refused(keys: Any, said: str) -> None:
         SignedSerializer(PickleSerializer(), keys)
 
 
-def stored(row: ResultRow) -> StoredResult:
-    return StoredResult._make(getattr(row, name) for name in StoredResult._fields)
-
-
 FORGED = pickle.dumps(Forged())
 FIELDS: dict[str, dict[str, Any]] = {
     "return_value": {"return_value": FORGED},
@@ -113,15 +108,14 @@ FIELDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("field", FIELDS)
 def test_no_part_of_a_forged_row_is_loaded(field: str) -> None:
     codec = Codec(TableConfig(), signed(NEW))
-    result = result_of(1, error=KeyError("x"), labels={"when": object})
-    row = stored(codec.encode_result("t", result))
-    assert codec.decode_result("t", row).return_value == 1
+    fields: dict[str, Any] = {"error": KeyError("x"), "labels": {"when": object}}
+    row = encode(codec, **fields)
+    assert decode(codec, row).return_value == 1
     with pytest.raises(ResultDecodeError, match="not signed with one of the keys"):
-        codec.decode_result("t", row._replace(**FIELDS[field]))
+        decode(codec, row._replace(**FIELDS[field]))
     trusting = Codec(TableConfig(), PickleSerializer())
-    plain = stored(trusting.encode_result("t", result))
     with pytest.raises(ResultDecodeError, match="Loaded"):
-        trusting.decode_result("t", plain._replace(**FIELDS[field]))
+        decode(trusting, encode(trusting, **fields)._replace(**FIELDS[field]))
 
 
 def test_jsonb_takes_no_signed_payloads() -> None:

@@ -1,4 +1,4 @@
-"""The shop's own Alembic history, each command a process of its own."""
+"""The shop's own Alembic history."""
 
 from collections.abc import AsyncIterator
 
@@ -38,19 +38,19 @@ async def tables(dsn: str) -> set[str]:
 
 
 async def test_the_history_makes_what_the_models_describe_and_takes_it_back(database: str) -> None:
-    alembic(database, "upgrade", "0001")
+    await alembic(database, "upgrade", "0001")
     assert await tables(database) == TABLES["0001"]
-    alembic(database, "upgrade", "head")
+    await alembic(database, "upgrade", "head")
     assert await tables(database) == TABLES["0002"]
     await make_broker_table(database)  # which the broker finds made
-    assert CLEAN in alembic(database, "check")
-    alembic(database, "downgrade", "-1")
+    assert CLEAN in await alembic(database, "check")
+    await alembic(database, "downgrade", "-1")
     assert await tables(database) == TABLES["0001"]
-    alembic(database, "downgrade", "base")
+    await alembic(database, "downgrade", "base")
     assert await tables(database) == {"alembic_version"}
 
 
 async def test_the_printed_sql_makes_the_same_tables(database: str) -> None:
-    await execute(database, alembic(database, "upgrade", "head", "--sql"))
+    await execute(database, await alembic(database, "upgrade", "head", "--sql"))
     assert await tables(database) == TABLES["0002"]
-    assert CLEAN in alembic(database, "check")
+    assert CLEAN in await alembic(database, "check")

@@ -1,6 +1,7 @@
 """The shop's tasks, as a client of its web server sees them."""
 
 import asyncio
+import signal
 from contextlib import aclosing
 from types import ModuleType
 from typing import Any
@@ -10,8 +11,17 @@ import httpx
 import pytest
 from taskiq import TaskiqResult
 
-from examples.fastapi_app.conftest import Event, execute, packing_stopped, place_order, stream
+from examples.fastapi_app.conftest import (
+    Event,
+    execute,
+    is_served,
+    packing_stopped,
+    place_order,
+    stream,
+    web_process,
+)
 from tests.conftest import eventually
+from tests.faults.servers import free_ports
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -47,19 +57,6 @@ async def test_a_task_that_runs_is_accepted_and_has_no_result(
         assert (response.status_code, response.json()) == (202, RUNNING)
     await collect(client, task)
     assert (await client.get(task)).status_code == 200
-
-
-async def test_a_failed_task_tells_its_error(client: httpx.AsyncClient) -> None:
-    task = await place_order(client, 11)
-    events = await collect(client, task)
-    response = await client.get(task)
-    assert response.status_code == 200
-    assert response.json() == {
-        "state": "failed",
-        "value": None,
-        "error": {"type": "OutOfStockError", "message": "11 ordered, and only 10 in stock"},
-    }
-    assert events[-1] == ("result", response.json())
 
 
 @pytest.mark.parametrize("path", ["/tasks/{}", "/tasks/{}/events"])
@@ -128,13 +125,13 @@ async def test_who_comes_back_gets_the_current_progress_first(
 async def test_a_client_that_leaves_leaves_no_waiter_and_no_connection(
     client: httpx.AsyncClient, dsn: str, shop: ModuleType
 ) -> None:
-    subscriptions = shop.backend._parts.waiting._subscriptions
+    waiters = shop.backend.runtime.waiters
 
     async def is_waited_for() -> bool:
-        return bool(subscriptions) and shop.engine.pool.checkedout() == 0
+        return waiters.waiting > 0 and shop.engine.pool.checkedout() == 0
 
     async def is_at_rest() -> bool:
-        return not subscriptions and shop.engine.pool.checkedout() == 0
+        return waiters.waiting == 0 and shop.engine.pool.checkedout() == 0
 
     async with packing_stopped(dsn):
         task = await place_order(client, 1)
@@ -156,11 +153,19 @@ async def test_more_clients_than_connections_follow_one_task(client: httpx.Async
     assert first[-1][1]["state"] == "succeeded"
 
 
-async def test_failures_are_joined_with_their_orders(
+async def test_a_failed_task_tells_its_error_and_is_listed_with_its_order(
     client: httpx.AsyncClient, shop: ModuleType
 ) -> None:
     succeeded, failed = await place_order(client, 1, "Grace"), await place_order(client, 12, "Tim")
-    await asyncio.gather(collect(client, succeeded), collect(client, failed))
+    _, events = await asyncio.gather(collect(client, succeeded), collect(client, failed))
+    response = await client.get(failed)
+    assert response.status_code == 200
+    assert response.json() == {
+        "state": "failed",
+        "value": None,
+        "error": {"type": "OutOfStockError", "message": "12 ordered, and only 10 in stock"},
+    }
+    assert events[-1] == ("result", response.json())
     await shop.backend.set_result(str(uuid4()), failure_without_order())
     response = await client.get("/failures")
     assert response.status_code == 200
@@ -198,3 +203,24 @@ async def test_the_page_is_served(client: httpx.AsyncClient) -> None:
     response = await client.get("/")
     assert response.headers["Content-Type"].startswith("text/html")
     assert "<progress" in response.text
+
+
+async def test_a_task_is_followed_across_a_restart_of_the_web_server(dsn: str) -> None:
+    (port,) = free_ports(1)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        with web_process(port) as process:
+            await eventually(lambda: is_served(client), 30)
+            task = await place_order(client, 4)
+            events = stream(client, task)
+            _, seen = await anext(events)
+            async with packing_stopped(dsn):
+                process.send_signal(signal.SIGTERM)
+                process.wait(timeout=30)
+            await events.aclose()
+        with web_process(port):
+            await eventually(lambda: is_served(client), 30)
+            again = [event async for event in stream(client, task)]
+    assert again[0][0] == "progress"
+    assert again[0][1]["packed"] >= seen["packed"]
+    assert again[-1][0] == "result"
+    assert again[-1][1]["state"] == "succeeded"

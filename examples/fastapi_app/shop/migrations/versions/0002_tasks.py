@@ -18,8 +18,6 @@ depends_on = None
 
 def upgrade() -> None:
     schema.upgrade(op, version=1, field_for_task_id="Uuid", field_for_payload="Jsonb")
-    schema.upgrade(op, version=2, field_for_task_id="Uuid", field_for_payload="Jsonb")
-    schema.upgrade(op, version=3, field_for_task_id="Uuid", field_for_payload="Jsonb")
     op.create_table(
         "taskiq_messages",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -35,6 +33,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("taskiq_messages")
-    schema.downgrade(op, version=3, field_for_task_id="Uuid", field_for_payload="Jsonb")
-    schema.downgrade(op, version=2, field_for_task_id="Uuid", field_for_payload="Jsonb")
     schema.downgrade(op, version=1, field_for_task_id="Uuid", field_for_payload="Jsonb")

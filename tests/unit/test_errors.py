@@ -1,10 +1,53 @@
-"""What a pooler's errors say to do: PgBouncer's own, and those of statements that it has lost."""
+"""Errors told apart: what passes, what stays, and what a pooler's errors say to do."""
+
+import ssl
 
 import asyncpg
 import psycopg
 import pytest
 
-from taskiq_sa_pg.faults import describe, is_transient
+from taskiq_sa_pg.database.errors import describe, invalidates_all, is_disconnect, is_transient
+
+LASTING = [
+    asyncpg.UniqueViolationError("x"),
+    asyncpg.UndefinedTableError("x"),
+    asyncpg.InvalidPasswordError("x"),
+    asyncpg.InsufficientPrivilegeError("x"),
+    asyncpg.DiskFullError("x"),
+    asyncpg.DataError("invalid input for query argument $1"),
+    asyncpg.InterfaceError("cannot perform operation: another operation is in progress"),
+    ssl.SSLCertVerificationError("x"),
+    ValueError("x"),
+]
+DISCONNECTS = [
+    asyncpg.ConnectionDoesNotExistError("x"),
+    asyncpg.AdminShutdownError("x"),
+    asyncpg.CrashShutdownError("x"),
+    asyncpg.CannotConnectNowError("x"),
+    asyncpg.InterfaceError("connection is closed"),
+    asyncpg.exceptions.TargetServerAttributeNotMatched("x"),
+    asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress"),
+    ConnectionRefusedError("x"),
+    ConnectionResetError("x"),
+    FileNotFoundError("x"),
+    TimeoutError(),
+]
+READ_ONLY = asyncpg.ReadOnlySQLTransactionError("x")
+PASSING = [
+    asyncpg.TooManyConnectionsError("x"),
+    asyncpg.SerializationError("x"),
+    asyncpg.DeadlockDetectedError("x"),
+    asyncpg.LockNotAvailableError("x"),
+    READ_ONLY,
+]
+
+
+@pytest.mark.parametrize("error", [*LASTING, *DISCONNECTS, *PASSING], ids=repr)
+def test_errors_are_told_apart(error: Exception) -> None:
+    assert is_transient(error) == (error in DISCONNECTS or error in PASSING)
+    assert is_disconnect(error) == (error in DISCONNECTS)
+    assert invalidates_all(error) == (error in DISCONNECTS or error is READ_ONLY)
+
 
 FOR_ASYNCPG = 'connect_args={"statement_cache_size": 0} or ?statement_cache_size=0'
 FOR_PSYCOPG = 'connect_args={"prepare_threshold": None} or ?prepare_threshold=none'

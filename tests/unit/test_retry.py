@@ -1,0 +1,87 @@
+"""What is tried again, for how long, and what the log says of it."""
+
+import asyncio
+import logging
+
+import asyncpg
+import pytest
+
+from taskiq_sa_pg.database.retry import Retry
+from tests.unit.test_errors import DISCONNECTS, LASTING, PASSING
+
+
+class Attempts:
+    """Fails with these errors one after the other, and then succeeds."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.count = 0
+
+    async def __call__(self) -> str:
+        self.count += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "done"
+
+
+async def test_what_passes_is_tried_again_until_it_has_passed() -> None:
+    repeated: list[None] = []
+    raised: list[Exception] = []
+    retry = Retry(60, lambda: repeated.append(None), raised.append)
+    all_attempts = [Attempts(error) for error in [*DISCONNECTS, *PASSING]]
+    all_attempts.append(Attempts(DISCONNECTS[0], PASSING[0], DISCONNECTS[1]))
+    answers = await asyncio.gather(*[retry.run(attempts) for attempts in all_attempts])
+    assert answers == ["done"] * len(all_attempts)
+    counts = [attempts.count for attempts in all_attempts]
+    assert counts == [2] * (len(all_attempts) - 1) + [4]
+    assert len(repeated) == len(raised) == sum(counts) - len(counts)
+    assert set(map(type, raised)) == set(map(type, [*DISCONNECTS, *PASSING]))
+
+
+@pytest.mark.parametrize("error", LASTING, ids=repr)
+@pytest.mark.parametrize("before", [0, 2])
+async def test_what_does_not_pass_is_raised_at_once(error: Exception, before: int) -> None:
+    attempts = Attempts(*[ConnectionResetError()] * before, error)
+    raised: list[Exception] = []
+    with pytest.raises(type(error)):
+        await Retry(60, on_error=raised.append).run(attempts)
+    assert attempts.count == len(raised) == before + 1
+    assert raised[-1] is error
+
+
+async def test_it_is_given_up_in_time() -> None:
+    attempts = Attempts(*[ConnectionResetError(str(i)) for i in range(1_000)])
+    async with asyncio.timeout(5):
+        with pytest.raises(ConnectionResetError) as caught:
+            await Retry(0.3).run(attempts)
+    assert attempts.count > 1
+    assert caught.value.args == (str(attempts.count - 1),)
+
+
+async def test_without_time_there_is_one_attempt() -> None:
+    for retry, timeout in ((Retry(0), None), (Retry(60), 0.0)):
+        attempts = Attempts(ConnectionResetError())
+        with pytest.raises(ConnectionResetError):
+            await retry.run(attempts, timeout)
+        assert attempts.count == 1
+
+
+async def test_the_log_tells_when_trouble_begins_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    retry = Retry(60)
+    await asyncio.gather(
+        *[retry.run(Attempts(*[ConnectionResetError("by peer")] * 2)) for _ in "abc"]
+    )
+    assert await retry.run(Attempts()) == "done"
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["WARNING", "INFO"]
+    begun, ended = [record.getMessage() for record in caplog.records]
+    assert begun == "PostgreSQL: by peer; trying again for up to 60 s"
+    assert ended.startswith("PostgreSQL: recovered after ")
+
+
+async def test_conflicts_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    attempts = Attempts(asyncpg.SerializationError("x"), asyncpg.DeadlockDetectedError("x"))
+    assert await Retry(60).run(attempts) == "done"
+    assert caplog.records == []

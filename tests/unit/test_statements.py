@@ -1,0 +1,103 @@
+"""Every statement: one at a time, and whatever the tables are called, nothing else changes."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import true
+
+from taskiq_sa_pg import Models, build_models
+from taskiq_sa_pg import statements as sql
+from taskiq_sa_pg.schema import describe_columns, select_sizes
+from tests.unit.sql import compiled, names
+
+ROWS: dict[type[Any], list[Any]] = {
+    fields: [fields._make([str(number), *[None] * (len(fields._fields) - 1)]) for number in (1, 2)]
+    for fields in (sql.ResultRow, sql.ProgressRow, sql.StatusRow)
+}
+
+
+def of_tables(models: Models) -> Iterator[Any]:
+    """Every statement on the tables."""
+    status = models.status_table
+    assert status is not None
+    for fields, upserts in {
+        sql.ResultRow: (
+            sql.upsert_results(models),
+            sql.upsert_results(models, is_tracked=True),
+            sql.insert_results(models),
+        ),
+        sql.ProgressRow: (sql.upsert_progress(models), sql.insert_progress(models)),
+        sql.StatusRow: (sql.upsert_status(status),),
+    }.items():
+        for upsert in upserts:
+            for rows in (ROWS[fields][:1], ROWS[fields]):
+                yield from [statement for statement, _ in upsert.of(rows)]
+    for select in (
+        *(sql.select_ready, sql.select_results, sql.select_progress, sql.select_having_progress),
+        *(sql.select_details, sql.select_statuses, sql.select_counts, sql.count_progress),
+        *(sql.prune_results, sql.forget_results, sql.count_expired),
+    ):
+        yield select(models)
+    yield sql.take_results(models, is_tracked=True)
+    yield sql.take_results(models, is_tracked=False)
+    yield sql.select_matching(models, [true()], [])
+    yield sql.select_list(models, is_err=True, task_name="a", limit=1)
+    yield sql.select_running(models, status)
+    yield sql.delete_statuses(status)
+    for table in models.other_tables:
+        yield sql.prune_stale(models, table)
+        yield sql.count_stale(models, table)
+
+
+def texts(models: Models) -> list[str]:
+    config = models.config
+    others = sql.notify(), describe_columns(config.table_names, None), select_sizes(config)
+    return [*map(compiled, of_tables(models)), *map(compiled, others)]
+
+
+def without_quoted_names(text: str) -> str:
+    return re.sub(r'"(?:[^"]|"")*"', "NAME", text)
+
+
+@pytest.fixture(scope="module")
+def usual() -> dict[bool, list[str]]:
+    """By whether there is a schema: the texts of tables with usual names."""
+    models = {False: build_models(), True: build_models(schema="app")}
+    return {key: list(map(without_quoted_names, texts(value))) for key, value in models.items()}
+
+
+def test_every_operation_is_one_statement(usual: dict[bool, list[str]]) -> None:
+    assert all(";" not in text for text in usual[True])
+
+
+@settings(max_examples=3)
+@example('a"b', None)
+@example("%(a)s:b", '";--')
+@given(names, st.none() | names)
+def test_nothing_of_a_name_stands_unquoted_in_any_sql(
+    usual: dict[bool, list[str]], name: str, schema: str | None
+) -> None:
+    found = texts(build_models(name, schema=schema))
+    assert list(map(without_quoted_names, found)) == usual[schema is not None]
+
+
+def test_names_are_quoted_even_where_todays_postgresql_needs_no_quotes() -> None:
+    for statement in of_tables(build_models("user", schema="app")):
+        assert '"app"."user' in compiled(statement)
+
+
+@pytest.mark.parametrize("kind", ["VarChar", "Uuid"])
+def test_rows_are_sorted_before_they_are_locked(kind: Any) -> None:
+    """As upserts sort theirs, in Python's order; else the two deadlock. Pruning waits for none."""
+    order = r"ORDER BY \S+\.task_id " + ('COLLATE "C" ' if kind == "VarChar" else "")
+    locked = 0
+    for statement in of_tables(build_models(field_for_task_id=kind)):
+        text = " ".join(compiled(statement).split())
+        text = re.sub(r"FOR UPDATE OF \S+ SKIP LOCKED", "", text)
+        locked += text.count("FOR UPDATE")
+        assert len(re.findall(order + "FOR UPDATE", text)) == text.count("FOR UPDATE")
+    assert locked > 10
