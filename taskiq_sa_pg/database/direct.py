@@ -43,8 +43,11 @@ class Execution:
         return result.all() if result.returns_rows else ()
 
     def is_unusable_after(self, exc: BaseException) -> bool:
-        """Whether nobody must use the connection again; SQLAlchemy judges that itself."""
-        return False
+        """Whether nobody must use the connection again, beside what SQLAlchemy judges itself."""
+        # A value that asyncpg cannot encode leaves the server in the middle of a transaction. Its
+        # error has no severity, as one of the server's own has.
+        said = getattr(getattr(exc, "orig", None), "__cause__", None)
+        return getattr(said, "severity", "") is None
 
 
 class _Text(NamedTuple):
@@ -97,7 +100,7 @@ class DirectExecution(Execution):
         """As Execution.is_unusable_after()."""
         # Only after an error of the server's own is it sure that nothing is left to be read, or
         # where nothing was sent.
-        is_known = hasattr(exc, "sqlstate") or isinstance(exc, StatementError)
+        is_known = getattr(exc, "severity", None) is not None or isinstance(exc, StatementError)
         return not is_known or self._driver.is_closed()
 
 

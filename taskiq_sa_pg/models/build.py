@@ -119,11 +119,16 @@ def _require_columns_of(mixin: type[Any], table: Table, config: TableConfig) -> 
                 f"table {table.fullname} has no column {name}: leave the columns of "
                 f"{mixin.__name__} as they are, and give those of your own other attributes"
             )
-        if type(found.type) is not type(wanted):
+        if not _is_alike(found.type, wanted):
             raise ConfigurationError(
                 f"column {table.fullname}.{name} is {found.type!r} and must be {wanted!r}: leave "
                 f"it to {mixin.__name__}; __table_config__ chooses the types"
             )
+
+
+def _is_alike(found: TypeEngine[Any], wanted: TypeEngine[Any]) -> bool:
+    has_zone, wants_zone = (getattr(each, "timezone", None) for each in (found, wanted))
+    return type(found) is type(wanted) and has_zone == wants_zone
 
 
 def _columns_of(mixin: type[Any], config: TableConfig) -> Iterator[tuple[str, TypeEngine[Any]]]:

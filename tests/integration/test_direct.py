@@ -161,6 +161,24 @@ async def test_after_an_error_the_connection_is_still_of_use(
     assert executions.number == number
 
 
+@pytest.mark.parametrize("is_direct", [True, False], ids=["direct", "through SQLAlchemy"])
+async def test_a_value_that_the_driver_cannot_encode_leaves_no_transaction_open(
+    opened: Connected, database: Database, is_direct: bool
+) -> None:
+    """Else it would hold its locks until the connection is used again."""
+    await database.fetch("CREATE TABLE numbers (number int, other int)")
+    other = sa.Column("other", sa.Integer, default=None if is_direct else lambda: 1)
+    numbers = sa.Table("numbers", sa.MetaData(), sa.Column("number", sa.Integer), other)
+    statement = sa.insert(numbers).values(number=sa.bindparam("value"))
+    with pytest.raises(StorageError, match="invalid input"):
+        await opened.fetch(statement, {"value": "no number"}, "ask")
+    open_transactions = await database.fetch(
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'ours' "
+        "AND xact_start IS NOT NULL AND pid <> pg_backend_pid()"
+    )
+    assert open_transactions == []
+
+
 async def test_a_connection_whose_statement_was_cancelled_is_not_used_again(
     opened: Connected, database: Database
 ) -> None:

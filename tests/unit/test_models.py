@@ -275,6 +275,22 @@ def test_no_column_of_ours_may_have_another_type() -> None:
                 Models(*{**usual, mixin: own}.values())
 
 
+def test_a_time_without_its_zone_is_refused() -> None:
+    """asyncpg could encode none of ours for it, and every result would be lost."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class OwnResult(ResultMixin, Base):
+        queued_at: Mapped[Any] = mapped_column(sa.DateTime)
+
+    class OwnProgress(ProgressMixin, Base):
+        pass
+
+    with pytest.raises(ConfigurationError, match=r"queued_at is DateTime\(\) and must be"):
+        Models(OwnResult, OwnProgress)
+
+
 def test_a_column_of_the_mixin_may_have_an_index_or_a_length() -> None:
     class Base(DeclarativeBase):
         pass
