@@ -101,7 +101,7 @@ class DirectExecution(Execution):
         # Only after an error of the server's own is it sure that nothing is left to be read, or
         # where nothing was sent.
         is_known = getattr(exc, "severity", None) is not None or isinstance(exc, StatementError)
-        return not is_known or self._driver.is_closed()
+        return not is_known or self._driver.is_closed() or super().is_unusable_after(exc)
 
 
 def _compile(statement: Executable, dialect: Dialect) -> _Text | None:

@@ -2,14 +2,13 @@
 
 import importlib
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import taskiq_sa_pg
-from tests.cli.conftest import PROGRAM, Cli, success
+from tests.cli.conftest import Cli, success
 
 COMMANDS = ["upgrade", "current", "check", "list", "stats", "show x", "watch x", "downgrade base"]
 
@@ -41,24 +40,19 @@ def test_a_name_that_cannot_work_is_refused(cli: Cli) -> None:
     assert "PostgreSQL cuts names at 63" in cli.fails("upgrade", "--table-name", "x" * 64)
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("nonsense", "the serializers are pickle, json"),
-        ("no.such.module:serializer", "No module named"),
-        ("json:nothing", "has no attribute"),
-        ("os:getcwd", "is no TaskiqSerializer"),
-        ("os:path", "is not callable"),
-        ("json:loads", "missing 1 required positional argument"),
-        (".relative:name", "relative import"),
-    ],
-)
-def test_an_unknown_serializer_is_named(
-    cli: Cli, name: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_serializer_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     cli.store(lambda backend: backend.set_result("x", success(1)))
-    assert reason in cli.fails("show", "x", "--serializer", name)
+    for name, reason in {
+        "nonsense": "the serializers are pickle, json",
+        "no.such.module:serializer": "No module named",
+        "json:nothing": "has no attribute",
+        "os:getcwd": "is no TaskiqSerializer",
+        "os:path": "is not callable",
+        "json:loads": "missing 1 required positional argument",
+        ".relative:name": "relative import",
+    }.items():
+        assert reason in cli.fails("show", "x", "--serializer", name)
 
 
 def test_a_wrong_command_line_has_another_status(cli: Cli) -> None:
@@ -77,11 +71,10 @@ def test_an_interruption_is_quiet(cli: Cli) -> None:
     assert process.returncode == 130
 
 
-@pytest.mark.parametrize("command", ["show x", "watch x unfinished"])
-def test_a_closed_pipe_is_quiet_and_ends_the_command(cli: Cli, command: str) -> None:
+def test_a_closed_pipe_is_quiet_and_ends_a_watch(cli: Cli) -> None:
     # More than a pipe holds, of which nothing is read.
     cli.store(lambda backend: backend.set_result("x", success("x" * 1_000_000)))
-    process = cli.start(*command.split())
+    process = cli.start("watch", "x", "unfinished")
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
@@ -91,11 +84,10 @@ def test_a_closed_pipe_is_quiet_and_ends_the_command(cli: Cli, command: str) -> 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
-@pytest.mark.parametrize("command", ["list", "watch x"])
-def test_a_full_disk_is_told_in_one_line(cli: Cli, command: str) -> None:
+def test_a_full_disk_is_told_in_one_line(cli: Cli) -> None:
     cli.store(lambda backend: backend.set_result("x", success(1)))
     with Path("/dev/full").open("w") as full:
-        process = cli.start(*command.split(), stdout=full.fileno())
+        process = cli.start("list", stdout=full.fileno())
         assert process.communicate(timeout=30)[1] == "taskiq-sa-pg: No space left on device\n"
     assert process.returncode == 1
 
@@ -118,9 +110,9 @@ def test_without_the_extra_the_remedy_is_told(
     )
 
 
-def test_the_program_is_installed() -> None:
-    run = subprocess.run([PROGRAM, "--help"], capture_output=True, text=True, check=True)
+def test_help_lists_the_commands(cli: Cli) -> None:
+    printed = cli.ok("--help")
     commands = "upgrade downgrade current check sql show list stats status running prune watch "
     commands += "import-results"
     for command in commands.split():
-        assert f"  {command} " in run.stdout
+        assert f"  {command} " in printed

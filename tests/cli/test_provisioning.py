@@ -77,8 +77,8 @@ def test_tables_of_others_are_left_alone(cli: Cli) -> None:
     assert cli.json("current")["current"] is None
 
 
-@pytest.mark.parametrize("revision", ["nonsense", "", "head-9", "+9", "9999"])
-def test_an_unknown_revision_is_told_with_those_that_there_are(cli: Cli, revision: str) -> None:
-    line = cli.fails("upgrade", revision)
-    assert line.endswith("; the revisions are base, 0001 and head")
+def test_an_unknown_revision_is_told_with_those_that_there_are(cli: Cli) -> None:
+    for revision in ("nonsense", "", "head-9", "+9", "9999"):
+        line = cli.fails("upgrade", revision)
+        assert line.endswith("; the revisions are base, 0001 and head")
     assert cli.json("current")["current"] is None

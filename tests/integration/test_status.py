@@ -81,7 +81,7 @@ async def test_a_later_attempt_and_execution_stays(backend: Backend) -> None:
 
     async def after(state: Any, attempt: int, started_at: datetime | None) -> tuple[Any, ...]:
         await backend.set_status(TaskStatus(task_id, state, None, attempt, None, started_at))
-        # Beside another, which has another statement.
+        # Beside another: several rows have a statement of their own.
         await asyncio.gather(
             *[
                 backend.set_status(TaskStatus(i, state, None, attempt, None, started_at))
@@ -279,7 +279,7 @@ async def test_the_longest_running_come_first_and_not_too_many(backend: Backend)
 async def test_only_what_no_result_says_can_be_set(backend: Backend) -> None:
     for state in ("succeeded", "failed", "expired", "odd"):
         with pytest.raises(ConfigurationError, match="the others come from results"):
-            await backend.set_status(TaskStatus("1", state))  # type: ignore[arg-type]  # that is the point
+            await backend.set_status(TaskStatus(new_id(), state))  # type: ignore[arg-type]  # that is the point
 
 
 def test_arguments_that_cannot_work_are_refused() -> None:

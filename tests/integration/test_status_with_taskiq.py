@@ -24,6 +24,7 @@ from taskiq_sa_pg import (
     TaskMetadataMiddleware,
     TaskStatus,
 )
+from taskiq_sa_pg.timings import Timings
 from tests.conftest import BackendFactory, Database, eventually
 from tests.integration.databases import Log
 from tests.integration.test_status import rows_of_status, running, state_of
@@ -70,6 +71,14 @@ class TakesFailuresAway(TaskiqMiddleware):
         self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException
     ) -> None:
         result.error = NoResultError()
+
+
+async def nothing() -> int:
+    return 42
+
+
+async def fail() -> None:
+    raise ValueError
 
 
 @pytest.fixture
@@ -146,11 +155,7 @@ async def test_retries_count_the_attempts(backend: Backend, database: Database) 
 async def test_a_failure_that_is_stored_and_retried_is_retrying(backend: Backend) -> None:
     broker = broker_of(backend, SimpleRetryMiddleware(no_result_on_retry=False))
 
-    @broker.task(retry_on_error=True, max_retries=2)
-    async def fails() -> None:
-        raise ValueError
-
-    sent = await fails.kiq()
+    sent = await broker.register_task(fail, retry_on_error=True, max_retries=2).kiq()
     await broker.deliver()
     assert await backend.is_result_ready(sent.task_id)
     assert await state_of(backend, sent.task_id) == "retrying"
@@ -161,11 +166,7 @@ async def test_a_failure_that_is_stored_and_retried_is_retrying(backend: Backend
 async def test_a_failure_that_is_retried_later_is_retrying(backend: Backend) -> None:
     broker = broker_of(backend, TakesFailuresAway())
 
-    @broker.task
-    async def fails() -> None:
-        raise ValueError
-
-    sent = await fails.kiq()
+    sent = await broker.register_task(fail).kiq()
     await broker.deliver()
     status = await backend.get_status(sent.task_id)
     assert (status.state, status.attempt, status.worker) == ("retrying", 0, "us")
@@ -239,10 +240,8 @@ async def test_calls_at_once_share_statements(
     )
     broker = broker_of(backend)
 
-    @broker.task
-    async def nothing() -> None: ...
-
-    sent = await asyncio.gather(*[nothing.kiq() for _ in range(200)])
+    task = broker.register_task(nothing)
+    sent = await asyncio.gather(*[task.kiq() for _ in range(200)])
     queued = log.count('INSERT INTO "taskiq_results_status"')
     await asyncio.gather(*[broker.deliver() for _ in sent])
     started = log.count('INSERT INTO "taskiq_results_status"') - queued
@@ -264,17 +263,13 @@ async def test_a_status_that_cannot_be_stored_in_time_stops_no_task(
     backend = await start_backend(track="started", timings=Timings(status_retry=0.1))
     broker = broker_of(backend)
 
-    @broker.task
-    async def nothing() -> int:
-        return 42
-
     async def said_twice() -> bool:
         return len(caplog.messages) == 2
 
     connection = await asyncpg.connect(database.direct_dsn)
     try:
         await connection.execute("BEGIN; LOCK TABLE taskiq_results_status")
-        sent = await nothing.kiq()
+        sent = await broker.register_task(nothing).kiq()
         execution = asyncio.create_task(broker.deliver())
         await eventually(said_twice)
     finally:
@@ -292,10 +287,7 @@ async def test_a_sender_that_was_not_started_sends(
 ) -> None:
     broker = broker_of(SQLAlchemyResultBackend(database.dsn, track="started"))
 
-    @broker.task
-    async def nothing() -> None: ...
-
-    await nothing.kiq()
+    await broker.register_task(nothing).kiq()
     assert len(broker.held) == 1
     assert "that it is queued is not recorded: the result backend is not started" in caplog.text
 
@@ -306,10 +298,7 @@ async def test_nothing_is_written_without_track(
     backend = await start_backend()
     broker = broker_of(backend)
 
-    @broker.task
-    async def nothing() -> None: ...
-
-    sent = await nothing.kiq()
+    sent = await broker.register_task(nothing).kiq()
     assert await state_of(backend, sent.task_id) == "unknown"
     await broker.deliver()
     assert await state_of(backend, sent.task_id) == "succeeded"

@@ -49,25 +49,26 @@ async def test_processes_and_backends_make_the_tables_by_turns(
     await alembic("stamp", "base", TASKIQ_SA_PG_DSN=database.dsn)
     application = f"upgrading {database.schema}"
     dsn = f"{database.dsn}&application_name={application.replace(' ', '%20')}"
-    commands = [(sys.executable, "-m", "alembic"), ("taskiq-sa-pg",)] * 2
+    commands = [(sys.executable, "-m", "alembic"), ("taskiq-sa-pg",)]
 
     async def upgrade(*command: str) -> Outcome:
         return await run(*command, "upgrade", "head", TASKIQ_SA_PG_DSN=dsn)
 
     async def all_wait() -> bool:
         query = "SELECT 1 FROM pg_stat_activity WHERE application_name = $1 AND wait_event = $2"
-        return len(await database.fetch(query, application, "advisory")) == len(commands)
+        return len(await database.fetch(query, application, "advisory")) == len(commands) + 2
 
     async with asyncio.TaskGroup() as group, locked(database, f"{NAME}_version"):
-        starting = group.create_task(start_backend(timings=Timings(lock=60)))
+        group.create_task(start_backend(timings=Timings(lock=60)))
         await eventually(lambda: is_waited_for(database, f"{NAME}_version"))
+        starting = [group.create_task(start_backend(dsn=dsn)) for _ in range(2)]
         upgrading = [group.create_task(upgrade(*command)) for command in commands]
         await eventually(all_wait, 30)
     outcomes = [task.result() for task in upgrading]
     assert [outcome.stderr for outcome in outcomes if outcome.status != 0] == []
     assert "Running upgrade" not in "".join(outcome.stderr for outcome in outcomes)
     assert await versions(database) == ["0001"]
-    assert not await starting.result().is_result_ready("1")
+    assert [await task.result().is_result_ready("1") for task in starting] == [False, False]
 
 
 async def test_backends_for_two_tables_migrate_at_once_in_one_event_loop(
