@@ -33,6 +33,10 @@ NOT_THROUGH_A_POOLER: Final[Mapping[str, str]] = {
     "test_without_permission_every_call_says": "takes a role by a setting that PgBouncer refuses",
     "is_one_statement": "counts the messages of a driver that prepares its statements",
     "test_a_pool_is_used_lightly": "counts the server's sessions",
+    "test_closing_gives_every_connection_back": "counts the server's sessions",
+    "however_busy_it_is": "counts the server's sessions",
+    "test_the_next_user_of_a_connection": "its settings are those of whichever server it meets",
+    "test_only_a_deleting_read_opens_a_transaction": "gives a driver the other's settings",
     "settings of the server's": "PgBouncer refuses those settings, which tests/pgbouncer shows",
 }
 

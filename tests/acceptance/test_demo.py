@@ -54,7 +54,7 @@ def test_the_demo_prints_the_result_the_progress_and_the_rows(
 
 @pytest.mark.parametrize(
     ("interruption", "during"),
-    [(signal.SIGINT, "# Making the tables"), (signal.SIGTERM, "# python progress.py")],
+    [(signal.SIGINT, "# Making the tables"), (signal.SIGTERM, "# python quickstart.py")],
 )
 def test_an_interrupted_demo_leaves_nothing_behind(
     demo: subprocess.Popen[str], tmp_path: Path, interruption: signal.Signals, during: str

@@ -208,7 +208,7 @@ async def test_json_keeps_what_jsonb_alone_cannot_hold(backend: Backend) -> None
 
 @pytest.mark.parametrize("name", ["jsonb"])
 async def test_any_json_value_comes_back_from_jsonb(backend: Backend) -> None:
-    for value in examples(JSON_VALUES, 60):
+    for value in examples(JSON_VALUES, 40):
         read = await returned(backend, value)
         # Like ==, but NaN equals itself, and 1 neither 1.0 nor True.
         assert repr_sorted(read) == repr_sorted(value)

@@ -99,6 +99,8 @@ class Application:
             template=self.template,
         )
         (self.folder / "migrations/versions" / ORDERS_REVISION).write_text(ORDERS)
+        # It would set up the logging of the tests.
+        self.ini.write_text(self.ini.read_text().partition("[loggers]")[0])
         self._env = (self.folder / "migrations/env.py").read_text()
         self.use(self.database)
         self.set_models("")
@@ -133,7 +135,6 @@ class Application:
             "async": f'{{"server_settings": {{"search_path": "{database.schema}"}}}}',
         }[self.template]
         env = self._env
-        # It would set up the logging of the tests.
         for old, new in (
             ("    fileConfig(config.config_file_name)\n", "    pass\n"),
             ("target_metadata = None\n", ENVIRONMENT.format(options=self.options)),

@@ -138,7 +138,8 @@ def test_a_text_column_takes_every_id_without_nul(task_id: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task_id", "reason"), [("\ud800", "surrogate"), (7, "not a str"), (None, "not a str")]
+    ("task_id", "reason"),
+    [("a\x00b", "NUL"), ("\ud800", "surrogate"), (7, "not a str"), (None, "not a str")],
 )
 def test_a_text_column_refuses_what_it_cannot_hold(task_id: Any, reason: str) -> None:
     with pytest.raises(InvalidTaskIdError, match=reason):

@@ -285,6 +285,11 @@ def test_engine_has_a_pool_without_overflow_unless_told() -> None:
     assert isinstance(engine_pool("postgresql://h", poolclass=NullPool), NullPool)
 
 
+def test_the_users_data_stay_out_of_errors_unless_told() -> None:
+    assert make_engine("postgresql://h").sync_engine.hide_parameters
+    assert not make_engine("postgresql://h", hide_parameters=False).sync_engine.hide_parameters
+
+
 def engine_pool(dsn: str, **kwargs: Any) -> Any:
     return make_engine(dsn, **kwargs).pool
 

@@ -127,6 +127,17 @@ def test_a_module_that_the_reader_lacks_is_not_imported(codec: Codec, module: An
     assert module.__name__ not in sys.modules
 
 
+def test_a_module_on_the_path_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "nobody_has_imported_it"
+    (tmp_path / f"{name}.py").write_text("class Error(ValueError): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    error = decode_document({"exceptions": [{**NODE, "mro": [[name, "Error"], *NODE["mro"]]}]})
+    assert (type(error).__name__, type(error).__bases__) == ("Error", (ValueError,))
+    assert name not in sys.modules
+
+
 def test_a_class_that_has_changed_at_the_reader_is_rebuilt_from_its_parts(module: Any) -> None:
     original = module.Base(2, "b")
     original.value = 5

@@ -101,3 +101,15 @@ def test_rows_are_sorted_before_they_are_locked(kind: Any) -> None:
         locked += text.count("FOR UPDATE")
         assert len(re.findall(order + "FOR UPDATE", text)) == text.count("FOR UPDATE")
     assert locked > 10
+
+
+def test_what_is_overwritten_comes_from_excluded_alone() -> None:
+    """Citus refuses now() on the right of ON CONFLICT DO UPDATE."""
+    overwriting = 0
+    for statement in of_tables(build_models()):
+        text = " ".join(compiled(statement).split())
+        for assigned in re.findall(r"DO UPDATE SET (.*?)(?: WHERE | RETURNING |$)", text):
+            overwriting += 1
+            for assignment in assigned.split(", "):
+                assert re.fullmatch(r'"?(\w+)"? = excluded\."?\1"?', assignment), assignment
+    assert overwriting == 10  # of one row and of several: results thrice, progress, statuses
