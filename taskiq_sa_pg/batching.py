@@ -175,18 +175,31 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             batch = self._next_batch()
             if batch:
                 self._lone.is_quiet = len(batch) == 1
-                lane = self._loop.create_task(self._settle(batch))
+                lane = self._loop.create_task(self._run_lane(batch))
                 self._begin_lane(batch, lane)
+                # For one that is cancelled before it runs.
                 lane.add_done_callback(partial(self._end_lane, batch))
+
+    async def _run_lane(self, batch: _Batch[_Key, _Row]) -> None:
+        lane = asyncio.current_task()
+        assert lane is not None
+        try:
+            await self._settle(batch)
+        finally:
+            # Not left to the callback, which comes a turn later: who was answered may call again
+            # before it, and find the lane taken.
+            self._end_lane(batch, lane)
 
     def _begin_lane(self, batch: _Batch[_Key, _Row], lane: "asyncio.Future[None]") -> None:
         self._lanes.add(lane)
         self._in_flight.update(batch)
 
     def _end_lane(self, batch: _Batch[_Key, _Row], lane: "asyncio.Future[None]") -> None:
+        if lane not in self._lanes:
+            return
+        self._lanes.remove(lane)
         for _, future, _ in _calls_of(batch):
             future.cancel()  # nobody has answered it, because the flush was cancelled
-        self._lanes.discard(lane)
         self._in_flight.difference_update(batch)
         for key in batch.keys() & self._held.keys():
             self._pending[key] = self._held.pop(key)

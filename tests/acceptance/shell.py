@@ -17,11 +17,11 @@ from demo import workers
 from tests.commands import run_alembic, run_taskiq_sa_pg
 
 # Without whatever bash would understand, but for variables before the command and `> file`.
-_PLAIN: Final = r"[^|&;<>$`*]"
+_PLAIN: Final = r"(?:'[^']*'|[^'\"|&;<>$`*])*"
 _KINDS: Final = {
-    "export": re.compile(rf"export (\w+)=({_PLAIN}*)"),
+    "export": re.compile(rf"export (\w+)=({_PLAIN})"),
     "worker": re.compile(r"taskiq worker (.+) --workers \d+"),
-    "own": re.compile(rf"((?:\w+=\S+ )*)(alembic|taskiq-sa-pg) ({_PLAIN}*)(?:> (\S+))?"),
+    "own": re.compile(rf"((?:\w+=\S+ )*)(alembic|taskiq-sa-pg) ({_PLAIN})(?:> (\S+))?"),
 }
 
 

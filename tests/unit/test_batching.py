@@ -40,6 +40,24 @@ async def test_a_lone_call_is_flushed_at_once_by_its_caller(flushes: Flushes) ->
     await assert_at_rest(batcher)
 
 
+async def test_after_a_batch_a_lone_caller_who_loops_flushes_its_own_calls_again() -> None:
+    """One turn of the event loop later it would find the lane of its last call, each time."""
+    tasks: list[asyncio.Task[Any] | None] = []
+
+    async def flush(batch: Batch) -> dict[Any, Any]:
+        tasks.append(asyncio.current_task())
+        await asyncio.sleep(0)
+        return {}
+
+    batcher: AnyBatcher = Batcher(flush, encode=same)
+    await asyncio.gather(*[batcher.submit(key, key) for key in range(5)])
+    tasks.clear()
+    for key in range(10):
+        await batcher.submit(key, key)
+    # The first may have to find out that calls come one by one again.
+    assert tasks[1:] == [asyncio.current_task()] * 9
+
+
 async def test_calls_of_one_turn_are_one_flush(flushes: Flushes) -> None:
     batcher: AnyBatcher = Batcher(flushes, encode=same)
     # The first finds nobody else there, and does not wait for others.

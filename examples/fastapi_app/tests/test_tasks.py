@@ -205,21 +205,22 @@ async def test_the_page_is_served(client: httpx.AsyncClient) -> None:
     assert "<progress" in response.text
 
 
-async def test_a_task_is_followed_across_a_restart_of_the_web_server(dsn: str) -> None:
+async def test_a_task_is_followed_across_the_end_of_a_web_server(
+    client: httpx.AsyncClient, dsn: str
+) -> None:
+    """By one that is another process, so that nothing is left of the first."""
     (port,) = free_ports(1)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as first_client:
         with web_process(port) as process:
-            await eventually(lambda: is_served(client), 30)
-            task = await place_order(client, 4)
-            events = stream(client, task)
+            await eventually(lambda: is_served(first_client), 30)
+            task = await place_order(first_client, 4)
+            events = stream(first_client, task)
             _, seen = await anext(events)
             async with packing_stopped(dsn):
                 process.send_signal(signal.SIGTERM)
                 process.wait(timeout=30)
             await events.aclose()
-        with web_process(port):
-            await eventually(lambda: is_served(client), 30)
-            again = [event async for event in stream(client, task)]
+    again = await collect(client, task)
     assert again[0][0] == "progress"
     assert again[0][1]["packed"] >= seen["packed"]
     assert again[-1][0] == "result"
