@@ -11,6 +11,9 @@ from taskiq.exceptions import ResultBackendError, ResultGetError, ResultSetError
 class TaskiqSaPgError(ResultBackendError):
     """Anything that this package raises on its own account."""
 
+    # The text, made of `args`; not taskiq's `__template__`, which is made of keywords.
+    _text = ""
+
     def __init__(self, *args: object) -> None:
         super().__init__()
         # taskiq's errors take keywords and keep the formatted text alone in `args`.
@@ -31,7 +34,7 @@ class TaskiqSaPgError(ResultBackendError):
     @property
     def message(self) -> str:
         """What happened, to what, and what mends it."""
-        return " ".join(map(str, self.args))
+        return self._text.format(*self.args) if self._text else " ".join(map(str, self.args))
 
 
 class ConfigurationError(TaskiqSaPgError, ValueError):
@@ -45,11 +48,7 @@ class NotStartedError(TaskiqSaPgError, RuntimeError):
 class InvalidTaskIdError(TaskiqSaPgError, ValueError):
     """A task id that the task-id column cannot hold. Its args: the task id, the reason."""
 
-    @property
-    def message(self) -> str:
-        """Which id, and why not."""
-        task_id, reason = self.args
-        return f"task id {task_id!r} {reason}"
+    _text = "task id {!r} {}"
 
 
 class SchemaError(TaskiqSaPgError):
@@ -59,10 +58,7 @@ class SchemaError(TaskiqSaPgError):
 class StorageError(TaskiqSaPgError):
     """PostgreSQL refused a statement or could not be reached. Its args: the text, the SQLSTATE."""
 
-    @property
-    def message(self) -> str:
-        """What was attempted, and what PostgreSQL or the driver said."""
-        return str(self.args[0])
+    _text = "{}"
 
     @property
     def sqlstate(self) -> str | None:
@@ -77,11 +73,7 @@ class ResultIsMissingError(TaskiqSaPgError, ResultGetError):
     Its args: the task id, the table.
     """
 
-    @property
-    def message(self) -> str:
-        """Which task, and in which table it was looked for."""
-        task_id, table = self.args
-        return f"no result of task {task_id!r} in table {table}"
+    _text = "no result of task {!r} in table {}"
 
 
 class ResultDecodeError(TaskiqSaPgError, ResultGetError):
@@ -90,15 +82,10 @@ class ResultDecodeError(TaskiqSaPgError, ResultGetError):
     Its args: what was read, the table, the reason.
     """
 
-    @property
-    def message(self) -> str:
-        """Which value, where, and why it cannot be read."""
-        what, table, reason = self.args
-        return (
-            f"cannot decode {what} in table {table}: {reason}. "
-            "The row was left in place; was it written with another serializer, "
-            "or by code that this process cannot import?"
-        )
+    _text = (
+        "cannot decode {} in table {}: {}. The row was left in place; was it written with another "
+        "serializer, or by code that this process cannot import?"
+    )
 
 
 class MissingColumnsError(TaskiqSaPgError, LookupError):
@@ -107,15 +94,11 @@ class MissingColumnsError(TaskiqSaPgError, LookupError):
     Its args: the names of the columns, the table.
     """
 
-    @property
-    def message(self) -> str:
-        """Which columns, of which table, and what to select."""
-        names, table = self.args
-        return (
-            f"the row has no {names} of table {table}: select the whole model or these "
-            "columns too. Columns that are deferred, or expired by a commit, count as left out; "
-            "and an outer join has none where there is no result"
-        )
+    _text = (
+        "the row has no {} of table {}: select the whole model or these columns too. Columns that "
+        "are deferred, or expired by a commit, count as left out; and an outer join has none where "
+        "there is no result"
+    )
 
 
 class PayloadTooLargeError(TaskiqSaPgError, ResultSetError):
@@ -125,14 +108,10 @@ class PayloadTooLargeError(TaskiqSaPgError, ResultSetError):
     limit.
     """
 
-    @property
-    def message(self) -> str:
-        """What is too large, how large, and what to do with it."""
-        what, size, limit = self.args
-        return (
-            f"{what} takes {size} bytes, and max_payload_bytes is {limit}. Keep it elsewhere and "
-            "return where it is, or raise the limit"
-        )
+    _text = (
+        "{} takes {} bytes, and max_payload_bytes is {}. Keep it elsewhere and return where it is, "
+        "or raise the limit"
+    )
 
 
 class ResultSerializationError(TaskiqSaPgError, ResultSetError):
@@ -142,11 +121,7 @@ class ResultSerializationError(TaskiqSaPgError, ResultSetError):
     its type, the reason.
     """
 
-    @property
-    def message(self) -> str:
-        """What could not be serialized, its type, and why."""
-        what, type_name, reason = self.args
-        return (
-            f"cannot serialize {what} of type {type_name}: {reason}. "
-            "Return plain data, or choose a serializer that can hold it"
-        )
+    _text = (
+        "cannot serialize {} of type {}: {}. Return plain data, or choose a serializer that can "
+        "hold it"
+    )

@@ -4,10 +4,9 @@ Of OpenTelemetry only the API is used, which does nothing until the application 
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, Final, Literal, get_args
 from weakref import WeakSet
@@ -35,8 +34,6 @@ _SCOPE: Final = "taskiq_sa_pg"
 
 # What OpenTelemetry's SDK keeps of a span's links.
 MAX_LINKS: Final = 128
-
-_NOTHING: Final = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +78,12 @@ class Stats:
 
 
 class BatchMeter:
-    """Counts the calls and batches of one operation, and makes spans of the batches.
-
-    Args:
-        operation: Its name.
-        table: The results table, as messages name it.
-
-    Attributes:
-        calls: How many calls there were.
-        is_tracing: Whether the calls are to be told whose they are.
-        queues: Where calls wait; each has a number `pending`.
-        attributes: What its figures are told by.
-    """
+    """Counts the calls and batches of one operation, and makes spans of the batches."""
 
     def __init__(self, operation: str = "", table: str = "") -> None:
         self.calls = 0
-        self.is_tracing = False
-        self.queues: list[Any] = []
+        self.is_tracing = False  # whether calls have to say who their caller() is
+        self.queues: list[Any] = []  # where calls wait; each has a number `pending`
         self.attributes: Final[Mapping[str, Any]] = {
             "db.system.name": "postgresql",
             "db.operation.name": operation,
@@ -108,15 +94,14 @@ class BatchMeter:
         self._waited = self._longest_wait = 0.0
 
     def caller(self) -> Any:
-        """Who calls now: what its span is known by; to be asked while is_tracing."""
+        """Who calls now: what its span is known by."""
         return trace.get_current_span().get_span_context()
 
     def flushing(self, entries: Collection[Any]) -> AbstractContextManager[Any] | None:
         """Counts a batch that begins now; what it is to run in, if anything.
 
-        Args:
-            entries: What waited together: `since` when, by time.perf_counter(), and its `calls`,
-                of which each ends with its caller.
+        An entry has waited `since` then, by time.perf_counter(); each of its `calls` ends with its
+        caller.
         """
         size = len(entries)
         waited = time.perf_counter() - next(iter(entries)).since
@@ -145,27 +130,12 @@ class BatchMeter:
     def stats(self) -> BatchStats:
         """What was counted."""
         return BatchStats(
-            self.calls,
-            self._batches,
-            self._largest,
-            self._waited,
-            self._longest_wait,
-            self.pending,
+            self.calls, self._batches, self._largest, self._waited, self._longest_wait, self.pending
         )
 
 
 class Telemetry:
-    """All the figures of one backend.
-
-    Args:
-        table: The results table, as messages name it.
-        listener: Tells the state of the listening connection.
-        waiters: Tells how many wait.
-
-    Attributes:
-        meters: Of each operation.
-        attributes: What its figures are told by.
-    """
+    """All the figures of one backend."""
 
     def __init__(
         self,
@@ -209,7 +179,7 @@ class Telemetry:
     def pruning(self) -> AbstractContextManager[Any]:
         """Has a span for as long as a pruning takes, below that of whoever calls."""
         if not (_HAS_OPENTELEMETRY and _is_tracing()):
-            return _NOTHING
+            return nullcontext()
         attributes = {**self.attributes, "db.operation.name": "prune"}
         name = f"prune {self.attributes['db.collection.name']}"
         return _span(name, attributes, [trace.get_current_span().get_span_context()])
@@ -232,37 +202,29 @@ def _span(
         parent = trace.set_span_in_context(trace.NonRecordingSpan(callers[0]))
     else:  # of no caller more than of the others
         parent = context.Context()
-    span = trace.get_tracer(_SCOPE).start_span(
+    return trace.get_tracer(_SCOPE).start_as_current_span(
         name,
         parent,
         kind=trace.SpanKind.CLIENT,
         attributes=attributes,
         links=[trace.Link(caller) for caller in callers] if len(callers) > 1 else [],
     )
-    return trace.use_span(span, end_on_exit=True)
 
 
-_Observed = Iterable[tuple[float, Mapping[str, Any]]]
+def _pending(_options: Any) -> "list[metrics.Observation]":
+    meters = [meter for each in list(_LIVE) for meter in each.meters.values()]
+    return [metrics.Observation(meter.pending, meter.attributes) for meter in meters]
 
 
-def _pending(telemetry: Telemetry) -> _Observed:
-    return [(meter.pending, meter.attributes) for meter in telemetry.meters.values()]
+def _listening(_options: Any) -> "list[metrics.Observation]":
+    return [
+        metrics.Observation(int(each.listener() == "listening"), each.attributes)
+        for each in list(_LIVE)
+    ]
 
 
-def _listening(telemetry: Telemetry) -> _Observed:
-    return [(int(telemetry.listener() == "listening"), telemetry.attributes)]
-
-
-def _waiting(telemetry: Telemetry) -> _Observed:
-    return [(telemetry.waiters(), telemetry.attributes)]
-
-
-def _observe(
-    observed: Callable[[Telemetry], _Observed], _options: Any
-) -> "Iterator[metrics.Observation]":
-    for telemetry in list(_LIVE):
-        for value, attributes in observed(telemetry):
-            yield metrics.Observation(value, attributes)
+def _waiting(_options: Any) -> "list[metrics.Observation]":
+    return [metrics.Observation(each.waiters(), each.attributes) for each in list(_LIVE)]
 
 
 if _HAS_OPENTELEMETRY:
@@ -275,11 +237,9 @@ if _HAS_OPENTELEMETRY:
         "taskiq_sa_pg.retries", "{retry}", "Statements that were tried again"
     )
     _PRUNED = _meter.create_counter("taskiq_sa_pg.pruned", "{row}", "Rows that were deleted")
-    for _name, _observed, _unit, _text in (
+    for _name, _observe, _unit, _text in (
         ("pending", _pending, "{task}", "Tasks with calls that are not answered yet"),
         ("listener", _listening, "1", "1 while waiters are woken by push, else 0"),
         ("waiters", _waiting, "{waiter}", "Those that wait for results or progress"),
     ):
-        _meter.create_observable_gauge(
-            f"taskiq_sa_pg.{_name}", [partial(_observe, _observed)], _unit, _text
-        )
+        _meter.create_observable_gauge(f"taskiq_sa_pg.{_name}", [_observe], _unit, _text)

@@ -23,8 +23,8 @@ from taskiq_sa_pg.codec.exceptions import (
     exception_from_document,
     exception_to_document,
     format_traceback,
+    pack_or_repr,
     qualified_name,
-    repr_of,
 )
 from taskiq_sa_pg.codec.jsonb import (
     from_jsonb,
@@ -60,13 +60,9 @@ _TRUSTED_TO_LOAD: Final = (PickleSerializer, JSONSerializer, ORJSONSerializer)
 class Codec:
     """Encodes and decodes the rows of one table with one serializer.
 
-    Args:
-        config: The table's configuration; its payload type decides about bytes or JSON text.
-        serializer: None for the default: PickleSerializer for "Bytea", JSONSerializer for
-            "Jsonb".
-        max_payload_bytes: The most bytes of a serialized return value, exception or progress's
-            metadata; None sets no limit.
-        retention: When results expire.
+    Without one it takes PickleSerializer or, with "Jsonb", JSONSerializer. `max_payload_bytes`
+    is the limit of a serialized return value, exception or progress's metadata. Task ids are as
+    the columns have them.
 
     Raises:
         ConfigurationError: "Jsonb" with a serializer that does not write JSON, or a limit below 1.
@@ -92,21 +88,14 @@ class Codec:
         if self._is_jsonb:
             _check_writes_json(serializer)
         self.serializer = serializer
-        innermost = (
-            serializer.serializer if isinstance(serializer, SignedSerializer) else serializer
-        )
-        is_trusted_to_load = type(innermost) in _TRUSTED_TO_LOAD
+        inner = serializer.serializer if isinstance(serializer, SignedSerializer) else serializer
+        is_trusted_to_load = type(inner) in _TRUSTED_TO_LOAD
         self._dump = serializer.dumpb if is_trusted_to_load else self._dump_and_load
 
     def encode_result(
         self, task_id: Any, result: TaskiqResult[Any], *, strict: bool = False
     ) -> ResultRow:
         """The row of a result. What cannot be stored becomes an error result, and is logged.
-
-        Args:
-            task_id: As the column has it.
-            result: The result.
-            strict: Raise instead.
 
         Raises:
             ResultSerializationError: With strict: the serializer cannot hold a value.
@@ -169,12 +158,7 @@ class Codec:
         return ResultDecodeError(what, self._table, reason_of(exc))
 
     def encode_progress(self, task_id: Any, progress: TaskProgress[Any]) -> ProgressRow:
-        """The row of a progress; task_id as the column has it.
-
-        Raises:
-            ResultSerializationError: The serializer cannot hold the metadata.
-            PayloadTooLargeError: The metadata is too large.
-        """
+        """The row of a progress; raises where its metadata cannot be stored."""
         state = progress.state.value if isinstance(progress.state, Enum) else progress.state
         meta = progress.meta
         return ProgressRow(
@@ -197,11 +181,7 @@ class Codec:
         return TaskProgress.model_construct(state=row.state, meta=meta)
 
     def pack(self, value: Any) -> Any:
-        """The value as plain data for an exception's document; see exception_codec.Packer.
-
-        Raises:
-            ResultSerializationError: The serializer cannot hold the value.
-        """
+        """The value as plain data for an exception's document."""
         if type(value) is bytes:
             return wrap_bytes(value)
         if is_plain(value) and self._holds_in_document(value):
@@ -217,7 +197,8 @@ class Codec:
             return self._dump(value)
         except Exception as refusal:  # noqa: BLE001 - serializers raise what they like
             try:
-                return self._dump(_to_jsonable(value))
+                _refuse_iterators(value)
+                return self._dump(to_jsonable_python(value))
             except Exception as exc:  # noqa: BLE001 - as above
                 reasons = f"{reason_of(refusal)}; {reason_of(exc)}"
                 type_name = qualified_name(type(value))
@@ -270,12 +251,7 @@ class Codec:
         return json.dumps(document, ensure_ascii=False)
 
     def _pack_label(self, value: Any) -> Any:
-        if is_plain(value):
-            return value
-        try:
-            return self.pack(value)
-        except ResultSerializationError:
-            return repr_of(value)
+        return value if is_plain(value) else pack_or_repr(value, self)
 
     def _decode_labels(self, stored: str) -> dict[str, Any]:
         if stored == "{}":
@@ -320,24 +296,17 @@ def reason_of(exc: Exception) -> str:
     return f"{qualified_name(type(exc))}: {storable_text(text)[:_MAX_REASON_CHARACTERS]}"
 
 
-def _to_jsonable(value: Any) -> Any:
-    if _holds_iterator(value):
-        # pydantic would make a list of it: of a generator, which may be endless, or of the
-        # lines of an open file.
-        raise TypeError("an iterator is not a value")
-    return to_jsonable_python(value)
-
-
-def _holds_iterator(value: Any) -> bool:
+def _refuse_iterators(value: Any) -> None:
     pending, seen = [value], set()
     while pending:
         current = pending.pop()
         if isinstance(current, Iterator | AsyncIterator):
-            return True
+            # pydantic would make a list of it: of a generator, which may be endless, or of the
+            # lines of an open file.
+            raise TypeError("an iterator is not a value")
         if id(current) not in seen:
             seen.add(id(current))
             pending.extend(_parts(current))
-    return False
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Row, inspect
@@ -24,12 +25,7 @@ _Lookup = Callable[[str], Any]
 
 
 class RowDecoder:
-    """Decodes rows of any select, as SQLAlchemy's types give their values. It never connects.
-
-    Args:
-        codec: What has encoded them.
-        models: The tables.
-    """
+    """Decodes rows of any select, as SQLAlchemy's types give their values. It never connects."""
 
     def __init__(self, codec: Codec, models: Models) -> None:
         self._codec = codec
@@ -53,23 +49,20 @@ class RowDecoder:
         if task_id is _MISSING:
             task_id = None
         try:
-            stored = self._stored(task_id, value_of)
+            error, labels, log = value_of("error"), value_of("labels"), value_of("log")
+            stored = StoredResult(
+                task_id=task_id,
+                is_err=value_of("is_err"),
+                return_value=self._payload("return_value", value_of("return_value")),
+                error=None if error is None else self._payload("error", error),
+                error_type=None,
+                execution_time=value_of("execution_time"),
+                labels="{}" if labels is _MISSING or not labels else _to_json(labels),
+                log=None if log is _MISSING else log,
+            )
         except (TypeError, ValueError, RecursionError) as exc:
             raise self._codec.decode_error(task_id, exc) from exc
         return self._codec.decode_result(stored, with_logs=with_logs)
-
-    def _stored(self, task_id: Any, value_of: _Lookup) -> StoredResult:
-        error, labels, log = value_of("error"), value_of("labels"), value_of("log")
-        return StoredResult(
-            task_id=task_id,
-            is_err=value_of("is_err"),
-            return_value=self._payload("return_value", value_of("return_value")),
-            error=None if error is None else self._payload("error", error),
-            error_type=None,
-            execution_time=value_of("execution_time"),
-            labels="{}" if labels is _MISSING or not labels else _to_json(labels),
-            log=None if log is _MISSING else log,
-        )
 
     def _payload(self, name: str, value: Any) -> bytes | str:
         if self._is_jsonb:
@@ -83,7 +76,7 @@ class RowDecoder:
         if isinstance(mapping, Mapping):
             found = [value for value in mapping.values() if isinstance(value, ResultMixin)]
             if not found:
-                return self._lookup_in(mapping)
+                return partial(self._value_in, mapping)
             if len(found) > 1:
                 raise TypeError(f"the row holds {len(found)} results: decode them one by one")
             [row] = found
@@ -96,21 +89,16 @@ class RowDecoder:
             f"models.Result, not {type(row).__qualname__}"
         )
 
-    def _lookup_in(self, mapping: Mapping[Any, Any]) -> _Lookup:
-        def value_of(name: str) -> Any:
-            # By the column first: another table may have one of this name.
-            for key in (self._models.results_table.c[name], name):
-                try:
-                    return mapping[key]
-                except KeyError:
-                    continue
-                except InvalidRequestError as exc:
-                    raise TypeError(
-                        f"the row has several columns {name}: label the others"
-                    ) from exc
-            return _MISSING
-
-        return value_of
+    def _value_in(self, mapping: Mapping[Any, Any], name: str) -> Any:
+        # By the column first: another table may have one of this name.
+        for key in (self._models.results_table.c[name], name):
+            try:
+                return mapping[key]
+            except KeyError:
+                continue
+            except InvalidRequestError as exc:
+                raise TypeError(f"the row has several columns {name}: label the others") from exc
+        return _MISSING
 
 
 def _is_missing(name: str, value: object) -> bool:

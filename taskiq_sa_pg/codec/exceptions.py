@@ -28,14 +28,11 @@ Document = dict[str, Any]
 _MAX_TRACEBACK_CHARACTERS: Final = 65_536
 
 
-class Packer(Protocol):
-    """Makes values fit for a document, and unmakes them."""
+class _Packer(Protocol):
+    """Makes values plain data, and back; raises where it cannot: a class may not be here."""
 
-    def pack(self, value: Any) -> Any:
-        """The value as plain data; raises where it cannot be."""
-
-    def unpack(self, packed: Any) -> Any:
-        """The value; raises where it cannot be, for one because its class is not here."""
+    def pack(self, value: Any) -> Any: ...
+    def unpack(self, packed: Any) -> Any: ...
 
 
 def qualified_name(cls: type) -> str:
@@ -57,19 +54,8 @@ def format_traceback(exception: BaseException) -> str:
     return "[...]\n" + formatted[-_MAX_TRACEBACK_CHARACTERS:]
 
 
-def repr_of(value: Any) -> str:
-    """The repr, of any value, as text that PostgreSQL can hold."""
-    try:
-        return storable_text(repr(value))
-    except Exception:  # noqa: BLE001 - anyone's __repr__
-        return f"<{qualified_name(type(value))} without a repr>"
-
-
-def exception_to_document(exception: BaseException, packer: Packer) -> Document:
-    """The exception, and all that its chain and its groups reach, as plain data.
-
-    The chain may be long and have cycles.
-    """
+def exception_to_document(exception: BaseException, packer: _Packer) -> Document:
+    """The exception, and all that its chain and its groups reach, as plain data."""
     found: list[BaseException] = [exception]
     index_of: dict[int, int] = {id(exception): 0}
 
@@ -82,9 +68,20 @@ def exception_to_document(exception: BaseException, packer: Packer) -> Document:
         return index_of[id(to)]
 
     nodes: list[Document] = []
-    while len(nodes) < len(found):
-        current = found[len(nodes)]
-        node = _describe(current, packer)
+    for current in found:  # which grows meanwhile: the chain may be long and have cycles
+        node: Document = {
+            "mro": [
+                [cls.__module__, cls.__qualname__]
+                for cls in type(current).__mro__
+                if issubclass(cls, BaseException)
+            ],
+            "text": _text_of(current),
+            "args": [pack_or_repr(arg, packer) for arg in _constructor_args(current)],
+            "state": {
+                storable_text(str(name)): pack_or_repr(value, packer)
+                for name, value in _state_of(current).items()
+            },
+        }
         if isinstance(current, BaseExceptionGroup):
             node["members"] = [refer(member) for member in current.exceptions]
         else:
@@ -94,22 +91,6 @@ def exception_to_document(exception: BaseException, packer: Packer) -> Document:
         node["suppress_context"] = current.__suppress_context__
         nodes.append(node)
     return {"exceptions": nodes}
-
-
-def _describe(exception: BaseException, packer: Packer) -> Document:
-    return {
-        "mro": [
-            [cls.__module__, cls.__qualname__]
-            for cls in type(exception).__mro__
-            if issubclass(cls, BaseException)
-        ],
-        "text": _text_of(exception),
-        "args": [_pack_or_repr(arg, packer) for arg in _constructor_args(exception)],
-        "state": {
-            storable_text(str(name)): _pack_or_repr(value, packer)
-            for name, value in _state_of(exception).items()
-        },
-    }
 
 
 def _state_of(exception: BaseException) -> dict[str, Any]:
@@ -143,14 +124,22 @@ def _text_of(exception: BaseException) -> str:
         return f"<no text: {type(exc).__qualname__}>"
 
 
-def _pack_or_repr(value: Any, packer: Packer) -> Any:
+def pack_or_repr(value: Any, packer: _Packer) -> Any:
+    """The value packed or, where it cannot be, its repr."""
     try:
         return packer.pack(value)
     except Exception:  # noqa: BLE001 - what cannot be packed is told by its repr
-        return repr_of(value)
+        return _repr_of(value)
 
 
-def _pack_whole(exception: BaseException, packer: Packer) -> Any:
+def _repr_of(value: Any) -> str:
+    try:
+        return storable_text(repr(value))
+    except Exception:  # noqa: BLE001 - anyone's __repr__
+        return f"<{qualified_name(type(value))} without a repr>"
+
+
+def _pack_whole(exception: BaseException, packer: _Packer) -> Any:
     try:
         packed = packer.pack(exception)
         copy = packer.unpack(packed)
@@ -167,7 +156,7 @@ def _pack_whole(exception: BaseException, packer: Packer) -> Any:
     return packed if is_faithful else None
 
 
-def exception_from_document(document: Mapping[str, Any], packer: Packer) -> BaseException:
+def exception_from_document(document: Mapping[str, Any], packer: _Packer) -> BaseException:
     """The exception of a document, of the nearest class that this process has.
 
     A class that is not there, or is no exception, is replaced by a stand-in of the same name
@@ -188,7 +177,7 @@ def _set(exception: BaseException, name: str, value: Any) -> None:
     BaseException.__setattr__(exception, name, value)
 
 
-def _build_all(nodes: list[Document], packer: Packer) -> dict[int, BaseException]:
+def _build_all(nodes: list[Document], packer: _Packer) -> dict[int, BaseException]:
     built: dict[int, BaseException] = {}
     # A group is made of its members, which mostly come after it.
     pending = list(reversed(range(len(nodes))))
@@ -206,7 +195,7 @@ def _build_all(nodes: list[Document], packer: Packer) -> dict[int, BaseException
     return built
 
 
-def _build(node: Document, members: list[BaseException], packer: Packer) -> BaseException:
+def _build(node: Document, members: list[BaseException], packer: _Packer) -> BaseException:
     whole = _unpack_or(None, node.get("object"), packer)
     if isinstance(whole, BaseException):
         if not node["args"]:  # pydantic's ValidationError gets some by being rebuilt
@@ -219,19 +208,16 @@ def _build(node: Document, members: list[BaseException], packer: Packer) -> Base
     exception = None if cls is None else _instantiate(cls, args)
     if exception is None:
         exception = _stand_in(node, [base for base in bases if base is not None], args)
-    for name, value in node["state"].items():
-        _restore(exception, name, _unpack_or(None, value, packer))
+    for name, packed in node["state"].items():
+        value = _unpack_or(None, packed, packer)
+        if isinstance(getattr(type(exception), name, None), MemberDescriptorType):
+            _set(exception, name, value)
+        else:
+            vars(exception)[name] = value
     return exception
 
 
-def _restore(exception: BaseException, name: str, value: Any) -> None:
-    if isinstance(getattr(type(exception), name, None), MemberDescriptorType):
-        _set(exception, name, value)
-    else:
-        vars(exception)[name] = value
-
-
-def _unpack_or(default: Any, packed: Any, packer: Packer) -> Any:
+def _unpack_or(default: Any, packed: Any, packer: _Packer) -> Any:
     try:
         return packer.unpack(packed)
     except Exception:  # noqa: BLE001 - its class is not here, or has become another

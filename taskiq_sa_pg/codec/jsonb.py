@@ -37,7 +37,13 @@ def storable_text(text: str) -> str:
 def to_jsonb(dumped: bytes) -> str:
     """JSON text for a jsonb column, of what a serializer that writes JSON has written."""
     text = dumped.decode()
-    return text if _survives(text) else json.dumps(wrap(dumped))
+    if not _SUSPECT.search(text):
+        return text
+    try:
+        survives = is_plain(json.loads(text))
+    except (ValueError, RecursionError):
+        survives = False
+    return text if survives else json.dumps(wrap(dumped))
 
 
 def from_jsonb(stored: str) -> bytes:
@@ -49,20 +55,8 @@ def from_jsonb(stored: str) -> bytes:
     return stored.encode()
 
 
-def _survives(text: str) -> bool:
-    if not _SUSPECT.search(text):
-        return True
-    try:
-        return is_plain(json.loads(text))
-    except (ValueError, RecursionError):
-        return False
-
-
 def is_plain(value: Any) -> bool:
-    """Whether jsonb returns this value equal and of the same type, and it is no wrapper.
-
-    The value may contain itself; then it is not.
-    """
+    """Whether jsonb returns this value equal and of the same type, and it is no wrapper."""
     if is_wrapper(value):
         return False
     pending = [(value, 0)]
@@ -79,7 +73,7 @@ def is_plain(value: Any) -> bool:
             continue
         else:
             return False
-        if depth == _MAX_PLAIN_DEPTH:  # a cycle, for one
+        if depth == _MAX_PLAIN_DEPTH:  # as of a value that contains itself
             return False
         pending.extend((part, depth + 1) for part in parts)
     return True

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 from datetime import timedelta
-from math import inf
 from typing import Any, Final
 
 from taskiq_sa_pg.exceptions import ConfigurationError
@@ -12,8 +11,8 @@ logger = logging.getLogger(__name__)
 
 Seconds = float | timedelta
 
-RESULT_TTL_LABEL: Final = "result_ttl"
-FAILURE_TTL_LABEL: Final = "failure_ttl"
+# Of successes and of failures, by is_err.
+_LABELS: Final = ("result_ttl", "failure_ttl")
 
 # Three thousand years: PostgreSQL's calendar ends later, and its arithmetic stays exact.
 _MAX_SECONDS: Final = 1e11
@@ -30,23 +29,12 @@ class Retention:
     The label `result_ttl` is for successes and `failure_ttl` for failures: a number of seconds, or
     None, which keeps the result for ever. One that is nothing of that kind is logged, once for each
     value, and the backend's own setting is used.
-
-    Args:
-        result_ttl: Seconds for which a success is kept; None for ever.
-        failure_ttl: The same of a failure.
-
-    Raises:
-        ConfigurationError: A time that is no number above 0.
     """
 
     def __init__(
         self, result_ttl: Seconds | None = None, failure_ttl: Seconds | None = None
     ) -> None:
-        # Of successes and of failures.
-        self._own: Final = (
-            check_seconds("result_ttl", result_ttl),
-            check_seconds("failure_ttl", failure_ttl),
-        )
+        self._own: Final = tuple(map(check_seconds, _LABELS, (result_ttl, failure_ttl)))
         self._complained_of: set[tuple[str, str]] = set()
 
     def seconds_for(self, is_err: bool, labels: Mapping[str, Any]) -> float | None:
@@ -54,7 +42,7 @@ class Retention:
         own = self._own[is_err]
         if not labels:
             return own
-        name = FAILURE_TTL_LABEL if is_err else RESULT_TTL_LABEL
+        name = _LABELS[is_err]
         try:  # labels can be anything
             return _parse(labels[name]) if name in labels else own
         except Exception as exc:  # noqa: BLE001 - anyone's __float__
@@ -96,7 +84,7 @@ def _to_seconds(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r:.100} is no number of seconds")
     seconds = float(min(value, _MAX_SECONDS))
-    if not 0 < seconds < inf:  # NaN is neither
+    if not seconds > 0:  # nor is NaN
         raise ValueError(f"{value!r:.100} is no number of seconds above 0")
     return seconds
 

@@ -35,13 +35,29 @@ class SignedSerializer(TaskiqSerializer):
     """
 
     def __init__(self, serializer: TaskiqSerializer, keys: Sequence[str | bytes]) -> None:
+        try:
+            # Here, because it is an extra's.
+            from itsdangerous import Signer  # noqa: PLC0415
+        except ModuleNotFoundError as exc:
+            raise ConfigurationError(
+                "SignedSerializer needs itsdangerous: pip install 'taskiq-sa-pg[signed]'"
+            ) from exc
+        if isinstance(keys, str | bytes):
+            raise ConfigurationError("keys must be a list of keys, not one key")
+        secrets = [key.encode() if isinstance(key, str) else bytes(key) for key in keys]
+        if not secrets:
+            raise ConfigurationError("SignedSerializer needs at least one key")
+        if any(len(secret) < _MIN_KEY_BYTES for secret in secrets):
+            raise ConfigurationError(f"a key must have at least {_MIN_KEY_BYTES} bytes")
         self.serializer: Final = serializer
-        self._signer: Final = _make_signer(keys)
+        # It signs with the last of them.
+        self._signer: Final = Signer(
+            secrets[::-1], salt=_SALT, key_derivation="hmac", digest_method=hashlib.sha256
+        )
 
     def dumpb(self, value: Any) -> bytes:
         """The value, signed."""
-        signed: bytes = self._signer.sign(self.serializer.dumpb(value))
-        return signed
+        return self._signer.sign(self.serializer.dumpb(value))
 
     def loadb(self, value: bytes) -> Any:
         """The value, if its signature is right.
@@ -49,7 +65,6 @@ class SignedSerializer(TaskiqSerializer):
         Raises:
             ValueError: The payload is not signed, not with one of the keys, or was altered.
         """
-        # Here, because it is an extra's.
         from itsdangerous import BadSignature  # noqa: PLC0415
 
         try:
@@ -60,21 +75,3 @@ class SignedSerializer(TaskiqSerializer):
                 "the payload is not signed with one of the keys, or was altered after it was signed"
             ) from None
         return self.serializer.loadb(payload)
-
-
-def _make_signer(keys: Sequence[str | bytes]) -> Any:
-    try:
-        from itsdangerous import Signer  # noqa: PLC0415
-    except ModuleNotFoundError as exc:
-        raise ConfigurationError(
-            "SignedSerializer needs itsdangerous: pip install 'taskiq-sa-pg[signed]'"
-        ) from exc
-    if isinstance(keys, str | bytes):
-        raise ConfigurationError("keys must be a list of keys, not one key")
-    secrets = [key.encode() if isinstance(key, str) else bytes(key) for key in keys]
-    if not secrets:
-        raise ConfigurationError("SignedSerializer needs at least one key")
-    if any(len(secret) < _MIN_KEY_BYTES for secret in secrets):
-        raise ConfigurationError(f"a key must have at least {_MIN_KEY_BYTES} bytes")
-    # It signs with the last of them.
-    return Signer(secrets[::-1], salt=_SALT, key_derivation="hmac", digest_method=hashlib.sha256)

@@ -19,6 +19,7 @@ from taskiq_sa_pg.database.direct import (
     Execution,
     Texts,
     has_direct_path,
+    is_closed_of,
     set_isolation_level,
 )
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
@@ -33,32 +34,24 @@ _SECONDS_TO_GIVE_UP: Final = 1.0
 # In the pool's notes about a connection: when it last answered us, by the event loop's clock.
 _ANSWERED_AT: Final = "taskiq_sa_pg.answered_at"
 
-# They give the one connection that they have to everybody who asks, or refuse a second.
-_POOLS_OF_ONE: Final = (StaticPool, AssertionPool)
-
 
 class Connections:
     """A bounded number of an engine's connections, each for one statement or transaction at a time.
 
-    Whoever comes when all are in use waits, first come first served.
-
-    Args:
-        engine: Where they come from.
-        limit: How many at once; never more than the places of the engine's pool.
-        keep: Whether a connection stays checked out after its statement, for some seconds in all.
-            Others who use the same pool might have to wait for it.
-        timings: For how long.
+    Whoever comes when all are in use waits, first come first served. There are never more than
+    the engine's pool has places. With `keep` a connection stays checked out after its statement,
+    for some seconds in all; others who use the same pool might have to wait for it.
     """
 
     def __init__(
         self, engine: AsyncEngine, limit: int, *, keep: bool, timings: Timings = DEFAULT_TIMINGS
     ) -> None:
-        self._engine = engine
+        self.engine: Final = engine
+        self.loop: Final = asyncio.get_running_loop()
         self._keep_seconds = timings.keep_connection if keep else 0.0
-        self._loop = asyncio.get_running_loop()
         self._limit = min(limit, _size_of_pool(engine) or limit)
         self._places = asyncio.Semaphore(self._limit)
-        self._kept: list[_Connection] = []
+        self._kept: list[Execution] = []
         self._sweeper: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._texts: Texts = {}
@@ -72,33 +65,29 @@ class Connections:
     async def fetch(
         self, statement: Executable, parameters: Mapping[str, Any], timeout: float
     ) -> Sequence[Any]:
-        """The rows of a statement in AUTOCOMMIT.
-
-        Raises:
-            TimeoutError: It took longer than `timeout` seconds, the way to a connection included.
-        """
+        """The rows of a statement in AUTOCOMMIT; the timeout includes the way to a connection."""
         # As time_limit(), which would be one generator more for every statement.
         async with (
             asyncio.timeout(timeout + _SECONDS_TO_GIVE_UP),
             asyncio.timeout(timeout),
             self._places,
         ):
-            connection = self._take_kept() or await self._check_out()
+            execution = self._take_kept() or await self._check_out()
             try:
-                rows = await connection.execution.fetch(statement, parameters)
+                rows = await execution.fetch(statement, parameters)
             except BaseException as exc:
                 # Neither who is cancelled a second time nor a silent server keeps it from going
                 # back.
-                closing = self._close(connection, connection.execution.is_unusable_after(exc))
+                closing = self._close(execution, execution.is_unusable_after(exc))
                 await asyncio.wait([closing], timeout=_SECONDS_TO_GIVE_UP)
                 raise
-            connection.answered_at = now = self._loop.time()
-            if now < connection.opened_at + self._keep_seconds:
-                self._kept.append(connection)
+            execution.answered_at = now = self.loop.time()
+            if now < execution.opened_at + self._keep_seconds:
+                self._kept.append(execution)
                 if self._sweeper is None:
-                    self._schedule_sweep()
+                    self._sweeper = self.loop.call_later(self._keep_seconds, self._sweep)
             else:
-                await asyncio.shield(self._close(connection))
+                await asyncio.shield(self._close(execution))
             return rows
 
     @asynccontextmanager
@@ -106,13 +95,13 @@ class Connections:
         """A connection in one transaction: committed at the end, rolled back by an exception."""
         async with self._places:
             await self._make_room()
-            async with self._engine.connect() as connection:
+            async with self.engine.connect() as connection:
                 await _open_driver_of(connection, self._invalidated_at)
                 # Explicitly: the engine's own default may be AUTOCOMMIT.
                 await set_isolation_level(connection, "READ COMMITTED")
                 async with connection.begin():
                     yield connection
-                _note_answer(connection, self._loop.time())
+                _note_answer(connection, self.loop.time())
 
     @asynccontextmanager
     async def detached(self, level: IsolationLevel) -> AsyncIterator[tuple[AsyncConnection, Any]]:
@@ -123,7 +112,7 @@ class Connections:
         async with AsyncExitStack() as stack:
             async with self._places:
                 await self._make_room()
-                connection = await stack.enter_async_context(self._engine.connect())
+                connection = await stack.enter_async_context(self.engine.connect())
                 driver = await _open_driver_of(connection, self._invalidated_at)
                 await set_isolation_level(connection, level)
                 assert connection.sync_connection is not None
@@ -146,16 +135,15 @@ class Connections:
         them would cost the time limit of a statement. After a failover they may be alive and lead
         to the old primary.
         """
-        self._invalidated_at = self._loop.time()
+        self._invalidated_at = self.loop.time()
 
     async def close(self) -> None:
         """Gives all back to the pool, those in use when their statement has ended."""
         self._keep_seconds = 0.0
         if self._sweeper is not None:
             self._sweeper.cancel()
-            self._sweeper = None
         while self._kept:
-            await self._kept.pop().close()
+            _ = self._close(self._kept.pop())
         # Whoever came earlier has a place earlier: with all of them, nobody is left.
         for _ in range(self._limit):
             await self._places.acquire()
@@ -165,89 +153,56 @@ class Connections:
     def abandon(self) -> None:
         """Leaves the kept connections to the garbage collector, because their loop has ended."""
         while self._kept:
-            self._kept.pop().abandon()
+            abandoned = self._kept.pop().connection.sync_connection
+            assert abandoned is not None
+            # Else the pool would complain that it never came back.
+            abandoned.detach()
 
     async def _make_room(self) -> None:
         # So that all of ours together stay within the limit, and the pool has a place.
         if self._kept:
             await asyncio.shield(self._close(self._kept.pop()))
 
-    def _take_kept(self) -> "_Connection | None":
+    def _take_kept(self) -> Execution | None:
         while self._kept:
-            connection = self._kept.pop()
-            if connection.answered_at >= self._invalidated_at and not connection.is_closed():
-                return connection
+            execution = self._kept.pop()
+            if execution.answered_at >= self._invalidated_at and not execution.is_closed():
+                return execution
             # Not waited for: a silent server keeps it for a while.
-            _ = self._close(connection, invalidate=True)
+            _ = self._close(execution, invalidate=True)
         return None
 
-    async def _check_out(self) -> "_Connection":
-        connection = await self._engine.connect()
+    async def _check_out(self) -> Execution:
+        connection = await self.engine.connect()
         try:
             driver = await _open_driver_of(connection, self._invalidated_at)
         except BaseException:
             await connection.close()
             raise
-        if has_direct_path(self._engine) and not driver.is_in_transaction():
-            execution: Execution = DirectExecution(connection, driver, self._texts)
-        else:
-            execution = Execution(connection)
-        return _Connection(connection, driver, execution, self._loop.time())
-
-    def _schedule_sweep(self) -> None:
-        self._sweeper = self._loop.call_later(self._keep_seconds, self._sweep)
+        if has_direct_path(self.engine) and not driver.is_in_transaction():
+            return DirectExecution(connection, driver, self._texts)
+        return Execution(connection, driver)
 
     def _sweep(self) -> None:
         self._sweeper = None
-        oldest = self._loop.time() - self._keep_seconds
-        for connection in [each for each in self._kept if each.opened_at <= oldest]:
-            self._kept.remove(connection)
-            _ = self._close(connection)
+        oldest = self.loop.time() - self._keep_seconds
+        for execution in [each for each in self._kept if each.opened_at <= oldest]:
+            self._kept.remove(execution)
+            _ = self._close(execution)
         if self._kept:
-            self._schedule_sweep()
+            self._sweeper = self.loop.call_later(self._keep_seconds, self._sweep)
 
-    def _close(self, connection: "_Connection", invalidate: bool = False) -> asyncio.Task[None]:
+    def _close(self, execution: Execution, invalidate: bool = False) -> asyncio.Task[None]:
         # In a task of its own: SQLAlchemy loses a place of the pool when it is cancelled in this.
-        closing = asyncio.create_task(connection.close(invalidate))
+        closing = asyncio.create_task(_give_back(execution, invalidate))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         return closing
 
 
-class _Connection:
-    """A connection for statements in AUTOCOMMIT."""
-
-    def __init__(
-        self, connection: AsyncConnection, driver: Any, execution: Execution, opened_at: float
-    ) -> None:
-        self._connection = connection
-        self.execution: Final = execution
-        # Whether the server or the driver has closed it.
-        self.is_closed: Final = _is_closed_of(driver)
-        self.opened_at: Final = opened_at
-        self.answered_at = opened_at
-
-    async def close(self, invalidate: bool = False) -> None:
-        """Gives it back to the pool."""
-        if invalidate:
-            await self._connection.invalidate()
-        else:
-            _note_answer(self._connection, self.answered_at)
-        await self._connection.close()
-
-    def abandon(self) -> None:
-        """Makes the pool forget it, which would otherwise complain that it never came back."""
-        assert self._connection.sync_connection is not None
-        self._connection.sync_connection.detach()
-
-
 @asynccontextmanager
 async def time_limit(seconds: float) -> AsyncIterator[Callable[[], None]]:
-    """Cancels what takes longer, and again where it does not end at once; yields how to lift it.
-
-    Raises:
-        TimeoutError: It took longer.
-    """
+    """Cancels what takes longer, and again where it does not end at once; yields how to lift it."""
     async with (
         asyncio.timeout(seconds + _SECONDS_TO_GIVE_UP) as last_limit,
         asyncio.timeout(seconds) as limit,
@@ -260,12 +215,20 @@ async def time_limit(seconds: float) -> AsyncIterator[Callable[[], None]]:
         yield lift
 
 
+async def _give_back(execution: Execution, invalidate: bool) -> None:
+    if invalidate:
+        await execution.connection.invalidate()
+    else:
+        _note_answer(execution.connection, execution.answered_at)
+    await execution.connection.close()
+
+
 async def _open_driver_of(connection: AsyncConnection, invalidated_at: float) -> Any:
     while True:
         pooled = await connection.get_raw_connection()
         # A new one has just answered, and one that others opened is trusted once.
         answered_at = pooled.info.setdefault(_ANSWERED_AT, asyncio.get_running_loop().time())
-        if answered_at >= invalidated_at and not _is_closed_of(pooled.driver_connection)():
+        if answered_at >= invalidated_at and not is_closed_of(pooled.driver_connection)():
             return pooled.driver_connection
         await connection.invalidate()
 
@@ -275,15 +238,10 @@ def _note_answer(connection: AsyncConnection, at: float) -> None:
         connection.sync_connection.info[_ANSWERED_AT] = at
 
 
-def _is_closed_of(driver: Any) -> Callable[[], bool]:
-    is_closed: Callable[[], bool]
-    is_closed = driver.is_closed if hasattr(driver, "is_closed") else lambda: bool(driver.closed)
-    return is_closed
-
-
 def _size_of_pool(engine: AsyncEngine) -> int | None:
     """How many connections a pool keeps; None or 0 where it sets no bound."""
     pool = engine.pool
-    if isinstance(pool, _POOLS_OF_ONE):
+    if isinstance(pool, StaticPool | AssertionPool):
+        # They give the one connection that they have to everybody who asks, or refuse a second.
         return 1
     return pool.size() if isinstance(pool, QueuePool) else None

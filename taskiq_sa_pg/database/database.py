@@ -18,7 +18,7 @@ from sqlalchemy import Executable, NullPool, Select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskiq_sa_pg.database.connections import Connections, time_limit
-from taskiq_sa_pg.database.dsn import DsnSource, check_dsn
+from taskiq_sa_pg.database.dsn import DsnSource, parse_dsn
 from taskiq_sa_pg.database.engine import make_engine
 from taskiq_sa_pg.database.errors import describe, errors_of, invalidates_all, is_disconnect
 from taskiq_sa_pg.database.retry import Retry
@@ -46,17 +46,12 @@ class Database:
     """Runs statements on an engine, again where they failed for a reason that passes.
 
     An engine that is given is borrowed: its pool is used and it is never disposed. One that is
-    made from a DSN is owned: open() makes it, close() disposes it.
+    made from a DSN is owned: open() makes it, close() disposes it. The arguments are those of the
+    backend.
 
-    Args:
-        dsn: Where to connect.
-        engine: The engine, instead.
-        engine_kwargs: With dsn: arguments of the engine.
-        max_connections: How many are in use at once.
-        listen_dsn: Where to listen; None for the same place.
-        retry_timeout: For how many seconds a statement is tried again.
-        command_timeout: How many seconds one attempt may take, the way to a connection included.
-        on_retry: Called for every statement that is tried again.
+    What runs statements raises NotStartedError where the database is not open, and StorageError
+    where PostgreSQL refused one or could not be reached in time. A `purpose` is what could not be
+    done then: "store the result of ...". A `retry_timeout` is used instead of the usual one.
 
     Raises:
         ConfigurationError: Neither a DSN nor an engine, both, a DSN that cannot work, or an
@@ -75,9 +70,16 @@ class Database:
         command_timeout: float = DEFAULT_COMMAND_TIMEOUT,
         on_retry: Callable[[], None] = lambda: None,
     ) -> None:
-        _check_source(dsn, engine, engine_kwargs)
-        if listen_dsn is not None:
-            check_dsn(listen_dsn)
+        if (dsn is None) == (engine is None):
+            raise ConfigurationError(
+                "give either dsn= (the backend makes an engine of its own) or engine= (it uses "
+                "yours and never disposes it)"
+            )
+        if engine is not None:
+            _check_engine(engine, engine_kwargs)
+        for source in (dsn, listen_dsn):
+            if source is not None and not callable(source):  # which is asked when it is needed
+                parse_dsn(source)
         if max_connections < 1:
             raise ConfigurationError(f"max_connections must be 1 or more, not {max_connections}")
         if retry_timeout < 0:
@@ -91,17 +93,16 @@ class Database:
         self._listen_dsn = listen_dsn
         self._retry = Retry(retry_timeout, on_retry, self._note_error)
         self._command_timeout = command_timeout
-        self._engine: AsyncEngine | None = None
-        self._connections: Connections | None = None
+        self._connections: Connections | None = None  # while it is open
         self._errors: tuple[type[Exception], ...] = ()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._disposal: AsyncGenerator[None, None] | None = None
         self._streams: set[Stream] = set()
 
     @property
     def is_open(self) -> bool:
         """Whether it is open, on this event loop."""
-        return self._engine is not None and self._loop is asyncio.get_running_loop()
+        connections = self._connections
+        return connections is not None and connections.loop is asyncio.get_running_loop()
 
     @property
     def is_owned(self) -> bool:
@@ -115,9 +116,9 @@ class Database:
         Raises:
             NotStartedError: It is not open.
         """
-        if self._engine is None:
+        if self._connections is None:
             raise NotStartedError(_NOT_STARTED)
-        return self._engine
+        return self._connections.engine
 
     @property
     def kept(self) -> int:
@@ -139,48 +140,37 @@ class Database:
         return found
 
     async def open(self, timings: Timings = DEFAULT_TIMINGS) -> bool:
-        """Gets the engine ready, unless it is, on this event loop; nothing connects yet.
-
-        Returns:
-            False if it was.
-
-        Raises:
-            ConfigurationError: The engine cannot be made with these arguments.
-        """
+        """Gets the engine ready; nothing connects yet. False if it was, on this event loop."""
         if self.is_open:
             return False
         if self._connections is not None:
             self._connections.abandon()
-        if self._borrowed is None:
+        engine = self._borrowed
+        if engine is None:
             assert self._dsn is not None
             engine = make_engine(self._dsn, **self._engine_kwargs)
-        else:
-            engine = self._borrowed
         # Others wait for a borrowed engine's connections: each goes back after its statement.
         connections = Connections(
             engine, self._max_connections, keep=self.is_owned, timings=timings
         )
         if self.is_owned:
-            self._disposal = _disposing(engine, connections)
+            self._disposal = _disposing(connections)
             await anext(self._disposal)
-        self._engine, self._connections = engine, connections
-        self._loop = asyncio.get_running_loop()
-        self._errors = errors_of(engine)
+        self._connections, self._errors = connections, errors_of(engine)
         return True
 
     async def close(self) -> None:
         """Disposes the engine if it is owned; repeated calls do nothing."""
-        engine, self._engine = self._engine, None
         connections, self._connections = self._connections, None
         disposal, self._disposal = self._disposal, None
         streams, self._streams = self._streams, set()
-        if engine is None or connections is None:
+        if connections is None:
             return
-        if self._loop is not asyncio.get_running_loop():
+        if connections.loop is not asyncio.get_running_loop():
             # Connections of another loop cannot be closed here; the garbage collector has them.
             connections.abandon()
             if disposal is not None:
-                await engine.dispose(close=False)
+                await connections.engine.dispose(close=False)
             return
         for stream in streams:
             await stream.close()
@@ -199,16 +189,7 @@ class Database:
     ) -> Sequence[Any]:
         """Runs one statement in AUTOCOMMIT, which is one round trip, and returns its rows.
 
-        Args:
-            statement: What to run, perhaps more than once. It is compiled once, so it must be an
-                object that lasts.
-            parameters: Its parameters, all that are not in the statement itself.
-            purpose: What errors say could not be done: "store the result of ...".
-            retry_timeout: Instead of the usual.
-
-        Raises:
-            NotStartedError: The database is not open.
-            StorageError: PostgreSQL refused the statement or could not be reached in time.
+        It is compiled once, so it must be an object that lasts.
         """
 
         async def attempt() -> Sequence[Any]:
@@ -228,20 +209,9 @@ class Database:
     ) -> _T:
         """Does some work in one transaction: committed at the end, rolled back by an exception.
 
-        Args:
-            work: What to do, perhaps more than once.
-            purpose: What errors say could not be done.
-            is_answer_final: Whether the answer counts where the connection was lost in the COMMIT,
-                so that nobody knows whether it was carried out; else the work is done again.
-            is_limited: Whether an attempt has to end in time; the way to a connection always has.
-            retry_timeout: Instead of the usual.
-
-        Returns:
-            What the work returned.
-
-        Raises:
-            NotStartedError: The database is not open.
-            StorageError: PostgreSQL refused a statement or could not be reached in time.
+        If the connection is lost in the COMMIT, nobody knows whether it was carried out: then what
+        the work has returned counts if `is_answer_final`, else the work is done again. An attempt
+        has to end in time if `is_limited`; the way to a connection always has.
         """
 
         async def attempt() -> _T:
@@ -271,17 +241,8 @@ class Database:
         """Yields the rows of a statement in batches, which a server-side cursor holds back.
 
         It has a connection of its own, beside those that statements share: whoever takes the rows
-        may be slow. Close the generator, so that the connection is closed.
-
-        Args:
-            statement: What to run; again where a fault that passes leaves it without a first batch.
-            size: How many rows a batch has at most.
-            purpose: What errors say could not be done.
-
-        Raises:
-            NotStartedError: The database is not open, or was closed meanwhile.
-            StorageError: PostgreSQL refused the statement or could not be reached in time, or the
-                connection was lost between two batches.
+        may be slow. Close the generator, so that the connection is closed. The statement is run
+        again only where a fault that passes leaves it without a first batch.
         """
 
         async def attempt() -> tuple[Stream, Sequence[Any]]:
@@ -306,7 +267,6 @@ class Database:
         It leads to listen_dsn where there is one.
 
         Raises:
-            NotStartedError: The database is not open.
             StorageError: PostgreSQL could not be reached.
         """
         purpose = "listen for notifications"
@@ -314,14 +274,13 @@ class Database:
         if self._listen_dsn is not None:
             engine = make_engine(self._listen_dsn, poolclass=NullPool)
             connections = Connections(engine, 1, keep=False)
-        errors = self._errors if engine is None else errors_of(engine)
         try:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(self._command_timeout):
                     detached = connections.detached("AUTOCOMMIT")
                     _, driver = await stack.enter_async_context(detached)
                 yield driver
-        except errors as exc:
+        except errors_of(connections.engine) as exc:
             raise StorageError(*describe(exc, purpose)) from exc
         finally:
             if engine is not None:
@@ -346,18 +305,7 @@ class Database:
         return self._connections
 
 
-def _check_source(
-    dsn: DsnSource | None, engine: object, engine_kwargs: Mapping[str, Any] | None
-) -> None:
-    if (dsn is None) == (engine is None):
-        raise ConfigurationError(
-            "give either dsn= (the backend makes an engine of its own) or engine= (it uses "
-            "yours and never disposes it)"
-        )
-    if dsn is not None:
-        check_dsn(dsn)
-    if engine is None:
-        return
+def _check_engine(engine: object, engine_kwargs: Mapping[str, Any] | None) -> None:
     if not isinstance(engine, AsyncEngine):
         raise ConfigurationError(
             f"engine must be an AsyncEngine, as create_async_engine() makes it, not "
@@ -374,7 +322,7 @@ def _check_source(
         )
 
 
-async def _disposing(engine: AsyncEngine, connections: Connections) -> AsyncGenerator[None, None]:
+async def _disposing(connections: Connections) -> AsyncGenerator[None, None]:
     # asyncio.run() and its like close the async generators of their event loop before the loop
     # itself, so connections that nobody shut down are closed while they still can be.
     try:
@@ -383,4 +331,4 @@ async def _disposing(engine: AsyncEngine, connections: Connections) -> AsyncGene
         try:
             await connections.close()
         finally:
-            await engine.dispose()
+            await connections.engine.dispose()

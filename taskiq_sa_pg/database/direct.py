@@ -4,6 +4,7 @@ SQLAlchemy's execution takes a lone caller a quarter of what its statement takes
 where the driver is asyncpg and nobody listens to the engine.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -24,22 +25,20 @@ _DIALECT_EVENTS: Final = ("do_execute", "do_execute_no_params", "handle_error")
 
 
 class Execution:
-    """Runs statements as SQLAlchemy does."""
+    """Runs statements on a connection, as SQLAlchemy does."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
-        self._connection = connection
+    def __init__(self, connection: AsyncConnection, driver: Any) -> None:
+        self.connection: Final = connection
+        self.is_closed: Final = is_closed_of(driver)
+        self.opened_at = self.answered_at = asyncio.get_running_loop().time()
         self._is_autocommit = False
 
     async def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
-        """The rows of a statement.
-
-        Raises:
-            StatementError: A value cannot be converted.
-        """
+        """The rows of a statement."""
         if not self._is_autocommit:
-            await set_isolation_level(self._connection, "AUTOCOMMIT")
+            await set_isolation_level(self.connection, "AUTOCOMMIT")
             self._is_autocommit = True
-        result = await self._connection.execute(statement, parameters)
+        result = await self.connection.execute(statement, parameters)
         return result.all() if result.returns_rows else ()
 
     def is_unusable_after(self, exc: BaseException) -> bool:
@@ -68,7 +67,7 @@ class DirectExecution(Execution):
     """Runs statements past SQLAlchemy, on asyncpg's connection `driver`."""
 
     def __init__(self, connection: AsyncConnection, driver: Any, texts: Texts) -> None:
-        super().__init__(connection)
+        super().__init__(connection, driver)
         self._driver = driver
         self._texts = texts
 
@@ -81,7 +80,7 @@ class DirectExecution(Execution):
         try:
             compiled = self._texts[statement]
         except KeyError:
-            compiled = self._texts[statement] = _compile(statement, self._connection.dialect)
+            compiled = self._texts[statement] = _compile(statement, self.connection.dialect)
         if compiled is None:
             return await super().fetch(statement, parameters)
         if compiled.own:
@@ -101,7 +100,7 @@ class DirectExecution(Execution):
         # Only after an error of the server's own is it sure that nothing is left to be read, or
         # where nothing was sent.
         is_known = getattr(exc, "severity", None) is not None or isinstance(exc, StatementError)
-        return not is_known or self._driver.is_closed() or super().is_unusable_after(exc)
+        return not is_known or self.is_closed() or super().is_unusable_after(exc)
 
 
 def _compile(statement: Executable, dialect: Dialect) -> _Text | None:
@@ -129,6 +128,13 @@ def has_direct_path(engine: AsyncEngine) -> bool:
         and not any(getattr(sync_engine.dispatch, name) for name in _ENGINE_EVENTS)
         and not any(getattr(engine.dialect.dispatch, name) for name in _DIALECT_EVENTS)
     )
+
+
+def is_closed_of(driver: Any) -> Callable[[], bool]:
+    """What tells whether the server or the driver has closed a connection of the driver's."""
+    is_closed: Callable[[], bool]
+    is_closed = driver.is_closed if hasattr(driver, "is_closed") else lambda: bool(driver.closed)
+    return is_closed
 
 
 async def set_isolation_level(connection: AsyncConnection, level: IsolationLevel) -> None:

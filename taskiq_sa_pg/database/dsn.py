@@ -47,9 +47,7 @@ _ASYNCPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
 }
 
 # What psycopg's connect() takes beside libpq's parameters. None turns prepared statements off.
-_PSYCOPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "prepare_threshold": lambda text: None if text.lower() == "none" else int(text),
-}
+_THRESHOLD: Final = "prepare_threshold"
 
 # libpq's parameters without a counterpart in asyncpg, which would hand them to the server as
 # settings. https://www.postgresql.org/docs/18/libpq-connect.html#LIBPQ-PARAMKEYWORDS
@@ -83,11 +81,8 @@ _LIBPQ_DEFAULTS: Final = {
 class Address:
     """Where and as whom to connect: a DSN taken apart. Its repr shows no secret.
 
-    Attributes:
-        drivername: SQLAlchemy's name of dialect and driver.
-        hosts: Host (or directory of a Unix socket) and port, tried in this order; an empty
-            host and a None are left to the driver's default.
-        options: Everything else that the DSN says, under libpq's or the driver's names.
+    The hosts are tried in their order. One is a name or the directory of a Unix socket; an empty
+    one, and a port that is None, are the driver's default. The options have the driver's names.
     """
 
     drivername: str
@@ -107,20 +102,10 @@ class Address:
 
     def connect_arguments(self) -> dict[str, Any]:
         """Keyword arguments for the driver's connect()."""
-        arguments = {
-            "user": self.username,
-            "password": self.password,
-            **(
-                self._asyncpg_arguments()
-                if self.drivername == "postgresql+asyncpg"
-                else self._psycopg_arguments()
-            ),
-        }
-        return {
-            name: value
-            for name, value in arguments.items()
-            if value is not None or name in _PSYCOPG_ARGUMENTS
-        }
+        is_asyncpg = self.drivername == "postgresql+asyncpg"
+        arguments = self._asyncpg_arguments() if is_asyncpg else self._psycopg_arguments()
+        arguments.update(user=self.username, password=self.password)
+        return {n: value for n, value in arguments.items() if value is not None or n == _THRESHOLD}
 
     def _asyncpg_arguments(self) -> dict[str, Any]:
         rest = dict(self.options)
@@ -148,8 +133,9 @@ class Address:
 
     def _psycopg_arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {**_LIBPQ_DEFAULTS, **self.options, "dbname": self.database}
-        for name in _PSYCOPG_ARGUMENTS.keys() & self.options:
-            arguments[name] = _PSYCOPG_ARGUMENTS[name](self.options[name])
+        if _THRESHOLD in self.options:
+            text = self.options[_THRESHOLD]
+            arguments[_THRESHOLD] = None if text.lower() == "none" else int(text)
         if any(host for host, _ in self.hosts):
             arguments["host"] = ",".join(host for host, _ in self.hosts)
         if any(port for _, port in self.hosts):
@@ -171,7 +157,10 @@ def parse_dsn(dsn: Dsn) -> Address:
         )
     hosts: list[str] = []
     if isinstance(dsn, str):
-        dsn = _with_quoted_query(dsn)
+        # SQLAlchemy ends the password at any "@", one in a parameter's value too.
+        base, mark, query = dsn.partition("?")
+        if _QUERY.match(query):
+            dsn = base + mark + query.replace("@", "%40")
         several = _SEVERAL_HOSTS.fullmatch(dsn)
         if several:
             hosts = several["hosts"].split(",")
@@ -188,12 +177,6 @@ def parse_dsn(dsn: Dsn) -> Address:
     return address
 
 
-def _with_quoted_query(dsn: str) -> str:
-    # SQLAlchemy ends the password at any "@", one in a parameter's value too.
-    base, mark, query = dsn.partition("?")
-    return base + mark + query.replace("@", "%40") if _QUERY.match(query) else dsn
-
-
 def _address(url: URL, hosts: list[str]) -> Address:
     drivername = _DRIVERNAMES.get(url.drivername)
     if drivername is None:
@@ -201,10 +184,7 @@ def _address(url: URL, hosts: list[str]) -> Address:
             f"dsn names the driver {url.drivername!r}; use postgresql:// (asyncpg) or "
             "postgresql+psycopg://"
         )
-    options = {
-        name: value if isinstance(value, str) else ",".join(value)
-        for name, value in url.query.items()
-    }
+    options = {name: ",".join(values) for name, values in url.normalized_query.items()}
     # As in libpq, the query wins.
     hosts = options.pop("host", ",".join(hosts)).split(",")
     ports = options.pop("port", str(url.port or "")).split(",")
@@ -241,7 +221,7 @@ def _host_and_port(host: str, default_port: str) -> tuple[str, int | None]:
 
 def _check_options(address: Address) -> None:
     if address.drivername == "postgresql+asyncpg":
-        driver, other, foreign = "asyncpg", "psycopg", _LIBPQ_ONLY.union(_PSYCOPG_ARGUMENTS)
+        driver, other, foreign = "asyncpg", "psycopg", _LIBPQ_ONLY | {_THRESHOLD}
     else:
         driver, other, foreign = "psycopg", "asyncpg", frozenset(_ASYNCPG_ARGUMENTS)
     unknown = sorted(foreign.intersection(address.options))
@@ -258,22 +238,3 @@ def _check_options(address: Address) -> None:
             f"the dsn's parameters {numbers} and connect_timeout take numbers, and "
             "prepare_threshold takes a number or none"
         ) from None
-
-
-def check_dsn(source: DsnSource) -> None:
-    """Raises what is wrong with a DSN; a callable is asked when it is needed.
-
-    Raises:
-        ConfigurationError: As parse_dsn().
-    """
-    if not callable(source):
-        parse_dsn(source)
-
-
-def ask(source: DsnSource) -> Address:
-    """The address that a source names now.
-
-    Raises:
-        ConfigurationError: As parse_dsn().
-    """
-    return parse_dsn(source() if callable(source) else source)

@@ -7,7 +7,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from taskiq_sa_pg.database.dsn import TCP_OPTIONS, DsnSource, ask
+from taskiq_sa_pg.database.dsn import TCP_OPTIONS, DsnSource, parse_dsn
 from taskiq_sa_pg.exceptions import ConfigurationError
 
 # What SQLAlchemy's dialects make of a URL; the rest of a connection's arguments is the engine's.
@@ -27,7 +27,7 @@ def make_engine(source: DsnSource, **engine_kwargs: Any) -> AsyncEngine:
         ConfigurationError: As parse_dsn(), or arguments that create_async_engine refuses.
     """
     connect_args = dict(engine_kwargs.pop("connect_args", {}))
-    address = ask(source)
+    address = parse_dsn(source() if callable(source) else source)
     # Rows hold the users' data; an error's text need not.
     engine_kwargs.setdefault("hide_parameters", True)
     if "poolclass" not in engine_kwargs and "pool" not in engine_kwargs:
@@ -44,7 +44,7 @@ def make_engine(source: DsnSource, **engine_kwargs: Any) -> AsyncEngine:
     def use_current_address(
         dialect: Any, connection_record: Any, cargs: Any, cparams: dict[str, Any]
     ) -> None:
-        current = ask(source) if callable(source) else address
+        current = parse_dsn(source()) if callable(source) else address
         if current.drivername != address.drivername:
             raise ConfigurationError(
                 f"the dsn callable changed the driver from {address.drivername} to "

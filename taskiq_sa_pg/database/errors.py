@@ -86,9 +86,8 @@ def errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
 
 def is_transient(error: Exception) -> bool:
     """Whether the same may succeed a little later."""
-    if sqlstate_of(error) in _TRANSIENT or isinstance(error, PoolTimeoutError):
-        return True
-    return is_disconnect(error)
+    is_passing = sqlstate_of(error) in _TRANSIENT or isinstance(error, PoolTimeoutError)
+    return is_passing or is_disconnect(error)
 
 
 def is_disconnect(error: Exception) -> bool:
@@ -137,12 +136,7 @@ def invalidates_all(error: Exception) -> bool:
 
 
 def describe(error: Exception, purpose: str) -> tuple[str, str | None]:
-    """For those who call the library: what went wrong with its remedy, and PostgreSQL's code.
-
-    Args:
-        error: One of errors_of().
-        purpose: What could not be done: "store its result".
-    """
+    """For those who call the library: what went wrong with its remedy, and PostgreSQL's code."""
     if isinstance(error, PoolTimeoutError):
         return f"cannot {purpose}: no connection came free: {error}", None
     if isinstance(error, TimeoutError):

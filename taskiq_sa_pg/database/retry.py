@@ -25,10 +25,8 @@ _CONFLICTS: Final = "40"
 class Retry:
     """Repeats attempts, and logs when an outage begins and when it is over.
 
-    Args:
-        timeout: How many seconds after its start an attempt is repeated; 0 for never.
-        on_retry: Called for every repetition.
-        on_error: Called with what an attempt raised.
+    An attempt is repeated until `timeout` seconds after its start; never for 0. `on_retry` hears
+    of every repetition, and `on_error` of everything that an attempt raised.
     """
 
     def __init__(
@@ -37,7 +35,7 @@ class Retry:
         on_retry: Callable[[], None] = lambda: None,
         on_error: Callable[[Exception], None] = lambda _: None,
     ) -> None:
-        self.timeout = timeout
+        self._timeout = timeout
         self._on_retry = on_retry
         self._on_error = on_error
         self._outage_since: float | None = None
@@ -48,7 +46,7 @@ class Retry:
         Raises:
             Exception: What the attempt raised, where it does not pass or did not in time.
         """
-        timeout = self.timeout if timeout is None else timeout
+        timeout = self._timeout if timeout is None else timeout
         started_at = asyncio.get_running_loop().time()
         try:
             result = await attempt()

@@ -16,10 +16,8 @@ from taskiq_sa_pg.exceptions import NotStartedError
 class Stream:
     """A statement's rows, in batches, on a connection and in a transaction of its own.
 
-    Args:
-        connections: Where the connection comes from; it takes no place of theirs.
-        size: The most rows in a batch.
-        timeout: Seconds that a batch may take, the first with the way to a connection.
+    A batch has at most `size` rows, and takes at most `timeout` seconds, the first with the way to
+    the connection. The next one after the end is empty.
     """
 
     def __init__(self, connections: Connections, size: int, timeout: float) -> None:
@@ -27,17 +25,12 @@ class Stream:
         self._size = size
         self._timeout = timeout
         self._stack = AsyncExitStack()
-        self._result: AsyncResult[Any] | None = None
+        self._result: AsyncResult[Any] | None = None  # while it is open
         # A driver's connection cannot be closed safely while another task waits for its answer.
         self._lock = asyncio.Lock()
-        self._is_closed = False
 
     async def open(self, statement: Select[Any]) -> Sequence[Any]:
-        """Runs the statement, and returns the first rows.
-
-        Raises:
-            TimeoutError: It took too long.
-        """
+        """Runs the statement, and returns the first rows."""
         async with AsyncExitStack() as stack, time_limit(self._timeout):
             # Explicitly: there are no cursors in AUTOCOMMIT, which may be the engine's default.
             connection, _ = await stack.enter_async_context(
@@ -50,14 +43,13 @@ class Stream:
         return rows
 
     async def next(self) -> Sequence[Any]:
-        """The next rows, none at the end.
+        """The next rows.
 
         Raises:
             NotStartedError: It was closed.
-            TimeoutError: It took too long.
         """
         async with self._lock:
-            if self._is_closed or self._result is None:
+            if self._result is None:
                 raise NotStartedError("the result backend was shut down while results were read")
             async with time_limit(self._timeout):
                 return await self._result.fetchmany(self._size)
@@ -65,7 +57,7 @@ class Stream:
     async def close(self) -> None:
         """Ends the transaction and closes the connection, as soon as nothing runs on it."""
         async with self._lock:
-            self._is_closed = True
+            self._result = None
             await self._stack.aclose()
 
 

@@ -41,19 +41,17 @@ class Models:
 
     def __post_init__(self) -> None:
         config = self.config
-        given: list[tuple[type[Any], type[Any]]] = [
-            (self.Result, ResultMixin),
-            (self.Progress, ProgressMixin),
-        ]
-        if self.Status is not None:
-            given.append((self.Status, StatusMixin))
-        for model, mixin in given:
+        models = self.Result, self.Progress, self.Status
+        mixins = ResultMixin, ProgressMixin, StatusMixin
+        for model, mixin, name in zip(models, mixins, config.table_names, strict=True):
+            if model is None:
+                continue
             if model.__table_config__ != config:
                 raise ConfigurationError(
                     "Result, Progress and Status must share one __table_config__, not "
                     f"{config} and {model.__table_config__}"
                 )
-            table, name = _table_of(model), mixin.name_of(config)
+            table = _table_of(model)
             if (table.schema, table.name) != (config.schema, name):
                 raise ConfigurationError(
                     f"table {table.fullname} must be named {name} in schema {config.schema}: "
@@ -89,7 +87,7 @@ class Models:
     @property
     def other_tables(self) -> list[Table]:
         """The tables beside that of results; their rows go when a result is deleted."""
-        return [self.progress_table] + ([] if self.status_table is None else [self.status_table])
+        return [t for t in (self.progress_table, self.status_table) if t is not None]
 
     @property
     def own_columns(self) -> dict[str, Column[Any]]:
@@ -176,22 +174,19 @@ def build_models(
         schema = metadata.schema
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
     mapper_registry = registry(metadata=metadata)
-    _refuse_tables_again(mapper_registry.metadata, config)
+    tables = mapper_registry.metadata.tables.values()
+    present = {(table.schema, table.name) for table in tables}
+    for name in config.table_names:
+        if (schema, name) in present:
+            raise ConfigurationError(
+                f"the metadata already has a table {name!r}: build the models of a table once "
+                "and use them wherever they are needed"
+            )
     return Models(
         Result=_map("Result", ResultMixin, config, mapper_registry),
         Progress=_map("Progress", ProgressMixin, config, mapper_registry),
         Status=_map("Status", StatusMixin, config, mapper_registry),
     )
-
-
-def _refuse_tables_again(metadata: MetaData, config: TableConfig) -> None:
-    present = {(table.schema, table.name) for table in metadata.tables.values()}
-    for name in config.table_names:
-        if (config.schema, name) in present:
-            raise ConfigurationError(
-                f"the metadata already has a table {name!r}: build the models of a table once "
-                "and use them wherever they are needed"
-            )
 
 
 def _map(name: str, mixin: type[Any], config: TableConfig, mapper_registry: registry) -> type[Any]:

@@ -170,8 +170,6 @@ def _flaw_of_text(text: str) -> str | None:
     """Why PostgreSQL's UTF-8 cannot hold this text; None when it can."""
     if "\x00" in text:
         return "contains a NUL character"
-    if text.isascii():
-        return None
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -25,37 +25,32 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.hybrid import hybrid_property
-from sqlalchemy.orm import Mapped, declared_attr, mapped_column
+from sqlalchemy.orm import Mapped, MappedColumn, declared_attr, mapped_column
 from sqlalchemy.sql.elements import conv, quoted_name
 from sqlalchemy.types import TypeEngine
 
 from taskiq_sa_pg.models.config import PayloadField, TableConfig, TaskIdField, primary_key_name
 
-_A_SECOND: Final = literal_column("interval '1 second'", Interval())
+# none_as_null: a None that an application writes itself is SQL's NULL and not JSON's null.
+_JSON: Final = JSONB(none_as_null=True)
+_TIME: Final = DateTime(timezone=True)
 
-# Negative, so that the columns which a subclass adds follow ours.
-_FIRST = -100
+_A_SECOND: Final = literal_column("interval '1 second'", Interval())
 
 # Half-empty pages and no index beside the key keep the frequent updates HOT. `postgresql_with`
 # would say it better, and came with SQLAlchemy 2.1.
 HALF_FULL: Final = "heap WITH (fillfactor = 50)"
 
-_TASK_ID_TYPES: Final[dict[TaskIdField, type[TypeEngine[Any]]]] = {
-    "VarChar": String,
-    "Text": Text,
-    "Uuid": Uuid,
-}
-
 
 def task_id_type(field: TaskIdField) -> TypeEngine[Any]:
     """The type of the columns task_id."""
-    return _TASK_ID_TYPES[field]()
+    types: dict[str, type[TypeEngine[Any]]] = {"VarChar": String, "Text": Text, "Uuid": Uuid}
+    return types[field]()
 
 
 def payload_type(field: PayloadField) -> TypeEngine[Any]:
     """The type of the columns with serialized values."""
-    # none_as_null: a None that an application writes itself is SQL's NULL and not JSON's null.
-    return LargeBinary() if field == "Bytea" else JSONB(none_as_null=True)
+    return LargeBinary() if field == "Bytea" else _JSON
 
 
 def quoted(name: str) -> quoted_name:
@@ -73,23 +68,14 @@ def as_interval(seconds: SQLColumnExpression[float]) -> ColumnElement[timedelta]
     return _A_SECOND.op("*", return_type=Interval())(seconds)
 
 
-def _time(position: int) -> Any:
-    return mapped_column(DateTime(timezone=True), sort_order=_FIRST + position)
-
-
-def _stamp(position: int) -> Any:
-    return mapped_column(
-        DateTime(timezone=True), server_default=func.now(), sort_order=_FIRST + position
-    )
-
-
-def _json(position: int) -> Any:
-    return mapped_column(JSONB(none_as_null=True), sort_order=_FIRST + position)
+def _column(position: int, column_type: Any, **options: Any) -> MappedColumn[Any]:
+    # Negative, so that the columns which a subclass adds follow ours.
+    return mapped_column(column_type, sort_order=position - 100, **options)
 
 
 def _payload(cls: Any, position: int, *, nullable: bool) -> Mapped[Any]:
     column_type = payload_type(cls.__table_config__.field_for_payload)
-    return mapped_column(column_type, nullable=nullable, sort_order=_FIRST + position)
+    return _column(position, column_type, nullable=nullable)
 
 
 class TableMixin:
@@ -100,24 +86,14 @@ class TableMixin:
     @declared_attr
     def task_id(cls) -> Mapped[Any]:
         """A str, or a uuid.UUID where the column is UUID."""
-        column_type = task_id_type(cls.__table_config__.field_for_task_id)
-        return mapped_column(column_type, sort_order=_FIRST)
+        return _column(0, task_id_type(cls.__table_config__.field_for_task_id))
 
     @classmethod
-    def name_of(cls, config: TableConfig) -> str:
-        """What this table is called in a configuration."""
-        raise NotImplementedError
-
-    @classmethod
-    def _table_args(cls, *indexes: Index, **options: Any) -> tuple[Any, ...]:
+    def _table_args(cls: Any, *indexes: Index, **options: Any) -> tuple[Any, ...]:
         config = cls.__table_config__
         schema = None if config.schema is None else quoted(config.schema)
-        key = PrimaryKeyConstraint("task_id", name=final(primary_key_name(cls.name_of(config))))
+        key = PrimaryKeyConstraint("task_id", name=final(primary_key_name(cls.__tablename__)))
         return key, *indexes, {"schema": schema, **options}
-
-    @declared_attr.directive
-    def __tablename__(cls) -> str:
-        return quoted(cls.name_of(cls.__table_config__))
 
     @declared_attr.directive
     def __table_args__(cls) -> tuple[Any, ...]:
@@ -135,10 +111,9 @@ class ResultMixin(TableMixin):
             tenant: Mapped[str | None]
     """
 
-    @classmethod
-    def name_of(cls, config: TableConfig) -> str:
-        """The results table."""
-        return config.table_name
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return quoted(cls.__table_config__.table_name)
 
     @declared_attr.directive
     def __table_args__(cls) -> tuple[Any, ...]:
@@ -149,7 +124,7 @@ class ResultMixin(TableMixin):
             Index(final(config.expires_at_index_name), "expires_at", postgresql_where=is_set),
         )
 
-    is_err: Mapped[bool] = mapped_column(Boolean, sort_order=_FIRST + 1)
+    is_err: Mapped[bool] = _column(1, Boolean)
 
     @declared_attr
     def return_value(cls) -> Mapped[Any]:
@@ -161,22 +136,20 @@ class ResultMixin(TableMixin):
         """The serialized exception, or None."""
         return _payload(cls, 3, nullable=True)
 
-    error_type: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 4)
-    traceback: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 5)
-    execution_time: Mapped[float] = mapped_column(Double, sort_order=_FIRST + 6)
-    labels: Mapped[dict[str, Any]] = mapped_column(JSONB, sort_order=_FIRST + 7)
-    log: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 8)
-    task_name: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 9)
-    attempt: Mapped[int] = mapped_column(
-        Integer, default=0, server_default=text("0"), sort_order=_FIRST + 10
-    )
-    finished_at: Mapped[datetime] = _stamp(11)
-    expires_at: Mapped[datetime | None] = _time(12)
-    args: Mapped[list[Any] | None] = _json(13)
-    kwargs: Mapped[dict[str, Any] | None] = _json(14)
-    worker: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 15)
-    queued_at: Mapped[datetime | None] = _time(16)
-    started_at: Mapped[datetime | None] = _time(17)
+    error_type: Mapped[str | None] = _column(4, Text)
+    traceback: Mapped[str | None] = _column(5, Text)
+    execution_time: Mapped[float] = _column(6, Double)
+    labels: Mapped[dict[str, Any]] = _column(7, JSONB)
+    log: Mapped[str | None] = _column(8, Text)
+    task_name: Mapped[str | None] = _column(9, Text)
+    attempt: Mapped[int] = _column(10, Integer, default=0, server_default=text("0"))
+    finished_at: Mapped[datetime] = _column(11, _TIME, server_default=func.now())
+    expires_at: Mapped[datetime | None] = _column(12, _TIME)
+    args: Mapped[list[Any] | None] = _column(13, _JSON)
+    kwargs: Mapped[dict[str, Any] | None] = _column(14, _JSON)
+    worker: Mapped[str | None] = _column(15, Text)
+    queued_at: Mapped[datetime | None] = _column(16, _TIME)
+    started_at: Mapped[datetime | None] = _column(17, _TIME)
 
     @hybrid_property
     def is_expired(self) -> bool:
@@ -218,19 +191,18 @@ class ResultMixin(TableMixin):
 class ProgressMixin(TableMixin):
     """The columns of a progress table; subclass it as you subclass ResultMixin."""
 
-    @classmethod
-    def name_of(cls, config: TableConfig) -> str:
-        """The progress table."""
-        return config.progress_table_name
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return quoted(cls.__table_config__.progress_table_name)
 
-    state: Mapped[str] = mapped_column(Text, sort_order=_FIRST + 1)
+    state: Mapped[str] = _column(1, Text)
 
     @declared_attr
     def meta(cls) -> Mapped[Any]:
         """The serialized metadata of the progress, or None."""
         return _payload(cls, 2, nullable=True)
 
-    updated_at: Mapped[datetime] = _stamp(3)
+    updated_at: Mapped[datetime] = _column(3, _TIME, server_default=func.now())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(task_id={self.task_id!r}, state={self.state!r})"
@@ -239,20 +211,17 @@ class ProgressMixin(TableMixin):
 class StatusMixin(TableMixin):
     """The columns of a status table; subclass it as you subclass ResultMixin."""
 
-    @classmethod
-    def name_of(cls, config: TableConfig) -> str:
-        """The status table."""
-        return config.status_table_name
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return quoted(cls.__table_config__.status_table_name)
 
-    state: Mapped[str] = mapped_column(Text, sort_order=_FIRST + 1)
-    task_name: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 2)
-    attempt: Mapped[int] = mapped_column(
-        Integer, default=0, server_default=text("0"), sort_order=_FIRST + 3
-    )
-    queued_at: Mapped[datetime | None] = _time(4)
-    started_at: Mapped[datetime | None] = _time(5)
-    worker: Mapped[str | None] = mapped_column(Text, sort_order=_FIRST + 6)
-    updated_at: Mapped[datetime] = _stamp(7)
+    state: Mapped[str] = _column(1, Text)
+    task_name: Mapped[str | None] = _column(2, Text)
+    attempt: Mapped[int] = _column(3, Integer, default=0, server_default=text("0"))
+    queued_at: Mapped[datetime | None] = _column(4, _TIME)
+    started_at: Mapped[datetime | None] = _column(5, _TIME)
+    worker: Mapped[str | None] = _column(6, Text)
+    updated_at: Mapped[datetime] = _column(7, _TIME, server_default=func.now())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(task_id={self.task_id!r}, state={self.state!r})"
