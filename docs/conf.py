@@ -40,6 +40,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"ColumnElement|LambdaElement|SQLCoreOperations"),  # as SQLAlchemy abbreviates
     (r"py:exc", r"TaskiqResultTimeoutError"),
     (r"py:class", r".*\b_(T|ReturnType)"),
+    (r"py:class", r"taskiq_sa_pg\.results\.settings\.Settings"),  # the package's own
 ]
 
 # autodoc looks at every attribute of the mixins, which are for mapped classes.

@@ -5,7 +5,7 @@ statement would cost as much as a small statement.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from math import inf
 from typing import Any, Final
@@ -15,21 +15,19 @@ from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskiq_sa_pg.database.direct import (
+    SECONDS_TO_GIVE_UP,
     DirectExecution,
     Execution,
     Texts,
     has_direct_path,
     is_closed_of,
     set_isolation_level,
+    time_limit,
 )
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
 # A server that does not answer would keep us for as long as it likes.
 MAX_SECONDS_TO_CLOSE: Final = 2.0
-
-# The drivers ask the server to cancel a statement and wait for its answer: psycopg for 10 s, unless
-# it is interrupted again.
-_SECONDS_TO_GIVE_UP: Final = 1.0
 
 # In the pool's notes about a connection: when it last answered us, by the event loop's clock.
 _ANSWERED_AT: Final = "taskiq_sa_pg.answered_at"
@@ -66,29 +64,36 @@ class Connections:
         self, statement: Executable, parameters: Mapping[str, Any], timeout: float
     ) -> Sequence[Any]:
         """The rows of a statement in AUTOCOMMIT; the timeout includes the way to a connection."""
-        # As time_limit(), which would be one generator more for every statement.
-        async with (
-            asyncio.timeout(timeout + _SECONDS_TO_GIVE_UP),
-            asyncio.timeout(timeout),
-            self._places,
-        ):
-            execution = self._take_kept() or await self._check_out()
-            try:
-                rows = await execution.fetch(statement, parameters)
-            except BaseException as exc:
-                # Neither who is cancelled a second time nor a silent server keeps it from going
-                # back.
-                closing = self._close(execution, execution.is_unusable_after(exc))
-                await asyncio.wait([closing], timeout=_SECONDS_TO_GIVE_UP)
-                raise
-            execution.answered_at = now = self.loop.time()
-            if now < execution.opened_at + self._keep_seconds:
-                self._kept.append(execution)
-                if self._sweeper is None:
-                    self._sweeper = self.loop.call_later(self._keep_seconds, self._sweep)
-            else:
-                await asyncio.shield(self._close(execution))
-            return rows
+        deadline = self.loop.time() + timeout
+        if self._places.locked():
+            async with asyncio.timeout_at(deadline):
+                await self._places.acquire()
+        else:
+            await self._places.acquire()  # which waits for nothing
+        try:
+            execution = self._take_kept()
+            if execution is None:
+                async with time_limit(deadline - self.loop.time()):
+                    execution = await self._check_out()
+        except BaseException:
+            self._places.release()
+            raise
+        try:
+            rows = await execution.fetch(statement, parameters, deadline)
+        except BaseException as exc:
+            # Neither who is cancelled a second time nor a silent server keeps it from going back.
+            closing = self._close_and_leave(execution, execution.is_unusable_after(exc))
+            await asyncio.wait([closing], timeout=SECONDS_TO_GIVE_UP)
+            raise
+        execution.answered_at = now = self.loop.time()
+        if now < execution.opened_at + self._keep_seconds:
+            self._kept.append(execution)
+            self._places.release()
+            if self._sweeper is None:
+                self._sweeper = self.loop.call_later(self._keep_seconds, self._sweep)
+        else:
+            await asyncio.shield(self._close_and_leave(execution))
+        return rows
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -192,27 +197,20 @@ class Connections:
         if self._kept:
             self._sweeper = self.loop.call_later(self._keep_seconds, self._sweep)
 
+    def _close_and_leave(
+        self, execution: Execution, invalidate: bool = False
+    ) -> asyncio.Task[None]:
+        # Its place is free once it has gone back, whoever waits for that.
+        closing = self._close(execution, invalidate)
+        closing.add_done_callback(lambda _: self._places.release())
+        return closing
+
     def _close(self, execution: Execution, invalidate: bool = False) -> asyncio.Task[None]:
         # In a task of its own: SQLAlchemy loses a place of the pool when it is cancelled in this.
         closing = asyncio.create_task(_give_back(execution, invalidate))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         return closing
-
-
-@asynccontextmanager
-async def time_limit(seconds: float) -> AsyncIterator[Callable[[], None]]:
-    """Cancels what takes longer, and again where it does not end at once; yields how to lift it."""
-    async with (
-        asyncio.timeout(seconds + _SECONDS_TO_GIVE_UP) as last_limit,
-        asyncio.timeout(seconds) as limit,
-    ):
-
-        def lift() -> None:
-            limit.reschedule(None)
-            last_limit.reschedule(None)
-
-        yield lift
 
 
 async def _give_back(execution: Execution, invalidate: bool) -> None:

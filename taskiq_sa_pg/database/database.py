@@ -7,17 +7,17 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable, NullPool, Select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskiq_sa_pg.database.connections import Connections, time_limit
+from taskiq_sa_pg.database.connections import Connections
+from taskiq_sa_pg.database.direct import time_limit
 from taskiq_sa_pg.database.dsn import DsnSource, parse_dsn
 from taskiq_sa_pg.database.engine import make_engine
 from taskiq_sa_pg.database.errors import describe, errors_of, invalidates_all, is_disconnect
@@ -195,8 +195,10 @@ class Database:
         async def attempt() -> Sequence[Any]:
             return await self._running(purpose).fetch(statement, parameters, self._command_timeout)
 
-        with self._translating(purpose):
+        try:
             return await self._retry.run(attempt, retry_timeout)
+        except self._errors as exc:
+            raise self._told(exc, purpose) from exc
 
     async def transact(
         self,
@@ -232,8 +234,10 @@ class Database:
                 logger.warning("the connection was lost in a COMMIT that was to %s", purpose)
             return answers[0]
 
-        with self._translating(purpose):
+        try:
             return await self._retry.run(attempt, retry_timeout)
+        except self._errors as exc:
+            raise self._told(exc, purpose) from exc
 
     async def stream(
         self, statement: Select[Any], size: int, purpose: str
@@ -249,7 +253,7 @@ class Database:
             stream = Stream(self._running(purpose), size, self._command_timeout)
             return stream, await stream.open(statement)
 
-        with self._translating(purpose):
+        try:
             stream, rows = await self._retry.run(attempt)
             self._streams.add(stream)
             try:
@@ -259,6 +263,8 @@ class Database:
             finally:
                 self._streams.discard(stream)
                 await stream.close()
+        except self._errors as exc:
+            raise self._told(exc, purpose) from exc
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[Any]:
@@ -286,13 +292,9 @@ class Database:
             if engine is not None:
                 await engine.dispose()
 
-    @contextmanager
-    def _translating(self, purpose: str) -> Iterator[None]:
-        try:
-            yield
-        except self._errors as exc:
-            self._note_error(exc)
-            raise StorageError(*describe(exc, purpose)) from exc
+    def _told(self, exc: Exception, purpose: str) -> StorageError:
+        self._note_error(exc)
+        return StorageError(*describe(exc, purpose))
 
     def _note_error(self, exc: Exception) -> None:
         connections = self._connections

@@ -6,13 +6,18 @@ where the driver is asyncpg and nobody listens to the engine.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Dialect, Executable
 from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+# The drivers ask the server to cancel a statement and wait for its answer: psycopg for 10 s, unless
+# it is interrupted again.
+SECONDS_TO_GIVE_UP: Final = 1.0
 
 _ENGINE_EVENTS: Final = (
     "before_execute",
@@ -33,13 +38,16 @@ class Execution:
         self.opened_at = self.answered_at = asyncio.get_running_loop().time()
         self._is_autocommit = False
 
-    async def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
-        """The rows of a statement."""
-        if not self._is_autocommit:
-            await set_isolation_level(self.connection, "AUTOCOMMIT")
-            self._is_autocommit = True
-        result = await self.connection.execute(statement, parameters)
-        return result.all() if result.returns_rows else ()
+    async def fetch(
+        self, statement: Executable, parameters: Mapping[str, Any], deadline: float
+    ) -> Sequence[Any]:
+        """The rows of a statement, until the deadline by the event loop's clock."""
+        async with time_limit(deadline - asyncio.get_running_loop().time()):
+            if not self._is_autocommit:
+                await set_isolation_level(self.connection, "AUTOCOMMIT")
+                self._is_autocommit = True
+            result = await self.connection.execute(statement, parameters)
+            return result.all() if result.returns_rows else ()
 
     def is_unusable_after(self, exc: BaseException) -> bool:
         """Whether nobody must use the connection again, beside what SQLAlchemy judges itself."""
@@ -71,7 +79,9 @@ class DirectExecution(Execution):
         self._driver = driver
         self._texts = texts
 
-    async def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
+    async def fetch(
+        self, statement: Executable, parameters: Mapping[str, Any], deadline: float
+    ) -> Sequence[Any]:
         """As Execution.fetch().
 
         Raises:
@@ -82,7 +92,7 @@ class DirectExecution(Execution):
         except KeyError:
             compiled = self._texts[statement] = _compile(statement, self.connection.dialect)
         if compiled is None:
-            return await super().fetch(statement, parameters)
+            return await super().fetch(statement, parameters, deadline)
         if compiled.own:
             parameters = {**compiled.own, **parameters}
         values = list(map(parameters.__getitem__, compiled.names))
@@ -92,7 +102,9 @@ class DirectExecution(Execution):
             except Exception as exc:
                 # As where SQLAlchemy executes.
                 raise StatementError(str(exc), compiled.text, None, exc) from exc
-        rows: Sequence[Any] = await self._driver.fetch(compiled.text, *values)
+        # asyncpg gives up when it is cancelled once, and a second timer can be felt.
+        async with asyncio.timeout_at(deadline):
+            rows: Sequence[Any] = await self._driver.fetch(compiled.text, *values)
         return rows
 
     def is_unusable_after(self, exc: BaseException) -> bool:
@@ -147,3 +159,18 @@ async def set_isolation_level(connection: AsyncConnection, level: IsolationLevel
     except BaseException:
         await connection.invalidate()
         raise
+
+
+@asynccontextmanager
+async def time_limit(seconds: float) -> AsyncIterator[Callable[[], None]]:
+    """Cancels what takes longer, and again where it does not end at once; yields how to lift it."""
+    async with (
+        asyncio.timeout(seconds + SECONDS_TO_GIVE_UP) as last_limit,
+        asyncio.timeout(seconds) as limit,
+    ):
+
+        def lift() -> None:
+            limit.reschedule(None)
+            last_limit.reschedule(None)
+
+        yield lift

@@ -9,7 +9,8 @@ from sqlalchemy import Select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncResult
 
-from taskiq_sa_pg.database.connections import MAX_SECONDS_TO_CLOSE, Connections, time_limit
+from taskiq_sa_pg.database.connections import MAX_SECONDS_TO_CLOSE, Connections
+from taskiq_sa_pg.database.direct import time_limit
 from taskiq_sa_pg.exceptions import NotStartedError
 
 

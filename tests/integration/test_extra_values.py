@@ -17,7 +17,7 @@ from taskiq_sa_pg import (
     ResultMixin,
 )
 from taskiq_sa_pg.database import make_engine
-from tests.conftest import BackendFactory, Database
+from tests.conftest import BackendFactory, Database, eventually
 from tests.integration.extra_columns import (
     VALUES,
     Application,
@@ -27,7 +27,8 @@ from tests.integration.extra_columns import (
     returned,
     store,
 )
-from tests.tasks import progress_of, result_of
+from tests.integration.waiters import overheard
+from tests.tasks import new_id, progress_of, result_of
 
 
 @pytest.fixture
@@ -96,6 +97,20 @@ async def test_a_column_without_a_key_gets_its_default_and_is_left_alone_later(
     await store(backend, *values)
     assert await application.stored(*names) == {t: tuple(row) for t, row in expected.items()}
     assert errors(caplog) == []
+
+
+async def test_their_results_are_told_to_those_who_wait(
+    application: Application, database: Database
+) -> None:
+    backend = await application.start(lambda *_: {"count": 1}, notify=True)
+    task_id = new_id()  # the channel is that of all tests
+    async with overheard(database, "taskiq_results") as heard:
+        await store(backend, task_id)
+
+        async def is_told() -> bool:
+            return any(task_id in payload for _, payload in heard)
+
+        await eventually(is_told)
 
 
 async def test_what_the_application_filled_in_later_survives_an_overwrite(

@@ -78,11 +78,12 @@ async def test_concurrent_reads_are_few_statements(
     operation: str, backend: Backend, log: Log
 ) -> None:
     await store(backend, MANY[::2])
+    await outcomes_of([getattr(backend, operation)(i) for i in "abc"])  # now none goes alone
     await asyncio.sleep(0)  # the last one's log
     log.queries.clear()
     answers = await outcomes_of([getattr(backend, operation)(i) for i in MANY])
     await asyncio.sleep(0)
-    assert 1 <= log.count(READS) <= 4
+    assert 1 <= log.count(READS) <= 3
     for task_id, answer, is_stored in zip(MANY, answers, [True, False] * 100, strict=True):
         if operation == "is_result_ready":
             assert answer is is_stored
