@@ -69,6 +69,30 @@ async def test_psycopg_notices_by_one_failed_statement_that_the_server_has_close
     await databases.close()
 
 
+READ_ONLY = "BEGIN RAISE 'now a standby' USING ERRCODE = '25006'; END"
+SILENT = "BEGIN PERFORM pg_sleep(60); END"
+
+
+@each_owner
+@pytest.mark.parametrize("failing", [READ_ONLY, SILENT], ids=["read-only", "silent"])
+async def test_after_a_server_that_is_of_no_use_all_connections_are_replaced(
+    failing: str, owner: str, databases: Databases, database: Database
+) -> None:
+    """Those that are alive, too: they may lead to the old primary, or through a dead network."""
+    await database.fetch(f"CREATE FUNCTION fail() RETURNS int LANGUAGE plpgsql AS $${failing}$$")
+    opened = await databases.open(owner, retry_timeout=0, command_timeout=0.5)
+    await asyncio.gather(*[session_of(opened) for _ in range(10)])
+    before = await database.fetch(
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'ours'"
+    )
+    assert len(before) == 4
+    with pytest.raises(StorageError, match=r"standby|did not answer"):
+        await opened.fetch(sa.select(sa.func.fail()), {}, "fail")
+    sessions = await asyncio.gather(*[session_of(opened) for _ in range(10)])
+    sessions += [await session_of_transaction(opened)]
+    assert not set(sessions) & {row["pid"] for row in before}
+
+
 @each_owner
 @pytest.mark.parametrize(
     "run", [session_of, session_of_transaction], ids=["statement", "transaction"]

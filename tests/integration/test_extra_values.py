@@ -15,6 +15,7 @@ from taskiq_sa_pg import (
     Models,
     ProgressMixin,
     ResultMixin,
+    StorageError,
 )
 from taskiq_sa_pg.database import make_engine
 from tests.conftest import BackendFactory, Database, eventually
@@ -99,18 +100,22 @@ async def test_a_column_without_a_key_gets_its_default_and_is_left_alone_later(
     assert errors(caplog) == []
 
 
-async def test_their_results_are_told_to_those_who_wait(
+async def test_their_results_are_told_to_those_who_wait_once_they_are_stored(
     application: Application, database: Database
 ) -> None:
     backend = await application.start(lambda *_: {"count": 1}, notify=True)
-    task_id = new_id()  # the channel is that of all tests
+    task_id, unwanted = new_id(), new_id()  # the channel is that of all tests
+    await database.fetch(f"ALTER TABLE taskiq_results ADD CHECK (task_id <> '{unwanted}')")
     async with overheard(database, "taskiq_results") as heard:
-        await store(backend, task_id)
 
         async def is_told() -> bool:
             return any(task_id in payload for _, payload in heard)
 
+        with pytest.raises(StorageError):
+            await store(backend, unwanted)
+        await store(backend, task_id)
         await eventually(is_told)
+    assert not any(unwanted in payload for _, payload in heard)
 
 
 async def test_what_the_application_filled_in_later_survives_an_overwrite(

@@ -10,7 +10,6 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import NullPool
-from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg import ConfigurationError, SQLAlchemyResultBackend
 from taskiq_sa_pg.database import Database as Connected

@@ -123,14 +123,20 @@ async def test_what_is_told_is_committed(
 async def test_what_is_not_stored_is_not_told(each_driver: Backends) -> None:
     backend = await each_driver.start()
     database = each_driver.database
-    await database.fetch(f"ALTER TABLE \"{table_of(database)}\" ADD CHECK (task_id <> 'unwanted')")
+    tables = [table_of(database), f"{table_of(database)}_progress"]
+    for table in tables:
+        await database.fetch(f"ALTER TABLE \"{table}\" ADD CHECK (task_id <> 'unwanted')")
     task_id = new_id()
-    async with overheard(each_driver.database, table_of(each_driver.database)) as heard:
+    async with overheard(database, *tables) as heard:
         with pytest.raises(StorageError):
             await backend.set_result("unwanted", result_of(1))
+        with pytest.raises(StorageError):
+            await backend.set_progress("unwanted", progress_of(1))
         await backend.set_result(task_id, result_of(1))
-        assert await until_heard(heard, 1) == [task_id]
-    assert len(heard) == 1
+        await until_heard(heard, 1)
+        await backend.set_progress(task_id, progress_of(1))
+        assert await until_heard(heard, 2) == [task_id] * 2
+    assert len(heard) == 2
 
 
 async def test_shutdown_tells_what_was_stored(each_driver: Backends) -> None:

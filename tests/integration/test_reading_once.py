@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 from taskiq import TaskiqResult
 
-from taskiq_sa_pg import ResultDecodeError, ResultIsMissingError, SQLAlchemyResultBackend
+from taskiq_sa_pg import (
+    ResultDecodeError,
+    ResultIsMissingError,
+    SQLAlchemyResultBackend,
+    StorageError,
+)
 from taskiq_sa_pg.database import make_engine
 from tests.conftest import BackendFactory, Database, assert_comes_to_rest, eventually
 from tests.tasks import progress_of, result_of
@@ -135,6 +140,24 @@ async def test_a_result_that_cannot_be_decoded_stays(once: Backend, database: Da
             await once.get_result("task")
     assert await once.is_result_ready("task")
     assert await ids_with_progress(database) == {"task"}
+
+
+async def test_what_postgresql_refuses_to_commit_is_not_handed_out(
+    once: Backend, database: Database
+) -> None:
+    """That is for a COMMIT of which nobody can know whether it was carried out."""
+    await store(once, "task")
+    await database.fetch(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql "
+        "AS $$ BEGIN RAISE 'refused at the end'; END $$"
+    )
+    await database.fetch(
+        "CREATE CONSTRAINT TRIGGER refuse AFTER DELETE ON taskiq_results "
+        "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    with pytest.raises(StorageError, match="refused at the end"):
+        await once.get_result("task")
+    assert await stored_ids(database) == {"task"}
 
 
 async def test_of_many_readers_of_what_cannot_be_decoded_none_deletes_it(

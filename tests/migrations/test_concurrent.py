@@ -109,7 +109,7 @@ async def test_a_step_gives_way_and_is_tried_again_for_as_long_as_startup_has(
 ) -> None:
     await alembic("stamp", "base", TASKIQ_SA_PG_DSN=database.dsn)
     timings = Timings(lock=0.05)
-    async with locked(database, f"{NAME}_version"):
+    async with locked(database, f"{NAME}_version"), asyncio.timeout(20):
         with pytest.raises(SchemaError, match=r"lock timeout.*pg_stat_activity"):
             await start_backend(timings=timings, startup_timeout=0)
         migrating = asyncio.create_task(start_backend(timings=timings))
