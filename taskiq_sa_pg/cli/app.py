@@ -33,6 +33,4 @@ app.command("status")(command(tracking.status))
 app.command("running")(command(tracking.running))
 app.command("prune")(command(pruning.prune))
 app.command("watch")(command(watching.watch))
-app.command("import-results")(
-    command(importing.import_old_results, serializer_flag="--to-serializer")
-)
+app.command("import-results")(command(importing.import_old_results))

@@ -1,8 +1,8 @@
 """The command that brings results over from another package."""
 
 import sys
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -10,7 +10,6 @@ from typing import Annotated, TextIO
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from sqlalchemy import NullPool
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from taskiq_sa_pg.cli.output import JsonOption, console, say, say_json, to_json
 from taskiq_sa_pg.cli.target import Target, find_serializer
@@ -28,12 +27,9 @@ async def import_old_results(
     from_dsn: Annotated[
         str | None, typer.Option(help="Its database, where that is another.")
     ] = None,
-    from_serializer: Annotated[
+    serializer: Annotated[
         str,
-        typer.Option(
-            "--serializer",
-            help="Of its rows: pickle, json, orjson, msgpack, cbor or module:attribute.",
-        ),
+        typer.Option(help="Of its rows: pickle, json, orjson, msgpack, cbor or module:attribute."),
     ] = "pickle",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once.")] = 1000,
     dry_run: Annotated[
@@ -50,35 +46,37 @@ async def import_old_results(
     interrupted and run again. The exit status is 1 if something could not be read. Reading a pickle
     runs what it says.
     """
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
         errors = stack.enter_context(_open(errors_to)) if errors_to else None
 
         def tell(unreadable: Unreadable) -> None:
-            if errors is not None:
-                errors.write(to_json(asdict(unreadable)) + "\n")
-            else:
-                typer.echo(to_json(asdict(unreadable)), err=True)
+            typer.echo(to_json(asdict(unreadable)), file=errors, err=True)
 
-        async with target.backend() as backend, _engine(from_dsn) as engine:
-            total = await count_rows(
-                backend, from_table, from_engine=engine, from_schema=from_schema
-            )
-            bar = stack.enter_context(_Bar(total))
-            report = await import_results(
-                backend,
-                from_table,
-                from_engine=engine,
-                from_schema=from_schema,
-                serializer=find_serializer(from_serializer),
-                batch_size=batch_size,
-                dry_run=dry_run,
-                on_batch=bar.show,
-                on_unreadable=tell,
-            )
+        backend, engine = await stack.enter_async_context(target.backend()), None
+        if from_dsn is not None:
+            engine = make_engine(from_dsn, poolclass=NullPool)
+            stack.push_async_callback(engine.dispose)
+        total = await count_rows(backend, from_table, from_engine=engine, from_schema=from_schema)
+        report = await import_results(
+            backend,
+            from_table,
+            from_engine=engine,
+            from_schema=from_schema,
+            serializer=find_serializer(serializer),
+            batch_size=batch_size,
+            dry_run=dry_run,
+            on_batch=stack.enter_context(_bar(total)),
+            on_unreadable=tell,
+        )
     if json:
         say_json(asdict(report))
     else:
-        say(_summary(report, is_dry_run=dry_run))
+        would = "would be " if dry_run else ""
+        say(
+            f"{report.rows:,} rows read: {report.results:,} results and {report.progress:,} "
+            f"progress {would}imported, {report.already_there:,} were there already, "
+            f"{report.unreadable:,} could not be read"
+        )
     if report.unreadable:
         raise typer.Exit(1)
 
@@ -90,48 +88,13 @@ def _open(path: Path) -> TextIO:
         raise ConfigurationError(f"--errors-to: cannot write {path}: {exc.strerror}") from exc
 
 
-@asynccontextmanager
-async def _engine(dsn: str | None) -> AsyncIterator[AsyncEngine | None]:
-    if dsn is None:
-        yield None
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[ImportReport], None]]:
+    """Shows how much of the old table has been read; on a terminal only."""
+    if not sys.stdout.isatty():
+        yield lambda _: None
         return
-    engine = make_engine(dsn, poolclass=NullPool)
-    try:
-        yield engine
-    finally:
-        await engine.dispose()
-
-
-class _Bar:
-    """How much of the old table has been read; shown on a terminal only."""
-
-    def __init__(self, total: int) -> None:
-        self._progress = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console(),
-            disable=not sys.stdout.isatty(),
-        )
-        self._bar = self._progress.add_task("", total=total)
-
-    def __enter__(self) -> "_Bar":
-        if not self._progress.disable:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if not self._progress.disable:  # older rich would print an empty line
-            self._progress.stop()
-
-    def show(self, report: ImportReport) -> None:
-        self._progress.update(self._bar, completed=report.rows)
-
-
-def _summary(report: ImportReport, *, is_dry_run: bool) -> str:
-    would = "would be " if is_dry_run else ""
-    return (
-        f"{report.rows:,} rows read: {report.results:,} results and {report.progress:,} progress "
-        f"{would}imported, {report.already_there:,} were there already, "
-        f"{report.unreadable:,} could not be read"
-    )
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console()) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda report: progress.update(bar, completed=report.rows)

@@ -2,31 +2,17 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 
 import typer
-from sqlalchemy import Select
 
+from taskiq_sa_pg import statements as sql
 from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_table
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError, ResultIsMissingError
-from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.schema import select_sizes
-from taskiq_sa_pg.statements import (
-    Counts,
-    Details,
-    Listed,
-    StoredProgress,
-    StoredResult,
-    count_progress,
-    select_counts,
-    select_details,
-    select_list,
-    select_progress,
-    select_results,
-)
 
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -40,26 +26,22 @@ async def show(
     json: JsonOption = False,
 ) -> None:
     """Shows a result with its traceback and its progress. Reading a pickle runs what it says."""
-    column_id = target.config.to_column_task_id(task_id)
+    parameters = {"task_ids": [target.config.to_column_task_id(task_id)]}
+    purpose = f"read the result of task {task_id!r}"
     async with target.runtime() as runtime:
-
-        async def read(select: Callable[[Models], Select[Any]]) -> Any:
-            purpose = f"read the result of task {task_id!r}"
-            statement, parameters = select(runtime.settings.models), {"task_ids": [column_id]}
-            rows = await runtime.database.fetch(statement, parameters, purpose)
-            return rows[0] if rows else None
-
-        result, details = await read(select_results), await read(select_details)
-        progress = await read(select_progress)
-    is_there = result is not None and details is not None
-    if not is_there and progress is None:
+        results, details, progress = [
+            await runtime.database.fetch(select(target.models), parameters, purpose)
+            for select in (sql.select_results, sql.select_details, sql.select_progress)
+        ]
+    if not (results and details) and not progress:
         raise ResultIsMissingError(task_id, target.config.qualified_name)
     shown: dict[str, Any] = {"task_id": task_id}
-    if is_there:
-        stored = StoredResult._make(result)
-        shown |= _shown_result(target, stored, Details._make(details), is_raw=raw)
-    if progress is not None:
-        shown["progress"] = _shown_progress(target, StoredProgress._make(progress), is_raw=raw)
+    if results and details:
+        stored, more = sql.StoredResult._make(results[0]), sql.Details._make(details[0])
+        shown |= _shown_result(target, stored, more, is_raw=raw)
+    if progress:
+        stored_progress = sql.StoredProgress._make(progress[0])
+        shown["progress"] = _shown_progress(target, stored_progress, is_raw=raw)
     if json:
         say_json(shown)
     else:
@@ -67,7 +49,7 @@ async def show(
 
 
 def _shown_result(
-    target: Target, stored: StoredResult, details: Details, *, is_raw: bool
+    target: Target, stored: sql.StoredResult, details: sql.Details, *, is_raw: bool
 ) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "outcome": _outcome(stored.is_err),
@@ -94,7 +76,7 @@ def _shown_result(
     return shown | {"error_type": stored.error_type, "traceback": details.traceback}
 
 
-def _shown_progress(target: Target, stored: StoredProgress, *, is_raw: bool) -> dict[str, Any]:
+def _shown_progress(target: Target, stored: sql.StoredProgress, *, is_raw: bool) -> dict[str, Any]:
     if is_raw:
         return {"state": stored.state, "meta": stored.meta}
     try:
@@ -139,7 +121,7 @@ async def list_results(
     json: JsonOption = False,
 ) -> None:
     """Lists results, the latest first."""
-    statement = select_list(
+    statement = sql.select_list(
         target.models,
         is_err=True if errors else None,
         since=None if since is None else parse_since(since),
@@ -148,7 +130,7 @@ async def list_results(
     )
     async with target.runtime() as runtime:
         rows = await runtime.database.fetch(statement, {}, "list results")
-    listed = [Listed._make(row) for row in rows]
+    listed = [sql.Listed._make(row) for row in rows]
     if json:
         say_json([row._asdict() | {"outcome": _outcome(row.is_err)} for row in listed])
         return
@@ -170,10 +152,11 @@ async def list_results(
 async def stats(target: Target, json: JsonOption = False) -> None:
     """Counts results by outcome, and says how large and how old the tables are."""
     async with target.runtime() as runtime:
-        fetch, models = runtime.database.fetch, runtime.settings.models
-        [counts] = map(Counts._make, await fetch(select_counts(models), {}, "count results"))
-        [[progress]] = await fetch(count_progress(models), {}, "count progress")
+        fetch, models = runtime.database.fetch, target.models
+        [row] = await fetch(sql.select_counts(models), {}, "count results")
+        [[progress]] = await fetch(sql.count_progress(models), {}, "count progress")
         sizes = await fetch(select_sizes(target.config), {}, "measure the tables")
+    counts = sql.Counts._make(row)
     shown = {
         "results": counts.results,
         "successes": counts.results - counts.failures,
@@ -182,22 +165,17 @@ async def stats(target: Target, json: JsonOption = False) -> None:
         "progress": progress,
         "oldest": counts.oldest,
         "newest": counts.newest,
-        "bytes": dict(map(tuple, sizes)),
     }
     if json:
-        say_json(shown)
+        say_json(shown | {"bytes": dict(map(tuple, sizes))})
         return
-    _say_fields({name: value for name, value in shown.items() if name != "bytes"})
+    _say_fields(shown)
     for name, size in sizes:
         say(f"{'size:':<16}{size / 1024:,.0f} kB  {name}")
 
 
 def parse_since(text: str) -> datetime:
-    """The moment that "2h", "7d", "2026-11-23" or "2026-11-23T08:30+01:00" means.
-
-    Raises:
-        ConfigurationError: The text is nothing of that kind.
-    """
+    """The moment that "2h", "7d", "2026-11-23" or "2026-11-23T08:30+01:00" means."""
     try:
         if match := re.fullmatch(r"(\d+)([smhdw])", text):
             return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})

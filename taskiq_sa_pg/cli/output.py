@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from pydantic_core import to_jsonable_python
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -50,9 +50,8 @@ def repr_of(value: Any) -> str:
 
 def say_table(headers: list[str], rows: list[list[str]]) -> None:
     """Prints a table; in a pipe no cell is cut."""
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    for header in headers:
-        table.add_column(header, overflow="fold")
+    columns = [Column(header, overflow="fold") for header in headers]
+    table = Table(*columns, box=None, pad_edge=False, show_edge=False)
     for row in rows:
         table.add_row(*[Text(printable(cell)) for cell in row])
     drawing = console()

@@ -18,9 +18,7 @@ def upgrade(
     revision: Annotated[str, typer.Argument(help="0001, head ...")] = "head",
 ) -> None:
     """Makes the tables, or brings them up to date. Any number may run at once."""
-    before = asyncio.run(_current(target))
-    move_to(target.config, target.require_dsn(), revision)
-    _say_change(target, before)
+    _move(target, revision)
 
 
 def downgrade(
@@ -28,9 +26,7 @@ def downgrade(
     revision: Annotated[str, typer.Argument(help="0001 ..., or base, which drops the tables.")],
 ) -> None:
     """Takes the tables back to an earlier revision; what it does not have is lost."""
-    before = asyncio.run(_current(target))
-    move_to(target.config, target.require_dsn(), revision, is_down=True)
-    _say_change(target, before)
+    _move(target, revision, is_down=True)
 
 
 def current(target: Target, json: JsonOption = False) -> None:
@@ -47,7 +43,7 @@ async def check(target: Target, json: JsonOption = False) -> None:
     unfit = ""
     async with target.runtime() as runtime:
         try:
-            await check_schema(runtime.database, runtime.settings.models)
+            await check_schema(runtime.database, target.models)
         except SchemaError as exc:
             unfit = str(exc)
     if json:
@@ -72,11 +68,9 @@ async def _current(target: Target) -> str | None:
         return await current_revision(runtime.database, target.config)
 
 
-def _say_change(target: Target, before: str | None) -> None:
-    after = asyncio.run(_current(target))
-    change = (
-        f"is at {after or 'none'}"
-        if before == after
-        else f"{before or 'none'} -> {after or 'none'}"
-    )
+def _move(target: Target, revision: str, *, is_down: bool = False) -> None:
+    before = asyncio.run(_current(target)) or "none"
+    move_to(target.config, revision, is_down=is_down, dsn=target.dsn)
+    after = asyncio.run(_current(target)) or "none"
+    change = f"is at {after}" if before == after else f"{before} -> {after}"
     say(f"table {target.config.qualified_name}: {change}")

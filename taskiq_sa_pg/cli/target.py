@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -22,14 +21,7 @@ from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
-from taskiq_sa_pg.models import (
-    DEFAULT_TABLE_NAME,
-    Models,
-    PayloadField,
-    TableConfig,
-    TaskIdField,
-    build_models,
-)
+from taskiq_sa_pg.models import DEFAULT_TABLE_NAME, PayloadField, TaskIdField, build_models
 from taskiq_sa_pg.results import Runtime, SchemaCheck, Settings
 from taskiq_sa_pg.telemetry import Telemetry
 
@@ -41,46 +33,80 @@ _SERIALIZERS: Final[dict[str, Callable[[], TaskiqSerializer]]] = {
     "cbor": serializers.CBORSerializer,
 }
 
-# As a shell tells of a command that was interrupted, and of one whose reader went away.
-_INTERRUPTED: Final = 130
+# As a shell tells of a command whose reader went away.
 _BROKEN_PIPE: Final = 141
 
 
-@dataclass(frozen=True)
 class Target:
-    """The database and the tables that a command is about."""
+    """The database and the tables that a command is about, as the shared options name them."""
 
-    dsn: str | None
-    config: TableConfig
-    serializer_name: str | None
+    def __init__(
+        self,
+        dsn: Annotated[
+            str | None,
+            typer.Option(
+                envvar="TASKIQ_SA_PG_DSN",
+                help="The database: postgresql://user:password@host/database.",
+            ),
+        ] = None,
+        table_name: Annotated[
+            str, typer.Option(envvar="TASKIQ_SA_PG_TABLE_NAME", help="The results table.")
+        ] = DEFAULT_TABLE_NAME,
+        schema: Annotated[
+            str | None,
+            typer.Option(
+                envvar="TASKIQ_SA_PG_SCHEMA", help="Its PostgreSQL schema, else the search_path's."
+            ),
+        ] = None,
+        field_for_task_id: Annotated[
+            TaskIdField,
+            typer.Option(
+                envvar="TASKIQ_SA_PG_FIELD_FOR_TASK_ID", help="Type of the task-id columns."
+            ),
+        ] = "VarChar",
+        field_for_payload: Annotated[
+            PayloadField,
+            typer.Option(
+                envvar="TASKIQ_SA_PG_FIELD_FOR_PAYLOAD", help="Type of the values' columns."
+            ),
+        ] = "Bytea",
+        serializer: Annotated[
+            str | None,
+            typer.Option(
+                envvar="TASKIQ_SA_PG_SERIALIZER",
+                help="Of our tables: pickle, json, orjson, msgpack, cbor, or module:attribute. The "
+                "default is the backend's: pickle, and json with Jsonb.",
+            ),
+        ] = None,
+    ) -> None:
+        self._dsn: Final = dsn
+        self._serializer: Final = serializer
+        self.models: Final = build_models(
+            table_name,
+            field_for_task_id=field_for_task_id,
+            field_for_payload=field_for_payload,
+            schema=schema,
+        )
+        self.config: Final = self.models.config
 
     @property
-    def models(self) -> Models:
-        """The tables' models."""
-        return build_models(**asdict(self.config))
+    def dsn(self) -> str:
+        """The DSN, without which a ConfigurationError is raised."""
+        if not self._dsn:
+            raise ConfigurationError(
+                "which database? Set TASKIQ_SA_PG_DSN, or pass --dsn postgresql://..."
+            )
+        return self._dsn
 
     @property
     def codec(self) -> Codec:
         """What reads the tables' values."""
-        return Codec(self.config, find_serializer(self.serializer_name))
-
-    def require_dsn(self) -> str:
-        """The DSN.
-
-        Raises:
-            ConfigurationError: There is none.
-        """
-        if not self.dsn:
-            raise ConfigurationError(
-                "which database? Set TASKIQ_SA_PG_DSN, or pass --dsn postgresql://..."
-            )
-        return self.dsn
+        return Codec(self.config, find_serializer(self._serializer))
 
     @asynccontextmanager
     async def runtime(self, progress_ttl: float | None = None) -> AsyncIterator[Runtime]:
         """What works on the tables; it says at once what is wrong."""
-        poolclass = {"poolclass": NullPool}
-        database = Database(self.require_dsn(), engine_kwargs=poolclass, retry_timeout=0)
+        database = Database(self.dsn, engine_kwargs={"poolclass": NullPool}, retry_timeout=0)
         await database.open()
         settings = Settings(models=self.models, codec=Codec(self.config), progress_ttl=progress_ttl)
         runtime = Runtime(settings, database, Telemetry(self.config.qualified_name))
@@ -96,9 +122,9 @@ class Target:
     ) -> AsyncIterator[SQLAlchemyResultBackend[Any]]:
         """A started backend."""
         backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
-            self.require_dsn(),
+            self.dsn,
             models=self.models,
-            serializer=find_serializer(self.serializer_name),
+            serializer=find_serializer(self._serializer),
             check_schema=check_schema,
             startup_timeout=0,
         )
@@ -110,11 +136,7 @@ class Target:
 
 
 def find_serializer(name: str | None) -> TaskiqSerializer | None:
-    """The serializer of that name, or what `module:attribute` is or returns; None for None.
-
-    Raises:
-        ConfigurationError: There is no such serializer.
-    """
+    """The serializer of that name, or what `module:attribute` is or returns; None for None."""
     if not name:
         return None
     try:
@@ -135,76 +157,29 @@ def find_serializer(name: str | None) -> TaskiqSerializer | None:
     return serializer
 
 
-def _serializer_option(flag: str) -> Any:
-    return typer.Option(
-        flag,
-        envvar="TASKIQ_SA_PG_SERIALIZER",
-        help="Of our tables: pickle, json, orjson, msgpack, cbor, or module:attribute. The default "
-        "is the backend's: pickle, and json with Jsonb.",
-    )
-
-
-def _target(
-    dsn: Annotated[
-        str | None,
-        typer.Option(
-            envvar="TASKIQ_SA_PG_DSN",
-            show_envvar=True,
-            help="The database: postgresql://user:password@host/database.",
-        ),
-    ] = None,
-    table_name: Annotated[
-        str, typer.Option(envvar="TASKIQ_SA_PG_TABLE_NAME", help="The results table.")
-    ] = DEFAULT_TABLE_NAME,
-    schema: Annotated[
-        str | None,
-        typer.Option(
-            envvar="TASKIQ_SA_PG_SCHEMA", help="Its PostgreSQL schema, else the search_path's."
-        ),
-    ] = None,
-    field_for_task_id: Annotated[
-        TaskIdField,
-        typer.Option(envvar="TASKIQ_SA_PG_FIELD_FOR_TASK_ID", help="Type of the task-id columns."),
-    ] = "VarChar",
-    field_for_payload: Annotated[
-        PayloadField,
-        typer.Option(envvar="TASKIQ_SA_PG_FIELD_FOR_PAYLOAD", help="Type of the values' columns."),
-    ] = "Bytea",
-    serializer: Annotated[str | None, _serializer_option("--serializer")] = None,
-) -> Target:
-    config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
-    return Target(dsn, config, serializer)
-
-
-def command(
-    function: Callable[..., Any], *, serializer_flag: str = "--serializer"
-) -> Callable[..., Any]:
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """A command for typer: `function` with the options of Target instead of its first parameter.
 
-    Args:
-        function: Perhaps a coroutine function. What it raises is told in one line.
-        serializer_flag: For a command that has another meaning for the usual one.
+    Where it has a serializer of its own, that of our tables becomes --to-serializer. It may be a
+    coroutine function; what it raises is told in one line.
     """
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-    options = dict(inspect.signature(_target).parameters)
-    options["serializer"] = options["serializer"].replace(
-        annotation=Annotated[str | None, _serializer_option(serializer_flag)]
-    )
-    names, shared = list(options), list(options.values())
+    own = list(inspect.signature(function).parameters.values())[1:]
+    shared = dict(inspect.signature(Target).parameters)
+    if any(each.name == "serializer" for each in own):
+        shared["serializer"] = shared["serializer"].replace(name="to_serializer")
 
     @functools.wraps(function)
     def run(**arguments: Any) -> None:
         with _telling_errors():
-            target = _target(**{name: arguments.pop(name) for name in names})
+            target = Target(**{key: arguments.pop(each.name) for key, each in shared.items()})
             done = function(target, **arguments)
             if inspect.iscoroutine(done):
                 asyncio.run(done)
 
     parameters = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *shared)
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *shared.values())
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
@@ -216,8 +191,6 @@ def _telling_errors() -> Iterator[None]:
     except (TaskiqSaPgError, TaskiqResultTimeoutError) as exc:
         typer.echo(f"taskiq-sa-pg: {' '.join(str(exc).split())}", err=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(_INTERRUPTED) from None
     except OSError as exc:
         # Python flushes it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

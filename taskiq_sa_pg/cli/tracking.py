@@ -8,7 +8,6 @@ import typer
 
 from taskiq_sa_pg.cli.output import JsonOption, say, say_json, say_table
 from taskiq_sa_pg.cli.target import Target
-from taskiq_sa_pg.results import TaskStatus
 
 
 async def status(
@@ -43,19 +42,12 @@ async def running(
     if json:
         say_json([asdict(each) for each in found])
         return
-    now = datetime.now(UTC)
-    say_table(
-        ["started at", "seconds", "attempt", "task", "worker", "task id"],
-        [[*_times(each, now), *_names(each)] for each in found],
-    )
-
-
-def _times(status: TaskStatus, now: datetime) -> list[str]:
-    if status.started_at is None:
-        return ["", ""]
-    started_at = status.started_at.isoformat(sep=" ", timespec="seconds")
-    return [started_at, f"{(now - status.started_at).total_seconds():.1f}"]
-
-
-def _names(status: TaskStatus) -> list[str]:
-    return [str(status.attempt), status.task_name or "", status.worker or "", status.task_id]
+    rows, now = [], datetime.now(UTC)
+    for each in found:
+        started_at = seconds = ""
+        if each.started_at is not None:
+            started_at = each.started_at.isoformat(sep=" ", timespec="seconds")
+            seconds = f"{(now - each.started_at).total_seconds():.1f}"
+        names = each.task_name or "", each.worker or "", each.task_id
+        rows.append([started_at, seconds, str(each.attempt), *names])
+    say_table(["started at", "seconds", "attempt", "task", "worker", "task id"], rows)

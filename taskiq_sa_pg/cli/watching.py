@@ -2,13 +2,13 @@
 
 import asyncio
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import isnan
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
-from taskiq import TaskiqResult
-from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
@@ -16,6 +16,9 @@ from taskiq_sa_pg.cli.output import JsonOption, console, printable, repr_of, say
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import TaskiqSaPgError
 from taskiq_sa_pg.statements import select_progress, select_results
+
+# Takes a task, what has become of it, that in words, and as fields of a JSON object.
+_Tell = Callable[[str, str, str, Mapping[str, Any]], None]
 
 
 async def watch(
@@ -30,21 +33,21 @@ async def watch(
 
     Metadata with `percent`, or with `current` and `total`, fills a bar.
     """
-    view = _JsonLines() if json else _Bars() if sys.stdout.isatty() else _Lines()
-    tasks = list(dict.fromkeys(task_ids))
+    view: AbstractContextManager[_Tell] = (
+        nullcontext(_say_json) if json else _bars() if sys.stdout.isatty() else nullcontext(_say)
+    )
     # Not the backend's check of the tables: nothing is written, which a column of the application's
     # own that is NOT NULL would be in the way of.
     async with target.runtime() as runtime:
         for select in (select_results, select_progress):
-            statement = select(runtime.settings.models)
-            await runtime.database.fetch(statement, {"task_ids": []}, "watch tasks")
+            await runtime.database.fetch(select(target.models), {"task_ids": []}, "watch tasks")
     try:
         async with target.backend(check_schema="off") as backend:
-            with view:
+            with view as tell:
                 async with asyncio.TaskGroup() as group:
                     watching = [
-                        group.create_task(_watch(backend, task_id, timeout, view))
-                        for task_id in tasks
+                        group.create_task(_watch(backend, task_id, timeout, tell))
+                        for task_id in dict.fromkeys(task_ids)
                     ]
     except ExceptionGroup as exc:
         # One is told, such as a closed pipe, as with the other commands.
@@ -54,115 +57,61 @@ async def watch(
 
 
 async def _watch(
-    backend: SQLAlchemyResultBackend[Any], task_id: str, timeout: float | None, view: "_Lines"
+    backend: SQLAlchemyResultBackend[Any], task_id: str, timeout: float | None, tell: _Tell
 ) -> bool:
     """Whether the task has succeeded."""
     try:
         async for progress in backend.watch_progress(task_id, timeout):
-            view.tell_progress(task_id, progress)
+            # The name: "STARTED", not "TaskState.STARTED".
+            state = str(getattr(progress.state, "value", progress.state))
+            fields = {"state": state, "meta": progress.meta}
+            tell(task_id, "progress", f"{state} {repr_of(progress.meta)}", fields)
         result = await backend.get_result(task_id)
     except TaskiqResultTimeoutError:
-        view.tell_trouble(task_id, "timeout", "not finished in time")
+        reason = "not finished in time"
+        tell(task_id, "timeout", reason, {"reason": reason})
     except TaskiqSaPgError as exc:
-        view.tell_trouble(task_id, "trouble", str(exc))
+        tell(task_id, "trouble", str(exc), {"reason": str(exc)})
     else:
-        view.tell_result(task_id, result)
+        value, error, seconds = result.return_value, result.error, f"{result.execution_time:.3f} s"
+        fields = {"return_value": value, "error": error}
+        if result.is_err:
+            tell(task_id, "failure", f"failure after {seconds}: {repr_of(error)}", fields)
+        else:
+            tell(task_id, "success", f"success in {seconds}: {repr_of(value)}", fields)
         return not result.is_err
     return False
 
 
-class _Lines:
-    """A line for each change, where there is no terminal."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc_info: object) -> None:
-        pass
-
-    def tell_progress(self, task_id: str, progress: TaskProgress[Any]) -> None:
-        self._say(task_id, f"{state_of(progress)} {repr_of(progress.meta)}")
-
-    def tell_result(self, task_id: str, result: TaskiqResult[Any]) -> None:
-        self._say(task_id, outcome_of(result))
-
-    def tell_trouble(self, task_id: str, event: str, reason: str) -> None:
-        self._say(task_id, reason)
-
-    def _say(self, task_id: str, text: str) -> None:
-        say(f"{task_id}: {text}")
-        sys.stdout.flush()
+def _say(task_id: str, _event: str, text: str, _fields: Mapping[str, Any]) -> None:
+    say(f"{task_id}: {text}")
 
 
-class _JsonLines(_Lines):
-    """A line of JSON for each change."""
-
-    def tell_progress(self, task_id: str, progress: TaskProgress[Any]) -> None:
-        self._tell(task_id, "progress", state=state_of(progress), meta=progress.meta)
-
-    def tell_result(self, task_id: str, result: TaskiqResult[Any]) -> None:
-        outcome = "failure" if result.is_err else "success"
-        self._tell(task_id, outcome, return_value=result.return_value, error=result.error)
-
-    def tell_trouble(self, task_id: str, event: str, reason: str) -> None:
-        self._tell(task_id, event, reason=reason)
-
-    def _tell(self, task_id: str, event: str, **values: Any) -> None:
-        say_json({"task_id": task_id, "event": event, **values})
-        sys.stdout.flush()
+def _say_json(task_id: str, event: str, _text: str, fields: Mapping[str, Any]) -> None:
+    say_json({"task_id": task_id, "event": event, **fields})
 
 
-class _Bars(_Lines):
+@contextmanager
+def _bars() -> Iterator[_Tell]:
     """A bar for each task, live."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[state]}", markup=False),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=console()) as progress:
 
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[state]}", markup=False),
-            console=console(),
-        )
-        self._bars: dict[str, TaskID] = {}
+        def show(task_id: str, event: str, text: str, fields: Mapping[str, Any]) -> None:
+            if task_id not in bars:
+                bars[task_id] = progress.add_task(printable(task_id), total=None, state="")
+            fraction = 1.0 if event == "success" else fraction_of(fields.get("meta"))
+            state = text if fraction is None else fields.get("state", text)
+            total = None if fraction is None else 1.0
+            progress.update(bars[task_id], total=total, completed=fraction, state=printable(state))
 
-    def __enter__(self) -> None:
-        self._progress.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._progress.stop()
-
-    def tell_progress(self, task_id: str, progress: TaskProgress[Any]) -> None:
-        fraction = fraction_of(progress.meta)
-        state = (
-            state_of(progress)
-            if fraction is not None
-            else f"{state_of(progress)} {repr_of(progress.meta)}"
-        )
-        self._update(task_id, fraction, state)
-
-    def tell_result(self, task_id: str, result: TaskiqResult[Any]) -> None:
-        self._update(task_id, None if result.is_err else 1.0, outcome_of(result))
-
-    def _say(self, task_id: str, text: str) -> None:
-        self._update(task_id, None, text)
-
-    def _update(self, task_id: str, fraction: float | None, state: str) -> None:
-        if task_id not in self._bars:
-            self._bars[task_id] = self._progress.add_task(printable(task_id), total=None, state="")
-        bar, total = self._bars[task_id], None if fraction is None else 1.0
-        self._progress.update(bar, total=total, completed=fraction, state=printable(state))
-
-
-def state_of(progress: TaskProgress[Any]) -> str:
-    """The state's name: "STARTED", not "TaskState.STARTED"."""
-    return str(getattr(progress.state, "value", progress.state))
-
-
-def outcome_of(result: TaskiqResult[Any]) -> str:
-    """One line on how a task has ended."""
-    if not result.is_err:
-        return f"success in {result.execution_time:.3f} s: {repr_of(result.return_value)}"
-    return f"failure after {result.execution_time:.3f} s: {repr_of(result.error)}"
+        yield show
 
 
 def fraction_of(meta: Any) -> float | None:
@@ -170,10 +119,8 @@ def fraction_of(meta: Any) -> float | None:
     match meta:
         case {"percent": int() | float() as percent}:
             fraction = percent / 100
-        case {"current": int() | float() as current, "total": int() | float() as total} if (
-            total > 0
-        ):
-            fraction = current / total
+        case {"current": int() | float() as done, "total": int() | float() as total} if total > 0:
+            fraction = done / total
         case _:
             return None
     return None if isnan(fraction) else min(max(fraction, 0.0), 1.0)

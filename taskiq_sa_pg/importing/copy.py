@@ -14,21 +14,13 @@ from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.serializers import PickleSerializer
 
+from taskiq_sa_pg import statements as sql
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.batching import MAX_BYTES, blames_a_row
 from taskiq_sa_pg.codec import reason_of, storable_text
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError, InvalidTaskIdError, StorageError
 from taskiq_sa_pg.importing.source import OldRow, OldTable, find_old_table
-from taskiq_sa_pg.statements import (
-    ProgressRow,
-    ResultRow,
-    Upsert,
-    insert_progress,
-    insert_results,
-    select_having_progress,
-    select_ready,
-)
 
 # Without [Any]: older pydantic would refuse the objects that other packages have pickled.
 _RESULT: Final[type[TaskiqResult[Any]]] = TaskiqResult
@@ -170,8 +162,8 @@ class _Part:
     """One of our tables: what is stored in it of an old row, where it has none of the task."""
 
     name: str
-    encode: Callable[[Any, bytes], ResultRow | ProgressRow]
-    insert: Upsert
+    encode: Callable[[Any, bytes], sql.ResultRow | sql.ProgressRow]
+    insert: sql.Upsert
     select_present: Select[Any]
 
 
@@ -186,28 +178,26 @@ class _Target:
         on_unreadable: Callable[[Unreadable], None] | None,
     ) -> None:
         self.report = ImportReport()
-        models = backend.models
-        self._config = models.config
-        self._codec = backend.settings.codec
-        self._database = backend.runtime.database
-        self._purpose = f"import into table {models.config.qualified_name}"
+        self._runtime = backend.runtime
+        self._purpose = f"import into table {backend.models.config.qualified_name}"
         self._serializer = serializer
         self._dry_run = dry_run
         self._on_unreadable = on_unreadable
-        results, progress = insert_results(models), insert_progress(models)
-        self._results = _Part("result", self._encode_result, results, select_ready(models))
-        having = select_having_progress(models)
+        results, progress = sql.insert_results(backend.models), sql.insert_progress(backend.models)
+        ready, having = sql.select_ready(backend.models), sql.select_having_progress(backend.models)
+        self._results = _Part("result", self._encode_result, results, ready)
         self._progress = _Part("progress", self._encode_progress, progress, having)
 
     async def add(self, rows: Iterable[OldRow]) -> None:
         """Stores what a batch holds and our tables do not."""
+        config = self._runtime.settings.models.config
         results: dict[Any, tuple[str, bytes]] = {}
         progress: dict[Any, tuple[str, bytes]] = {}
         for row in rows:
             self.report.rows += 1
             task_id = row.task_id.hex if isinstance(row.task_id, UUID) else row.task_id
             try:
-                column_id = self._config.to_column_task_id(task_id)
+                column_id = config.to_column_task_id(task_id)
             except InvalidTaskIdError as exc:
                 self._leave_out(task_id, str(exc))
                 continue
@@ -226,10 +216,10 @@ class _Target:
         if not values:
             return 0
         task_ids = {"task_ids": list(values)}
-        found = await self._database.fetch(part.select_present, task_ids, self._purpose)
+        found = await self._runtime.database.fetch(part.select_present, task_ids, self._purpose)
         present = {column_id for (column_id,) in found}
         self.report.already_there += len(present)
-        rows: list[ResultRow | ProgressRow] = []
+        rows: list[sql.ResultRow | sql.ProgressRow] = []
         for column_id, (task_id, dumped) in values.items():
             if column_id not in present:
                 try:
@@ -243,7 +233,7 @@ class _Target:
     async def _insert(
         self,
         part: _Part,
-        rows: Sequence[ResultRow | ProgressRow],
+        rows: Sequence[sql.ResultRow | sql.ProgressRow],
         values: Mapping[Any, tuple[str, bytes]],
     ) -> int:
         async def insert(connection: AsyncConnection) -> int:
@@ -251,7 +241,7 @@ class _Target:
 
         calls = part.insert.of(rows)
         try:
-            stored = await self._database.transact(insert, self._purpose)
+            stored = await self._runtime.database.transact(insert, self._purpose)
         except StorageError as exc:
             if not blames_a_row(exc):
                 raise
@@ -259,8 +249,7 @@ class _Target:
                 task_id, _ = values[rows[0].task_id]
                 self._leave_out(task_id, f"{part.name}: {exc}")
                 return 0
-            middle = len(rows) // 2
-            halves = rows[:middle], rows[middle:]
+            halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
             return sum([await self._insert(part, half, values) for half in halves])
         self.report.already_there += len(rows) - stored  # a worker was faster
         return stored
@@ -270,16 +259,16 @@ class _Target:
         if self._on_unreadable is not None:
             self._on_unreadable(Unreadable(task_id, storable_text(" ".join(reason.split()))))
 
-    def _encode_result(self, column_id: Any, dumped: bytes) -> ResultRow:
+    def _encode_result(self, column_id: Any, dumped: bytes) -> sql.ResultRow:
         document = self._serializer.loadb(dumped)
         result = _RESULT.model_validate(document)
         if result.error is not None and isinstance(document, dict):
             _name_stand_ins(result.error, document.get("error"))
-        return self._codec.encode_result(column_id, result, strict=True)
+        return self._runtime.settings.codec.encode_result(column_id, result, strict=True)
 
-    def _encode_progress(self, column_id: Any, dumped: bytes) -> ProgressRow:
+    def _encode_progress(self, column_id: Any, dumped: bytes) -> sql.ProgressRow:
         progress = _PROGRESS.model_validate(self._serializer.loadb(dumped))
-        return self._codec.encode_progress(column_id, progress)
+        return self._runtime.settings.codec.encode_progress(column_id, progress)
 
 
 def _name_stand_ins(exception: BaseException, document: Any) -> None:
@@ -299,10 +288,8 @@ def _name_stand_ins(exception: BaseException, document: Any) -> None:
         cls.__module__ = module
         # Pickle would import the module to look whether the class is in it.
         cls.__reduce_ex__ = _refuse_pickle  # type: ignore[assignment]  # of a stand-in of our own
-    for chained, name in (
-        (exception.__cause__, "exc_cause"),
-        (exception.__context__, "exc_context"),
-    ):
+    chain = (exception.__cause__, "exc_cause"), (exception.__context__, "exc_context")
+    for chained, name in chain:
         if chained is not None:
             _name_stand_ins(chained, document.get(name))
 

@@ -3,26 +3,8 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Integer,
-    LargeBinary,
-    Select,
-    String,
-    TableClause,
-    Text,
-    Uuid,
-    bindparam,
-    column,
-    func,
-    literal_column,
-    null,
-    select,
-    table,
-)
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.types import TypeEngine
 
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import SchemaError
@@ -30,10 +12,10 @@ from taskiq_sa_pg.models import quoted
 from taskiq_sa_pg.schema import describe_columns
 
 # As PostgreSQL calls the types of task ids that can be read.
-_TASK_ID_TYPES: Final[Mapping[str, TypeEngine[Any]]] = {
-    "character varying": String(),
-    "text": Text(),
-    "uuid": Uuid(),
+_TASK_ID_TYPES: Final[Mapping[str, sa.types.TypeEngine[Any]]] = {
+    "character varying": sa.String(),
+    "text": sa.Text(),
+    "uuid": sa.Uuid(),
 }
 _PAYLOAD_TYPE: Final = "bytea"
 
@@ -47,54 +29,32 @@ class OldRow(NamedTuple):
 
 
 class OldTable:
-    """A table of taskiq-postgres.
+    """A table of taskiq-postgres."""
 
-    Raises everywhere:
-        StorageError: PostgreSQL refused a statement or could not be reached.
-    """
-
-    def __init__(
-        self,
-        database: Database,
-        table_name: str,
-        schema: str | None,
-        task_id_type: TypeEngine[Any],
-        *,
-        has_progress: bool,  # one that was made before there was progress has no column
-    ) -> None:
-        source = table(
-            quoted(table_name),
-            column("task_id", task_id_type),
-            column("result", LargeBinary()),
-            column("progress", LargeBinary()),
-            schema=None if schema is None else quoted(schema),
-        )
+    def __init__(self, database: Database, name: str, source: sa.TableClause) -> None:
         task_id = source.c.task_id
         self._database = database
-        self._name = table_name if schema is None else f"{schema}.{table_name}"
-        self._count = select(func.count(task_id))
-        self._select_first = _select_batch(source, task_id.is_not(None), has_progress)
+        self._name = name
+        self._count = sa.select(sa.func.count(task_id))
+        self._select_first = _select_batch(source, task_id.is_not(None))
         # By the column's own order, whatever its collation: the index has it.
-        last = bindparam("last", type_=task_id_type)
-        self._select_following = _select_batch(source, task_id > last, has_progress)
+        last = sa.bindparam("last", type_=task_id.type)
+        self._select_following = _select_batch(source, task_id > last)
 
     async def count_rows(self) -> int:
         """How many rows it has now."""
 
         async def count(connection: AsyncConnection) -> int:
-            return int((await connection.execute(self._count)).scalar_one())
+            return (await connection.execute(self._count)).scalar_one()
 
+        purpose = f"count the rows of table {self._name}"
         # A large table takes longer to count than a statement may otherwise take.
-        return await self._database.transact(
-            count, f"count the rows of table {self._name}", is_limited=False
-        )
+        return await self._database.transact(count, purpose, is_limited=False)
 
     async def read(self, batch_size: int, max_bytes: int) -> AsyncIterator[Sequence[OldRow]]:
         """All rows in the order of their task ids, each batch in a transaction of its own.
 
-        Args:
-            batch_size: The most rows in a batch.
-            max_bytes: The row that reaches it is the last of its batch.
+        The row that reaches max_bytes is the last of its batch.
         """
         purpose = f"read table {self._name}"
         limits = {"batch_size": batch_size, "max_bytes": max_bytes}
@@ -110,11 +70,8 @@ async def find_old_table(
 ) -> OldTable:
     """The table, once it is sure that it is one of taskiq-postgres.
 
-    With retry_timeout, which is instead of the usual, as Database.transact().
-
     Raises:
         SchemaError: There is no such table, or it has other columns.
-        StorageError: PostgreSQL could not be asked.
     """
     name = table_name if schema is None else f"{schema}.{table_name}"
 
@@ -128,43 +85,40 @@ async def find_old_table(
             f"table {name} does not exist: give the old table's name to the letter, and its schema "
             "where the search_path does not lead there"
         )
-    fits = (
-        types.get("task_id") in _TASK_ID_TYPES
-        and types.get("result") == _PAYLOAD_TYPE
-        and types.get("progress", _PAYLOAD_TYPE) == _PAYLOAD_TYPE
-    )
-    if not fits:
+    payload_types = {types.get("result"), types.get("progress", _PAYLOAD_TYPE)}
+    if types.get("task_id") not in _TASK_ID_TYPES or payload_types != {_PAYLOAD_TYPE}:
         found = ", ".join(f"{column} {type_name}" for column, type_name in types.items())
         raise SchemaError(
             f"table {name} is not one of taskiq-postgres, which has task_id (one of "
             f"{', '.join(_TASK_ID_TYPES)}), result and progress ({_PAYLOAD_TYPE}). It has {found}"
         )
-    task_id_type, has_progress = _TASK_ID_TYPES[types["task_id"]], "progress" in types
-    return OldTable(database, table_name, schema, task_id_type, has_progress=has_progress)
+    task_id = sa.column("task_id", _TASK_ID_TYPES[types["task_id"]])
+    # One that was made before there was progress has no column for it.
+    payloads = [sa.column(c, sa.LargeBinary()) for c in ("result", "progress") if c in types]
+    place = None if schema is None else quoted(schema)
+    return OldTable(database, name, sa.table(quoted(table_name), task_id, *payloads, schema=place))
 
 
-def _select_batch(
-    source: TableClause, condition: ColumnElement[bool], has_progress: bool
-) -> Select[Any]:
+def _select_batch(source: sa.TableClause, condition: sa.ColumnElement[bool]) -> sa.Select[Any]:
     task_id, result = source.c.task_id, source.c.result
-    progress = source.c.progress if has_progress else null().cast(LargeBinary()).label("progress")
+    progress = source.c.get("progress", sa.null().cast(sa.LargeBinary()).label("progress"))
     size = _size_of(result) + _size_of(progress)
-    size_before = (func.sum(size).over(order_by=task_id) - size).label("size_before")
+    size_before = (sa.func.sum(size).over(order_by=task_id) - size).label("size_before")
     rows = (
-        select(task_id, result, progress, size_before)
+        sa.select(task_id, result, progress, size_before)
         .where(condition)
         .order_by(task_id)
-        .limit(bindparam("batch_size", type_=Integer))
+        .limit(sa.bindparam("batch_size", type_=sa.Integer))
         .subquery("rows")
     )
     return (
-        select(*[rows.c[name] for name in OldRow._fields])
-        .where(rows.c.size_before < bindparam("max_bytes", type_=BigInteger))
+        sa.select(*[rows.c[name] for name in OldRow._fields])
+        .where(rows.c.size_before < sa.bindparam("max_bytes", type_=sa.BigInteger))
         .order_by(rows.c.task_id)
     )
 
 
-def _size_of(payload: ColumnElement[Any]) -> ColumnElement[int]:
+def _size_of(payload: sa.ColumnElement[Any]) -> sa.ColumnElement[int]:
     # Written out: a parameter would have to be given each time. PostgreSQL knows the length
     # without fetching the value.
-    return func.coalesce(func.octet_length(payload), literal_column("0", Integer))
+    return sa.func.coalesce(sa.func.octet_length(payload), sa.literal_column("0", sa.Integer))

@@ -3,7 +3,6 @@
 from taskiq_sa_pg.schema.catalogue import describe_columns as describe_columns
 from taskiq_sa_pg.schema.catalogue import select_sizes as select_sizes
 from taskiq_sa_pg.schema.check import check as check
-from taskiq_sa_pg.schema.check import located as located
 from taskiq_sa_pg.schema.revisions import IncludeName as IncludeName
 from taskiq_sa_pg.schema.revisions import downgrade as downgrade
 from taskiq_sa_pg.schema.revisions import include_name as include_name

@@ -1,10 +1,10 @@
 """What the tables in a database really are, compared with the models; and how to mend them."""
 
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
@@ -16,30 +16,23 @@ from taskiq_sa_pg.models import Models, TableConfig
 from taskiq_sa_pg.schema.catalogue import describe_columns
 from taskiq_sa_pg.statements import ProgressRow, ResultRow, StatusRow
 
-_REMEDY_FOR_OWN: Final = (
-    " (a server_default would fill it, and in the results table extra_values can)"
-)
 
-
-def alembic_command(config: TableConfig, command: str) -> str:
+def alembic_command(config: TableConfig, *command: str) -> str:
     """The command line of an Alembic command for these tables."""
-    options = [f"-x {shlex.quote(f'{name}={value}')} " for name, value in _chosen(config)]
-    return f"alembic {''.join(options)}{command}"
+    options = [part for name, value in _chosen(config) for part in ("-x", f"{name}={value}")]
+    return shlex.join(["alembic", *options, *command])
 
 
 def _upgrade_commands(config: TableConfig) -> str:
     # The second is at hand where the package is installed, and there is no alembic.ini.
-    options = [
-        " " + shlex.quote(f"--{name.replace('_', '-')}={value}") for name, value in _chosen(config)
-    ]
-    return f"`{alembic_command(config, 'upgrade head')}`, `taskiq-sa-pg upgrade{''.join(options)}`"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in _chosen(config)]
+    ours = shlex.join(["taskiq-sa-pg", "upgrade", *options])
+    return f"`{alembic_command(config, 'upgrade', 'head')}`, `{ours}`"
 
 
-def _chosen(config: TableConfig) -> Iterator[tuple[str, str]]:
-    for option in fields(config):
-        value = getattr(config, option.name)
-        if value != option.default:
-            yield option.name, value
+def _chosen(config: TableConfig) -> list[tuple[str, str]]:
+    options = [(option, getattr(config, option.name)) for option in fields(config)]
+    return [(option.name, value) for option, value in options if value != option.default]
 
 
 async def check(
@@ -51,15 +44,11 @@ async def check(
 ) -> None:
     """Compares the tables with the models, by one query of the catalogue.
 
-    Args:
-        database: Where the tables are.
-        models: What they should be.
-        timeout: Seconds for which a silent PostgreSQL is tried; None for as long as usual.
-        extra_columns: Those of the application's own in the results table that it may fill.
+    A silent PostgreSQL is tried for `timeout` seconds, with None for as long as usual. The
+    extra_columns are those of the application's own in the results table that it may fill.
 
     Raises:
         SchemaError: A table is absent or unfit; names the differences and what mends them.
-        StorageError: PostgreSQL could not be reached.
     """
     config = located(database, models.config)
 
@@ -111,11 +100,9 @@ def _differences(
     differences = []
     for column in expected.c:
         name = column.name
+        own = "" if name in ours else " (one of your model's own, for a migration of your own)"
         if name not in found:
-            whose = (
-                "" if name in ours else " (one of your model's own, for a migration of your own)"
-            )
-            differences.append(f"column {table}.{name} is missing{whose}")
+            differences.append(f"column {table}.{name} is missing{own}")
         # What others call a type of their own is not for us to compare.
         elif name in ours and found[name].type_name != (wanted := _type_name(column.type)):
             differences.append(
@@ -123,12 +110,13 @@ def _differences(
             )
     if "task_id" in found and not found["task_id"].is_unique:
         differences.append(f"column {table}.task_id is neither primary key nor unique")
-    differences.extend(
-        f"column {table}.{name} is NOT NULL without a default, and the backend may leave it empty"
-        + ("" if name in ours else _REMEDY_FOR_OWN)
-        for name, row in found.items()
-        if row.is_required and name not in may_fill and not _is_filled(expected, name, written)
-    )
+    for name, row in found.items():
+        remedy = " (a server_default would fill it, and in the results table extra_values can)"
+        if row.is_required and name not in may_fill and not _is_filled(expected, name, written):
+            differences.append(
+                f"column {table}.{name} is NOT NULL without a default, and the backend may leave "
+                f"it empty{'' if name in ours else remedy}"
+            )
     return differences
 
 

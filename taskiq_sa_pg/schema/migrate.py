@@ -21,16 +21,14 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError
-from sqlalchemy.sql.elements import quoted_name
 
 from taskiq_sa_pg.database import Database, reason_of
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError, TaskiqSaPgError
-from taskiq_sa_pg.models import TableConfig, build_models
+from taskiq_sa_pg.models import TableConfig, build_models, quoted
 from taskiq_sa_pg.schema.check import alembic_command, located
-from taskiq_sa_pg.schema.steps import LATEST_VERSION, upgrade_step
+from taskiq_sa_pg.schema.steps import LATEST_VERSION, step_of
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
-_ENVIRONMENT_PREFIX: Final = "TASKIQ_SA_PG_"
 _OPTIONS: Final = tuple(option.name for option in fields(TableConfig))
 
 _REVISIONS: Final = f"the revisions are base, {LATEST_VERSION:04} and head"
@@ -52,43 +50,49 @@ async def provision(
     """Brings the tables to the latest version, whoever else is at it at the same time.
 
     The steps that are missing run in one transaction under an advisory lock, and are recorded
-    in the version table as `alembic upgrade head` records them.
-
-    Raises:
-        SchemaError: The tables cannot be made; says why and what to do.
-        StorageError: PostgreSQL could not be reached for `timeout` seconds, or for as long as the
-            database tries.
+    in the version table as `alembic upgrade head` records them. PostgreSQL is tried for `timeout`
+    seconds, with None for as long as usual.
     """
+    config = located(database, config)
 
-    def upgrade(connection: sa.Connection, config: TableConfig) -> None:
+    def upgrade(connection: sa.Connection) -> None:
         # The configuration has been translated already, and Alembic's own looks never are.
         connection = connection.execution_options(schema_translate_map=None)
-        _lock(connection, config, timings)
         # Not through alembic.command: its `op` and `context` are global, and two backends that
         # start at the same time would run each other's migrations.
-        opts = {"fn": None, **_version_table(config)}
-        migration_context = MigrationContext.configure(connection, opts=opts)
+        migration_context = MigrationContext.configure(connection, opts=_version_table(config))
         current = max(map(int, migration_context.get_current_heads()), default=0)
         pending = range(current + 1, LATEST_VERSION + 1)
         for version in pending:
-            upgrade_step(Operations(migration_context), version, config)
+            step_of(version).upgrade(Operations(migration_context), config)
         if pending:
             migration_context.stamp(ScriptDirectory(script_location()), f"{LATEST_VERSION:04}")
 
-    await _in_transaction(database, located(database, config), upgrade, timeout)
+    await _run_locked(database, config, upgrade, timeout, timings)
 
 
-async def _in_transaction(
+async def _run_locked(
     database: Database,
     config: TableConfig,
-    work: Callable[[sa.Connection, TableConfig], None],
+    work: Callable[[sa.Connection], None],
     timeout: float | None,
+    timings: Timings = DEFAULT_TIMINGS,
 ) -> None:
+    def run(connection: sa.Connection) -> None:
+        # Without the schema, which one process may name and the next leave to the search_path.
+        key = sa.func.hashtextextended(f"taskiq_sa_pg {config.table_name}", 0)
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
+        # ALTER TABLE waits until nobody reads or writes the table. After the other lock, which may
+        # take longer.
+        limit = f"{timings.lock * 1000:.0f}ms"
+        connection.execute(sa.select(sa.func.set_config("lock_timeout", limit, True)))
+        work(connection)
+
     purpose = f"bring table {config.qualified_name} up to date"
     try:
         # Without a limit: a step may have to build an index, or to wait for another process.
         await database.transact(
-            lambda connection: connection.run_sync(work, config),
+            lambda connection: connection.run_sync(run),
             purpose,
             is_limited=False,
             retry_timeout=timeout,
@@ -100,23 +104,39 @@ async def _in_transaction(
         raise SchemaError(f"cannot {purpose}: {reason_of(exc.__cause__)}; {remedy}") from exc
 
 
-def move_to(config: TableConfig, dsn: str, revision: str, *, is_down: bool = False) -> None:
+def move_to(
+    config: TableConfig,
+    revision: str,
+    *,
+    is_down: bool,
+    dsn: str | None = None,
+    buffer: TextIO | None = None,
+) -> None:
     """Does what `alembic upgrade` or `alembic downgrade` does, on an event loop of its own.
+
+    With a buffer it writes SQL there and connects to nothing.
 
     Raises:
         SchemaError: It cannot be done; says why and what to do.
     """
+    options = {"dsn": dsn, **asdict(config)}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    alembic = Config(output_buffer=buffer, cmd_opts=Namespace(x=given))
+    alembic.set_main_option("script_location", script_location().replace("%", "%%"))
     move = command.downgrade if is_down else command.upgrade
-    _run_command(config, lambda alembic: move(alembic, revision), dsn)
+    try:
+        move(alembic, revision, sql=buffer is not None)
+    except CommandError as exc:
+        is_about_revisions = isinstance(exc.__cause__, RevisionError)
+        raise SchemaError(f"{exc}; {_REVISIONS}" if is_about_revisions else str(exc)) from exc
+    except AssertionError as exc:  # Alembic's, of an empty name and the like
+        raise SchemaError(f"there is no such revision; {_REVISIONS}") from exc
 
 
 def offline_sql(config: TableConfig, start: str, end: str) -> str:
     """The SQL that takes the tables from one revision to another, as `alembic --sql` writes it.
 
-    Args:
-        config: The tables.
-        start: "base", "0001"; the revision that the tables have.
-        end: "head", "base", "0001"; an earlier one than start downgrades.
+    Revisions are "base", "0001", "head"; an end that is earlier than the start downgrades.
 
     Raises:
         SchemaError: There is no such way.
@@ -128,65 +148,31 @@ def offline_sql(config: TableConfig, start: str, end: str) -> str:
         raise SchemaError(
             f"there is no revision {exc.args[0].rpartition(' ')[2]}; {_REVISIONS}"
         ) from None
-    move = command.upgrade if first <= last else command.downgrade
     buffer = io.StringIO()
-    _run_command(config, lambda alembic: move(alembic, f"{start}:{end}", sql=True), buffer=buffer)
+    move_to(config, f"{start}:{end}", is_down=last < first, buffer=buffer)
     return buffer.getvalue()
 
 
 async def current_revision(database: Database, config: TableConfig) -> str | None:
-    """The revision that the version table records; None where it records none.
-
-    Raises:
-        StorageError: PostgreSQL could not be reached.
-    """
+    """The revision that the version table records; None where it records none."""
 
     def read(connection: sa.Connection) -> str | None:
-        opts = {"fn": None, **_version_table(config)}
-        return MigrationContext.configure(connection, opts=opts).get_current_revision()
+        migration_context = MigrationContext.configure(connection, opts=_version_table(config))
+        return migration_context.get_current_revision()
 
     purpose = f"read the version of table {config.qualified_name}"
     return await database.transact(lambda connection: connection.run_sync(read), purpose)
 
 
-def _run_command(
-    config: TableConfig,
-    work: Callable[[Config], None],
-    dsn: str | None = None,
-    buffer: TextIO | None = None,
-) -> None:
-    options = {"dsn": dsn, **asdict(config)}
-    given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    alembic = Config(output_buffer=buffer, cmd_opts=Namespace(x=given))
-    alembic.set_main_option("script_location", script_location().replace("%", "%%"))
-    try:
-        work(alembic)
-    except CommandError as exc:
-        is_about_revisions = isinstance(exc.__cause__, RevisionError)
-        raise SchemaError(f"{exc}; {_REVISIONS}" if is_about_revisions else str(exc)) from exc
-    except AssertionError as exc:  # Alembic's, of an empty name and the like
-        raise SchemaError(f"there is no such revision; {_REVISIONS}") from exc
-
-
-def _lock(connection: sa.Connection, config: TableConfig, timings: Timings) -> None:
-    # Without the schema, which one process may name and the next leave to the search_path.
-    key = sa.func.hashtextextended(f"taskiq_sa_pg {config.table_name}", 0)
-    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
-    # ALTER TABLE waits until nobody reads or writes the table. After the other lock, which may
-    # take longer.
-    limit = f"{timings.lock * 1000:.0f}ms"
-    connection.execute(sa.select(sa.func.set_config("lock_timeout", limit, True)))
-
-
 def _version_table(config: TableConfig) -> dict[str, Any]:
     return {
-        "version_table": quoted_name(config.version_table_name, quote=True),
-        "version_table_schema": config.schema and quoted_name(config.schema, quote=True),
+        "version_table": quoted(config.version_table_name),
+        "version_table_schema": config.schema and quoted(config.schema),
     }
 
 
-def environment_config() -> TableConfig:
-    """The configuration that an Alembic command asks for.
+def environment_options() -> dict[str, Any]:
+    """What an Alembic command asks for, as the arguments of schema.upgrade() and downgrade().
 
     Each option comes from `-x name=value`, the environment variable TASKIQ_SA_PG_NAME, or the
     .ini section, in this order. An empty variable counts as none.
@@ -204,21 +190,16 @@ def environment_config() -> TableConfig:
         )
     given = {name: value for name in _OPTIONS if (value := _environment_option(name)) is not None}
     try:
-        return TableConfig(**given)  # type: ignore[arg-type]  # checked by TableConfig itself
+        return asdict(TableConfig(**given))  # type: ignore[arg-type]  # checked by TableConfig itself
     except ConfigurationError as exc:
         raise CommandError(str(exc)) from exc
-
-
-def environment_options() -> dict[str, Any]:
-    """environment_config() as the arguments of schema.upgrade() and schema.downgrade()."""
-    return asdict(environment_config())
 
 
 def _environment_option(name: str) -> str | None:
     passed: dict[str, str] = context.get_x_argument(as_dictionary=True)
     if name in passed:
         return passed[name]
-    variable = os.environ.get(_ENVIRONMENT_PREFIX + name.upper())
+    variable = os.environ.get(f"TASKIQ_SA_PG_{name.upper()}")
     return variable or context.config.get_main_option(name)
 
 
@@ -228,7 +209,7 @@ def run_environment() -> None:
     Raises:
         CommandError: The command cannot be carried out; Alembic prints its text alone.
     """
-    config = environment_config()
+    config = TableConfig(**environment_options())
     if context.is_offline_mode():
         if "\t" in config.qualified_name:
             raise CommandError("--sql cannot write a name with a tab: Alembic makes spaces of it")
@@ -252,35 +233,34 @@ async def _run_online(config: TableConfig) -> None:
     dsn = _environment_option("dsn") or context.config.get_main_option("sqlalchemy.url")
     if not dsn:
         raise CommandError("which database? Set TASKIQ_SA_PG_DSN, or pass -x dsn=postgresql://...")
+
+    def run(connection: sa.Connection) -> None:
+        # Alembic calls the schema that is first in the search_path None.
+        is_default = config.schema == connection.dialect.default_schema_name
+        schema = None if is_default else config.schema
+
+        def is_ours(name: str | None, kind: str, _parents: Any) -> bool:
+            if kind == "schema":
+                return name == schema
+            return kind != "table" or name in config.table_names
+
+        context.configure(
+            connection=connection,
+            target_metadata=build_models(**asdict(config)).metadata,
+            include_schemas=config.schema is not None,
+            include_name=is_ours,
+            **_version_table(config),
+        )
+        with context.begin_transaction():
+            context.run_migrations()
+
     database = Database(dsn, engine_kwargs={"poolclass": sa.NullPool})
     await database.open()
     try:
         # A command says at once what is wrong.
-        await _in_transaction(database, config, _run_on, timeout=0)
+        await _run_locked(database, config, run, timeout=0)
     finally:
         await database.close()
-
-
-def _run_on(connection: sa.Connection, config: TableConfig) -> None:
-    _lock(connection, config, DEFAULT_TIMINGS)
-    # Alembic calls the schema that is first in the search_path None.
-    is_default = config.schema == connection.dialect.default_schema_name
-    schema = None if is_default else config.schema
-
-    def is_ours(name: str | None, kind: str, _parents: Any) -> bool:
-        if kind == "schema":
-            return name == schema
-        return kind != "table" or name in config.table_names
-
-    context.configure(
-        connection=connection,
-        target_metadata=build_models(**asdict(config)).metadata,
-        include_schemas=config.schema is not None,
-        include_name=is_ours,
-        **_version_table(config),
-    )
-    with context.begin_transaction():
-        context.run_migrations()
 
 
 def _remedies(config: TableConfig) -> dict[str, str]:
@@ -290,7 +270,7 @@ def _remedies(config: TableConfig) -> dict[str, str]:
         "42P07": f"a table or index of {config.qualified_name} exists already and was left "
         "untouched. If it belongs to something else, choose another table_name; if it was made "
         "from these models in another way, record that with "
-        f"`{alembic_command(config, 'stamp head')}`",
+        f"`{alembic_command(config, 'stamp', 'head')}`",
         "55P03": "other transactions hold locks on the table: let them end (pg_stat_activity lists "
         "them), and try again",
         "3D000": "create the database first (`createdb NAME`), or correct the dsn",

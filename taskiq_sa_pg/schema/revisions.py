@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from taskiq_sa_pg.models import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
-from taskiq_sa_pg.schema.steps import downgrade_step, upgrade_step
+from taskiq_sa_pg.schema.steps import step_of
 
 # What Alembic asks: a name, its kind ("schema", "table", "column", ...), the names above it.
 IncludeName = Callable[[str | None, Any, Any], bool]
@@ -33,7 +33,7 @@ def upgrade(
         ConfigurationError: A version that does not exist, or a name or type that cannot work.
     """
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
-    upgrade_step(op, version, config)
+    step_of(version).upgrade(op, config)
 
 
 def downgrade(
@@ -53,7 +53,7 @@ def downgrade(
         ConfigurationError: As upgrade().
     """
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
-    downgrade_step(op, version, config)
+    step_of(version).downgrade(op, config)
 
 
 def include_name(

@@ -5,47 +5,42 @@ on. A step that has been released is never edited; a change is a new step.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.types import TypeEngine
 
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.models import TableConfig, final, primary_key_name, quoted
 
 LATEST_VERSION: Final = 1
 
-_ID_TYPES: Final[Mapping[str, type[TypeEngine[Any]]]] = {
-    "VarChar": sa.String,
-    "Text": sa.Text,
-    "Uuid": sa.Uuid,
-}
-_PAYLOAD_TYPES: Final[Mapping[str, type[TypeEngine[Any]]]] = {
-    "Bytea": sa.LargeBinary,
-    "Jsonb": postgresql.JSONB,
-}
+_Types = Mapping[str, type[sa.types.TypeEngine[Any]]]
+_ID_TYPES: Final[_Types] = {"VarChar": sa.String, "Text": sa.Text, "Uuid": sa.Uuid}
+_PAYLOAD_TYPES: Final[_Types] = {"Bytea": sa.LargeBinary, "Jsonb": postgresql.JSONB}
 
 # `postgresql_with` would say it better, and came with SQLAlchemy 2.1.
 _HALF_FULL: Final = "heap WITH (fillfactor = 50)"
 
 
-def upgrade_step(op: Any, version: int, config: TableConfig) -> None:
-    """Takes the tables from version - 1 to version.
+class Step(NamedTuple):
+    """Takes the tables from the version before to its own, and back; with Alembic's `op`."""
+
+    upgrade: Callable[[Any, TableConfig], None]
+    downgrade: Callable[[Any, TableConfig], None]
+
+
+def step_of(version: int) -> Step:
+    """The step of a version.
 
     Raises:
         ConfigurationError: There is no such version.
     """
-    _step(version)[0](op, config)
-
-
-def downgrade_step(op: Any, version: int, config: TableConfig) -> None:
-    """Takes the tables from version back to version - 1.
-
-    Raises:
-        ConfigurationError: There is no such version.
-    """
-    _step(version)[1](op, config)
+    if version not in _STEPS:
+        raise ConfigurationError(
+            f"there is no version {version!r} of the schema; the latest is {LATEST_VERSION}"
+        )
+    return _STEPS[version]
 
 
 def _create_tables(op: Any, config: TableConfig) -> None:
@@ -73,9 +68,9 @@ def _create_tables(op: Any, config: TableConfig) -> None:
         sa.Column("queued_at", timestamp, nullable=True),
         sa.Column("started_at", timestamp, nullable=True),
     )
-    _create_index(op, config, config.finished_at_index_name, "finished_at", using="brin")
+    _create_index(op, config, config.finished_at_index_name, "finished_at", postgresql_using="brin")
     is_set = sa.column("expires_at").is_not(None)
-    _create_index(op, config, config.expires_at_index_name, "expires_at", where=is_set)
+    _create_index(op, config, config.expires_at_index_name, "expires_at", postgresql_where=is_set)
     _create_table(
         op,
         config,
@@ -119,7 +114,7 @@ def _create_index(op: Any, config: TableConfig, name: str, column: str, **option
         quoted(config.table_name),
         [column],
         schema=_schema(config),
-        **{f"postgresql_{option}": value for option, value in options.items()},
+        **options,
     )
 
 
@@ -128,17 +123,8 @@ def _drop_tables(op: Any, config: TableConfig) -> None:
         op.drop_table(quoted(name), schema=_schema(config))
 
 
-_Step = Callable[[Any, TableConfig], None]
-_STEPS: Final[Mapping[int, tuple[_Step, _Step]]] = {1: (_create_tables, _drop_tables)}
-
-
-def _step(version: int) -> tuple[_Step, _Step]:
-    if version not in _STEPS:
-        raise ConfigurationError(
-            f"there is no version {version!r} of the schema; the latest is {LATEST_VERSION}"
-        )
-    return _STEPS[version]
-
-
 def _schema(config: TableConfig) -> str | None:
     return None if config.schema is None else quoted(config.schema)
+
+
+_STEPS: Final[Mapping[int, Step]] = {1: Step(_create_tables, _drop_tables)}
