@@ -175,7 +175,8 @@ async def test_a_value_that_the_driver_cannot_encode_leaves_no_transaction_open(
 
     async def none_is_open() -> bool:
         return not await database.fetch(
-            "SELECT FROM pg_stat_activity WHERE application_name = 'ours' AND xact_start IS NOT NULL"
+            "SELECT FROM pg_stat_activity "
+            "WHERE application_name = 'ours' AND xact_start IS NOT NULL"
         )
 
     await eventually(none_is_open)
