@@ -147,12 +147,14 @@ class Database:
         return [row["state"] for row in [*rows, *pooled]]
 
 
-async def eventually(is_so: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:
-    """Asks again until it is so, for what the server does in its own time."""
+async def eventually(
+    is_so: Callable[[], Awaitable[bool]], seconds: float = 10, pause: float = 0.01
+) -> None:
+    """Asks again until it is so, for what the server or another process does in its own time."""
     deadline = time.monotonic() + seconds
     while not await is_so():
         assert time.monotonic() < deadline, "it did not come to be so in time"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause)
 
 
 NewDatabase = Callable[[], Database]

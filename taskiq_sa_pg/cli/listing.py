@@ -88,7 +88,7 @@ def _shown_progress(target: Target, stored: sql.StoredProgress, *, is_raw: bool)
 
 def _say_fields(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
-        if value is None or value == {}:
+        if value is None or (name == "labels" and not value):
             continue
         if name == "traceback":
             say(f"\n{value.rstrip()}")

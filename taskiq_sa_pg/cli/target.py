@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -21,8 +22,9 @@ from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
-from taskiq_sa_pg.models import DEFAULT_TABLE_NAME, PayloadField, TaskIdField, build_models
+from taskiq_sa_pg.models import DEFAULT_TABLE_NAME, Models, PayloadField, TaskIdField, build_models
 from taskiq_sa_pg.results import Runtime, SchemaCheck, Settings
+from taskiq_sa_pg.schema import select_sizes
 from taskiq_sa_pg.telemetry import Telemetry
 
 _SERIALIZERS: Final[dict[str, Callable[[], TaskiqSerializer]]] = {
@@ -108,22 +110,35 @@ class Target:
         """What works on the tables; it says at once what is wrong."""
         database = Database(self.dsn, engine_kwargs={"poolclass": NullPool}, retry_timeout=0)
         await database.open()
-        settings = Settings(models=self.models, codec=Codec(self.config), progress_ttl=progress_ttl)
-        runtime = Runtime(settings, database, Telemetry(self.config.qualified_name))
         try:
+            settings = Settings(
+                models=await self._models_in(database),
+                codec=Codec(self.config),
+                progress_ttl=progress_ttl,
+            )
+            runtime = Runtime(settings, database, Telemetry(settings.table))
             yield runtime
-        finally:
             await runtime.close()
+        finally:
             await database.close()
+
+    async def _models_in(self, database: Database) -> Models:
+        # An application whose models have no StatusMixin has no such table.
+        rows = await database.fetch(select_sizes(self.config), {}, "look for the tables")
+        found = {name for name, _ in rows}
+        is_without = found and self.config.status_table_name not in found
+        return replace(self.models, Status=None) if is_without else self.models
 
     @asynccontextmanager
     async def backend(
         self, check_schema: SchemaCheck = "error"
     ) -> AsyncIterator[SQLAlchemyResultBackend[Any]]:
         """A started backend."""
+        async with self.runtime() as runtime:
+            models = runtime.settings.models
         backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
             self.dsn,
-            models=self.models,
+            models=models,
             serializer=find_serializer(self._serializer),
             check_schema=check_schema,
             startup_timeout=0,

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from taskiq.serializers import JSONSerializer
 
@@ -142,11 +143,11 @@ async def test_ended_in_the_middle_it_is_run_again(
     async with old_backend(database.dsn) as old:
         task_ids = await fill_plainly(old, 800)
 
-        async def count() -> int:
-            [row] = await database.fetch("SELECT count(*) AS n FROM taskiq_results")
-            return int(row["n"])
-
+        connection = await asyncpg.connect(database.dsn)
         stored = 0
+
+        async def count() -> int:
+            return int(await connection.fetchval("SELECT count(*) FROM taskiq_results"))
 
         async def has_begun() -> bool:
             return await count() > stored
@@ -159,6 +160,7 @@ async def test_ended_in_the_middle_it_is_run_again(
             assert (process.returncode, stderr) == (status, "")
             before, stored = stored, await count()
             assert before < stored < len(task_ids)
+        await connection.close()
 
         again = await asyncio.to_thread(cli.json, *IMPORT)
         assert again == report(800, results=800 - stored, already_there=stored)

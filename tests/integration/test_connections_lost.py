@@ -113,6 +113,8 @@ async def test_a_cancelled_call_leaves_no_connection_in_use(
         for _ in range(ended + cancelled):  # each time a turn of the event loop later
             await asyncio.sleep(0)
         calling.cancel()
+        await asyncio.sleep(0)
+        calling.cancel()  # by somebody else
         [outcome] = await asyncio.gather(calling, return_exceptions=True)
         assert isinstance(outcome, int | asyncio.CancelledError), outcome
         ended += isinstance(outcome, int)
@@ -129,6 +131,29 @@ async def test_a_cancelled_call_leaves_no_connection_in_use(
     await opened.close()
     assert isinstance(pool, sa.QueuePool)
     assert pool.checkedout() == 0
+
+
+@pytest.mark.parametrize(
+    "run", [session_of, session_of_transaction], ids=["statement", "transaction"]
+)
+async def test_who_is_cancelled_while_it_connects_keeps_no_place(
+    run: Callable[[Connected], Awaitable[int]], databases: Databases, database: Database
+) -> None:
+    opened = await databases.open("borrowed", poolclass=NullPool, max_connections=1)
+    turns, is_cancelled = 0, True
+    while is_cancelled:
+        calling = asyncio.ensure_future(run(opened))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        calling.cancel()
+        await asyncio.wait([calling])
+        is_cancelled = calling.cancelled()
+        async with asyncio.timeout(5):
+            assert await session_of(opened)
+        turns += 1 + turns // 4
+    del calling
+    gc.collect()  # psycopg leaves a connection whose opening is cancelled to it
+    await assert_disconnected(database)
 
 
 @each_owner

@@ -69,8 +69,11 @@ async def assert_one_got_it(readers: Sequence[Awaitable[TaskiqResult[Any]]], tas
 async def test_of_many_readers_exactly_one_gets_the_result(
     once: Backend, database: Database
 ) -> None:
-    for task_id in "abc":
+    """Be the first of them alone or, as after several at once, in one batch with the others."""
+    for task_id, others in (("a", 0), ("b", 3)):
         await store(once, task_id)
+        missing = [once.get_result(f"missing {i}") for i in range(others)]
+        await asyncio.gather(*missing, return_exceptions=True)
         await assert_one_got_it([once.get_result(task_id) for _ in range(READERS)], task_id)
     assert await stored_ids(database) == set()
     assert await ids_with_progress(database) == set()

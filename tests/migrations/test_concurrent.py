@@ -61,9 +61,11 @@ async def test_processes_and_backends_make_the_tables_by_turns(
     async with asyncio.TaskGroup() as group, locked(database, f"{NAME}_version"):
         group.create_task(start_backend(timings=Timings(lock=60)))
         await eventually(lambda: is_waited_for(database, f"{NAME}_version"))
-        starting = [group.create_task(start_backend(dsn=dsn)) for _ in range(2)]
+        # However long: the limit is for the locks of a step alone.
+        given = {"timings": Timings(lock=0.001), "startup_timeout": 0}
+        starting = [group.create_task(start_backend(dsn=dsn, **given)) for _ in range(2)]
         upgrading = [group.create_task(upgrade(*command)) for command in commands]
-        await eventually(all_wait, 30)
+        await eventually(all_wait, 30, pause=0.1)
     outcomes = [task.result() for task in upgrading]
     assert [outcome.stderr for outcome in outcomes if outcome.status != 0] == []
     assert "Running upgrade" not in "".join(outcome.stderr for outcome in outcomes)

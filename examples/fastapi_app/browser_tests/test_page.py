@@ -123,7 +123,7 @@ async def test_the_page_follows_a_task_across_a_restart_of_the_web_server(
     address = f"http://127.0.0.1:{port}"
     async with httpx.AsyncClient(base_url=address) as client, new_page(chromium) as page:
         with web_process(port) as process:
-            await eventually(lambda: is_served(client), 30)
+            await eventually(lambda: is_served(client), 30, pause=0.1)
             await page.goto(address)
             await order(page, "Ada", 8)
             await expect(page.locator("#orders .state")).to_contain_text("of 8 packed")

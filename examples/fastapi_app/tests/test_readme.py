@@ -69,7 +69,7 @@ async def test_three_commands_run_the_shop_and_ctrl_c_ends_it_without_a_trace(
     with shell.stdin:
         shell.stdin.write("\n".join([*commands(), ""]))
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-        await eventually(lambda: is_served(client), 60)
+        await eventually(lambda: is_served(client), 60, pause=0.1)
         task = await place_order(client, 2)
         events = [event async for event in stream(client, task)]
         assert events[-1][1]["state"] == "succeeded"

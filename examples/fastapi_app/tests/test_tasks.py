@@ -212,7 +212,7 @@ async def test_a_task_is_followed_across_the_end_of_a_web_server(
     (port,) = free_ports(1)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as first_client:
         with web_process(port) as process:
-            await eventually(lambda: is_served(first_client), 30)
+            await eventually(lambda: is_served(first_client), 30, pause=0.1)
             task = await place_order(first_client, 4)
             events = stream(first_client, task)
             _, seen = await anext(events)
