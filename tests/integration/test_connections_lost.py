@@ -70,7 +70,7 @@ async def test_psycopg_notices_by_one_failed_statement_that_the_server_has_close
 
 
 READ_ONLY = "BEGIN RAISE 'now a standby' USING ERRCODE = '25006'; END"
-SILENT = "BEGIN PERFORM pg_sleep(60); END"
+SILENT = "BEGIN PERFORM pg_sleep(5); END"
 
 
 @each_owner
