@@ -155,7 +155,7 @@ class Page:
         if block.mark in {"example", "file"}:
             self._write(block)
         elif block.mark == "output":
-            assert _comparable(block.source) == _comparable(self._printed)
+            assert comparable(block.source) == comparable(self._printed)
         elif block.mark == "run by":
             assert self._path.name in (ROOT / block.argument).read_text("utf-8"), (
                 f"{block.argument} does not name this page"
@@ -217,7 +217,8 @@ class Page:
         return ""
 
 
-def _comparable(printed: str) -> str:
+def comparable(printed: str) -> str:
+    """What is the same whenever it is printed."""
     return re.sub(r"\d+\.\d+", "0.0", printed.strip())
 
 

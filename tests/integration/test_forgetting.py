@@ -143,7 +143,7 @@ async def test_it_deadlocks_with_nobody(
     async def forget(backend: Backend) -> None:
         await backend.forget(random.sample(ids, 100))
 
-    for _ in range(8):
+    for _ in range(6):
         await asyncio.gather(
             *[do(backend) for backend in backends for do in (write, take, forget, forget)]
         )

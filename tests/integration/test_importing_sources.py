@@ -93,7 +93,7 @@ async def test_uuids_become_the_ids_that_taskiq_makes(
 ) -> None:
     ours: Backend = await start_backend(field_for_task_id=field)
     task_ids = [uuid.uuid4().hex for _ in range(30)]
-    async with old_backend(database.dsn, field_for_task_id="Uuid") as old:
+    async with old_backend(database.direct_dsn, field_for_task_id="Uuid") as old:
         for number, task_id in enumerate(task_ids):
             await old.set_result(task_id, value(number))
         report = await import_results(ours, "old", batch_size=7)

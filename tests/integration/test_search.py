@@ -239,7 +239,7 @@ async def test_memory_does_not_grow_with_the_results(
 ) -> None:
     backend: Backend = await start_backend(dsn)
     peaks = []
-    for rows in (500, 1500, 6000):
+    for rows in (400, 1000, 4000):
         await database.fetch("TRUNCATE taskiq_results")
         await fill(database, rows)
         peaks.append(await peak_of(backend, rows))

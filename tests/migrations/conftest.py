@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from alembic.util import CommandError
 from sqlalchemy import make_url
@@ -113,8 +114,12 @@ async def catalogue(database: Database, table_name: str = "taskiq_results") -> l
     """Everything that PostgreSQL knows of the tables, without the name of the schema."""
     names = [table_name, f"{table_name}_progress", f"{table_name}_status"]
     rows: list[Any] = []
-    for query in (_TABLES, _COLUMNS, _INDEXES, _CONSTRAINTS):
-        rows.extend(await database.fetch(query, f'"{database.schema}"', names))
+    connection = await asyncpg.connect(database.direct_dsn)
+    try:
+        for query in (_TABLES, _COLUMNS, _INDEXES, _CONSTRAINTS):
+            rows.extend(await connection.fetch(query, f'"{database.schema}"', names))
+    finally:
+        await connection.close()
     prefix = f"{database.schema}."
     return [
         tuple(value.replace(prefix, "") if isinstance(value, str) else value for value in row)
