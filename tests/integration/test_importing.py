@@ -63,7 +63,9 @@ async def test_everything_reads_as_from_the_old_table(
     start_backend: BackendFactory,
 ) -> None:
     ours: Backend = await start_backend(field_for_task_id=field, field_for_payload=payload)
-    async with old_backend(database.direct_dsn, field_for_task_id=field, serializer=serializer) as old:
+    async with old_backend(
+        database.direct_dsn, field_for_task_id=field, serializer=serializer
+    ) as old:
         with_result, with_progress = await fill(old)
         left_out: list[Unreadable] = []
         report = await import_results(
