@@ -210,8 +210,9 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     def _next_batch(self) -> _Batch[_Key, _Row]:
         pending, limit = self._pending, self._max_rows
         if len(pending) >= _MIN_SHARED:
-            under_way = len(pending) + len(self._in_flight)
-            limit = min(limit, -(-under_way // self._max_lanes))
+            lone = int(self._lone.is_flushing)  # it takes a lane, and no share
+            under_way = len(pending) + len(self._in_flight) - lone
+            limit = min(limit, -(-under_way // (self._max_lanes - lone)))
         batch: _Batch[_Key, _Row] = {}
         room = MAX_BYTES
         while pending and len(batch) < limit:
@@ -307,17 +308,20 @@ class _LonePath:
         self._begin = begin
         self._end = end
         self.is_quiet = True
+        self.is_flushing = False
 
     async def flush(self, key: Any, row: Any, call: _Call) -> Any:
         entry: Entry[Any] = Entry(call)
         entry.row, entry.chosen = row, call[1]
         batch, lane = {key: entry}, asyncio.get_running_loop().create_future()
         self._begin(batch, lane)
+        self.is_flushing = True
         try:
             answers = await self._carry_out(batch)
         except StorageError as exc:
             raise _about(key, exc) from exc.__cause__
         finally:
+            self.is_flushing = False
             lane.set_result(None)
             self._end(batch, lane)
         return answers.get(key)

@@ -201,10 +201,11 @@ def prune_stale(models: Models, source: Table) -> Select[Any]:
         .cte("gone")
     )
     looked_at = select(func.count()).select_from(page).scalar_subquery()
+    deleted = select(func.count()).select_from(gone).scalar_subquery()
     return select(
-        select(func.count()).select_from(gone).scalar_subquery(),
+        deleted,
         select(page.c.task_id).order_by(page.c.task_id.desc()).limit(1).scalar_subquery(),
-        looked_at < _SIZE,
+        (looked_at < _SIZE) & (deleted < _MOST),
     )
 
 

@@ -150,7 +150,7 @@ async def test_who_is_cancelled_while_it_connects_keeps_no_place(
         is_cancelled = calling.cancelled()
         async with asyncio.timeout(5):
             assert await session_of(opened)
-        turns += 1 + turns // 4
+        turns += 1 + turns // 2
     del calling
     gc.collect()  # psycopg leaves a connection whose opening is cancelled to it
     await assert_disconnected(database)

@@ -267,7 +267,7 @@ async def test_other_users_keep_their_transactions_when_a_call_is_cancelled(
             await asyncio.wait([calling])
             is_cancelled = calling.cancelled()
             assert await how_transactions_are(engine) == ("read committed", 0)
-            turns += 1 + turns // 6
+            turns += 1 + turns // 3
         assert turns > 5
     await backend.shutdown()
     assert_nothing_checked_out(engine)

@@ -15,6 +15,7 @@ from taskiq_sa_pg import (
     Pruned,
     ResultIsMissingError,
     SQLAlchemyResultBackend,
+    TaskStatus,
 )
 from taskiq_sa_pg.statements import prune_results, prune_stale
 from taskiq_sa_pg.timings import Timings
@@ -354,3 +355,14 @@ async def test_no_slice_reads_a_whole_table(
     for plan in plans:
         assert "Seq Scan" not in plan, plan
     assert "taskiq_results_expires_at_idx" in plans[0]
+
+
+async def test_a_limit_that_ends_in_the_last_rows_says_that_some_are_left(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(track="started", progress_ttl=60)
+    for number in range(3):
+        await backend.set_status(TaskStatus(str(number), "started"))
+    await database.fetch("UPDATE taskiq_results_status SET updated_at = now() - interval '1 h'")
+    assert await backend.prune(limit=2) == Pruned(0, 0, 2, is_complete=False)
+    assert await backend.prune(limit=2) == Pruned(0, 0, 1, is_complete=True)
