@@ -107,7 +107,6 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
 
     Attributes:
         models: The tables as declarative classes.
-        settings: What it was told; the package's own.
 
     Raises:
         ConfigurationError: An argument that cannot work, or two that contradict each other.
