@@ -37,6 +37,7 @@ class Lookup(Generic[_Answer]):
         answer: Makes an answer of a row, of which the first column is the id.
         purpose: What errors say could not be done.
         meter: Counts calls and batches.
+        lanes: The most statements at a time.
     """
 
     def __init__(
@@ -46,13 +47,15 @@ class Lookup(Generic[_Answer]):
         answer: Callable[[Sequence[Any]], _Answer],
         purpose: str,
         meter: BatchMeter,
+        *,
+        lanes: int = 2,
     ) -> None:
         self._database = database
         self._build = build
         self._answer = answer
         self._purpose = purpose
         self._batcher: Batcher[Any, None, None, _Answer] = Batcher(
-            self.at_once, encode=lambda *_: None, max_rows=MAX_IDS, meter=meter
+            self.at_once, encode=lambda *_: None, max_rows=MAX_IDS, lanes=lanes, meter=meter
         )
 
     @cached_property
@@ -104,6 +107,7 @@ class Reader:
             lambda _: True,
             f"look for results in table {table}",
             meters["is_result_ready"],
+            lanes=1,  # many wait by asking again and again, and with two half as many would share
         )
         self._results: Lookup[StoredResult] = Lookup(
             database,
