@@ -66,14 +66,14 @@ class Writer:
         self._extended: Batcher[Any, _Extended, ExtendedRow, None] = Batcher(
             self._store_extended,
             encode=self._encode_extended,
-            size=lambda row: _size_of(row.values()),
+            size=lambda row: sum(len(v) for v in row.values() if isinstance(v, bytes | str)),
             rank=lambda item: _attempt_of(item[0]),
             meter=meters["set_result"],
         )
         self._progress: Batcher[Any, TaskProgress[Any], ProgressRow, None] = Batcher(
             self._store_progress,
             encode=codec.encode_progress,
-            size=_size_of,
+            size=lambda row: len(row.meta or ""),
             meter=meters["set_progress"],
         )
 
@@ -192,5 +192,6 @@ def _attempt_of(result: TaskiqResult[Any]) -> int:
     return attempt_of(getattr(result, "labels", None))
 
 
-def _size_of(values: Any) -> int:
-    return sum(len(value) for value in values if isinstance(value, bytes | str))
+def _size_of(row: ResultRow) -> int:
+    rest = (row.error, row.traceback, row.log, row.args, row.kwargs)
+    return len(row.return_value) + len(row.labels) + sum(map(len, filter(None, rest)))
