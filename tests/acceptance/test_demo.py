@@ -52,8 +52,9 @@ def test_an_interrupted_demo_leaves_nothing_behind(
 ) -> None:
     """By what is handled as a Ctrl-C is."""
     assert demo.stdout is not None
+    # Not as soon as the demo says so: it may be about to start it.
     for line in demo.stdout:
-        if line.startswith("# python quickstart.py"):
+        if line.startswith("state="):  # progress.py's
             break
     demo.send_signal(signal.SIGTERM)
     demo.communicate(timeout=60)
