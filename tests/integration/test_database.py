@@ -259,7 +259,8 @@ async def test_other_users_keep_their_transactions_when_a_call_is_cancelled(
     await backend.startup()
     for call in (partial(backend.is_result_ready, "1"), partial(backend.get_results, ["1"])):
         turns, is_cancelled = 0, True
-        while is_cancelled:
+        # SQLAlchemy 2.0 was seen to swallow an early cancellation.
+        while is_cancelled or turns <= 5:
             calling = asyncio.create_task(call())
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -268,7 +269,6 @@ async def test_other_users_keep_their_transactions_when_a_call_is_cancelled(
             is_cancelled = calling.cancelled()
             assert await how_transactions_are(engine) == ("read committed", 0)
             turns += 1 + turns // 3
-        assert turns > 5
     await backend.shutdown()
     assert_nothing_checked_out(engine)
 
