@@ -69,6 +69,10 @@ test-browser: .venv/.browser  ## run the example application's page in a headles
 test-pgbouncer: .venv/.test  ## run the integration tests through a PgBouncer in transaction mode
 	.venv/bin/python -m pytest --pgbouncer tests/integration tests/pgbouncer $(ARGS)
 
+.PHONY: test-eager
+test-eager: .venv/.test  ## run the integration tests with asyncio's eager tasks, of Python 3.12 and later
+	.venv/bin/python -m pytest --eager tests/integration $(ARGS)
+
 .PHONY: bench
 bench: .venv/.bench  ## compare the speed with taskiq-postgres and taskiq-redis; ARGS=--quick for a short look
 	.venv/bin/python -m benchmarks $(ARGS)

@@ -36,10 +36,10 @@ autodoc_typehints_description_target = "documented_params"
 nitpicky = True
 # What others document: there is no inventory of theirs without a network. And our type variables.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(asyncio|collections|datetime|pathlib|sqlalchemy|taskiq|typing)(\..+)?"),
+    (r"py:.*", r"(asyncio|collections|datetime|pathlib|sqlalchemy|taskiq|typing|uuid)(\..+)?"),
     (r"py:class", r"ColumnElement|LambdaElement|SQLCoreOperations"),  # as SQLAlchemy abbreviates
     (r"py:exc", r"TaskiqResultTimeoutError"),
-    (r"py:class", r".*\b_(T|ReturnType)"),
+    (r"py:class", r".*\b_(T|Id|ReturnType)"),
     (r"py:class", r"taskiq_sa_pg\.results\.settings\.Settings"),  # the package's own
 ]
 

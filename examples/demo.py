@@ -74,14 +74,18 @@ def workers(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `taskiq worker` on the targets; its processes listen when the block is entered.
 
-    Their log is kept to themselves, unless they fail to start.
+    Their log is kept to themselves, unless they fail to start. They have a directory for temporary
+    files that ends with them, because those that are not forked leave one there when killed.
     """
-    command = [sys.executable, "-m", "taskiq", "worker", *targets, "-w", str(count)]
+    command = [sys.executable, "-m", "taskiq", "worker", *targets, "worker_log", "-w", str(count)]
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(EXAMPLES))))
     with (
-        tempfile.NamedTemporaryFile(prefix="taskiq-worker-") as log,
+        tempfile.TemporaryDirectory(prefix="w-") as folder,
+        Path(folder, "log").open("wb") as log,
         subprocess.Popen(
             command,
             cwd=cwd,
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": folder},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

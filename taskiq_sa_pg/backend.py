@@ -1,7 +1,10 @@
 """SQLAlchemyResultBackend: taskiq's contract. It checks arguments and hands on."""
 
+import inspect
 from dataclasses import asdict
+from difflib import get_close_matches
 from typing import Any, TypeVar
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 from taskiq import AsyncResultBackend, TaskiqResult
@@ -15,6 +18,7 @@ from taskiq_sa_pg.database import (
     DEFAULT_RETRY_TIMEOUT,
     Database,
     DsnSource,
+    check_loop,
 )
 from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, ResultIsMissingError
 from taskiq_sa_pg.models import (
@@ -43,10 +47,11 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
     """Keeps task results and task progress in tables of your PostgreSQL.
 
     Nothing connects before startup(), which the broker calls. Every write is committed when its
-    call returns. All methods that ask PostgreSQL raise NotStartedError before startup(),
-    InvalidTaskIdError for a task id that the column cannot hold, and StorageError where PostgreSQL
-    refused a statement or could not be reached; below are only the errors beside these. Those that
-    wait raise NotStartedError, too, when the backend is shut down meanwhile.
+    call returns. A task id is a str or, with "Uuid", a uuid.UUID as well. All methods that ask
+    PostgreSQL raise NotStartedError before startup(), InvalidTaskIdError for a task id that the
+    column cannot hold, and StorageError where PostgreSQL refused a statement or could not be
+    reached; below are only the errors beside these. Those that wait raise NotStartedError, too,
+    when the backend is shut down meanwhile.
 
     Args:
         dsn: Address of the database: `postgresql://...` (asyncpg), `postgresql+psycopg://...`,
@@ -54,8 +59,10 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             that returns one and is asked again for every new connection. The engine made from
             it belongs to the backend.
         keep_results: False deletes a result, with its progress, in the transaction that reads
-            it: of many readers exactly one gets it.
-        table_name: The results table; the progress table is `<table_name>_progress`.
+            it: of many readers exactly one gets it. What was deleted for a reader who was
+            cancelled in the last moment is stored again.
+        table_name: The results table, without its schema; the progress table is
+            `<table_name>_progress`.
         field_for_task_id: Type of the task-id columns. "Uuid" takes UUIDs only.
         serializer: Turns values into bytes; None is PickleSerializer, and JSONSerializer with
             "Jsonb".
@@ -94,14 +101,15 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             it before a task is sent and before it is started. None writes nothing.
         max_payload_bytes: The most bytes of a serialized return value, exception or progress's
             metadata. A larger result is stored as an error result, so that whoever waits gets an
-            answer; None sets no limit.
+            answer; None sets no limit but PostgreSQL's own.
         max_connections: The most connections that are in use at once, the listening one aside.
         retry_timeout: For how many seconds a statement is tried again after a fault that passes:
-            a lost connection, a restart, a failover, a deadlock. 0 tries once.
+            a lost connection, a restart, a failover, a deadlock. 0 tries once. No attempt begins
+            later, or lasts longer.
         command_timeout: How many seconds one attempt may take; a server that is silent for so
             long counts as lost.
         startup_timeout: For how many seconds startup() waits for a PostgreSQL that does not
-            answer yet.
+            answer yet, in all.
         **engine_kwargs: With dsn: passed on to create_async_engine(). Where no pool is chosen,
             pool_size is 5 and max_overflow 0.
 
@@ -113,6 +121,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
     """
 
     _runtime: Runtime | None = None
+    _users = 0  # how often it was started
 
     def __init__(
         self,
@@ -167,7 +176,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         self._database = Database(
             dsn,
             engine=engine,
-            engine_kwargs=engine_kwargs,
+            engine_kwargs=_well_spelled(engine_kwargs),
             max_connections=max_connections,
             listen_dsn=listen_dsn,
             retry_timeout=retry_timeout,
@@ -195,25 +204,32 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         """What works between startup() and shutdown(); the package's own.
 
         Raises:
-            NotStartedError: It is not started.
+            NotStartedError: It is not started, or was on another event loop.
         """
-        if self._runtime is None:
+        runtime = self._runtime
+        if runtime is None:
             raise NotStartedError(
                 "the result backend is not started: call `await broker.startup()` (or the "
                 "backend's own startup()) first"
             )
-        return self._runtime
+        check_loop(runtime.loop)
+        return runtime
 
     async def startup(self) -> None:
         """Makes the engine and looks at the tables; may be repeated, on another event loop too.
 
         Raises:
             SchemaError: The tables are absent or unfit; names the differences and the remedy.
-            ConfigurationError: The engine cannot be made.
+            ConfigurationError: The engine cannot be made, or your engine prepares statements and
+                leads through a pooler.
         """
-        was_opened = await self._database.open(self.settings.timings)
+        settings = self.settings
+        was_opened = await self._database.open(
+            settings.timings, retry_timeout=settings.startup_timeout
+        )
         if was_opened:
-            self._runtime = Runtime(self.settings, self._database, self._telemetry)
+            self._runtime = Runtime(settings, self._database, self._telemetry)
+            self._users = 0
         try:
             await self.runtime.prepare()
         except BaseException:
@@ -221,14 +237,19 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
                 self._runtime = None
                 await self._database.close()
             raise
+        self._users += 1
         await super().startup()
 
     async def shutdown(self) -> None:
         """Ends what was accepted, and disposes the backend's own engine. May be repeated.
 
         Later calls, and those that wait for a result, get NotStartedError. A given engine is left
-        alone.
+        alone. Where startup() was called several times, as by two brokers that share the backend,
+        the last of as many calls does it.
         """
+        self._users -= 1
+        if self._users > 0 and self._runtime is not None and self._database.is_open:
+            return
         runtime, self._runtime = self._runtime, None
         if runtime is not None:
             try:
@@ -239,7 +260,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
                 await self._database.close()
         await super().shutdown()
 
-    async def set_result(self, task_id: str, result: TaskiqResult[_ReturnType]) -> None:
+    async def set_result(self, task_id: str | UUID, result: TaskiqResult[_ReturnType]) -> None:
         """Stores a result, over an earlier one unless that is of a later attempt.
 
         A value that cannot be serialized, or is too large, is stored as an error result, so that
@@ -249,14 +270,17 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         runtime = self.runtime
         # Not at startup: processes that only ask for results need not prune them.
         runtime.pruner.start()
-        await runtime.writer.set_result(column_id, task_id, result)
+        text = task_id if isinstance(task_id, str) else str(task_id)
+        await runtime.writer.set_result(column_id, text, result)
 
-    async def is_result_ready(self, task_id: str) -> bool:
+    async def is_result_ready(self, task_id: str | UUID) -> bool:
         """Whether there is a result; progress alone makes none."""
         column_id = self._config.to_column_task_id(task_id)
         return await self.runtime.reader.is_ready(column_id)
 
-    async def get_result(self, task_id: str, with_logs: bool = False) -> TaskiqResult[_ReturnType]:
+    async def get_result(
+        self, task_id: str | UUID, with_logs: bool = False
+    ) -> TaskiqResult[_ReturnType]:
         """The result; with keep_results=False it is deleted as it is read.
 
         Args:
@@ -273,7 +297,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             raise ResultIsMissingError(task_id, self._config.qualified_name)
         return result
 
-    async def set_progress(self, task_id: str, progress: TaskProgress[Any]) -> None:
+    async def set_progress(self, task_id: str | UUID, progress: TaskProgress[Any]) -> None:
         """Stores progress, replacing what was there.
 
         Raises:
@@ -283,7 +307,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         column_id = self._config.to_column_task_id(task_id)
         await self.runtime.writer.set_progress(column_id, progress)
 
-    async def get_progress(self, task_id: str) -> TaskProgress[Any] | None:
+    async def get_progress(self, task_id: str | UUID) -> TaskProgress[Any] | None:
         """The last progress, which outlives the result; None if there never was one.
 
         Raises:
@@ -308,6 +332,16 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
 
     def _count_waiters(self) -> int:
         return 0 if self._runtime is None else self._runtime.waiters.waiting
+
+
+def _well_spelled(engine_kwargs: dict[str, Any]) -> dict[str, Any]:
+    # SQLAlchemy refuses the others, too, and knows no better ones.
+    ours = inspect.signature(SQLAlchemyResultBackend).parameters
+    for name in engine_kwargs:
+        # json_serializer, which is an engine's, is 0.8 like serializer.
+        for close in get_close_matches(name, ours, n=1, cutoff=0.85):
+            raise ConfigurationError(f"there is no argument {name}: did you mean {close}?")
+    return engine_kwargs
 
 
 def _choose_models(models: Models | None, config: TableConfig) -> Models:

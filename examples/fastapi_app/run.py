@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,9 +40,16 @@ def workers() -> Iterator[None]:
     Before that no order may come: the broker tells only those who listen already.
     """
     command = [sys.executable, "-m", "taskiq", "worker", "shop.tasks:broker", "--workers", "2"]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    with (
+        tempfile.TemporaryDirectory(prefix="w-") as folder,  # for what they leave when killed
+        subprocess.Popen(
+            command,
+            env={**os.environ, "TMPDIR": folder},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
             assert process.stderr is not None
             show(process.stderr, until="Listening started")

@@ -1,5 +1,6 @@
 """The command `taskiq-sa-pg` (extra `cli`)."""
 
+import logging
 import sys
 
 
@@ -8,8 +9,10 @@ def main() -> None:
     try:
         # Here, because both packages are optional.
         from taskiq_sa_pg.cli.app import app  # noqa: PLC0415
+        from taskiq_sa_pg.cli.output import Warnings  # noqa: PLC0415
     except ModuleNotFoundError as exc:
         if exc.name not in {"typer", "rich"}:
             raise
         sys.exit("taskiq-sa-pg needs the extra `cli`: pip install 'taskiq-sa-pg[cli]'")
+    logging.basicConfig(format="taskiq-sa-pg: %(message)s", handlers=[Warnings()])
     app()

@@ -8,8 +8,8 @@ from taskiq_sa_pg.cli.target import command
 _HELP = """Provisions and shows the tables in which taskiq_sa_pg keeps task results.
 
 Which database, and which tables in it, comes from options or from TASKIQ_SA_PG_* variables, which
-`--help` of a command names. Errors are one line on standard error, and the exit status is then 1;
-2 is a wrong command line, 130 an interruption.
+`--help` of a command names. Errors are one line on standard error, and the exit status is then 1,
+or 2 if the command line or a variable is wrong; 130 is an interruption.
 """
 
 app = typer.Typer(

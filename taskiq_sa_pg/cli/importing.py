@@ -15,7 +15,7 @@ from taskiq_sa_pg.cli.output import JsonOption, console, say, say_json, to_json
 from taskiq_sa_pg.cli.target import Target, find_serializer
 from taskiq_sa_pg.database import make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError
-from taskiq_sa_pg.importing import ImportReport, Unreadable, count_rows, import_results
+from taskiq_sa_pg.importing import ImportReport, count_rows, import_results
 
 
 async def import_old_results(
@@ -48,11 +48,8 @@ async def import_old_results(
     """
     async with AsyncExitStack() as stack:
         errors = stack.enter_context(_open(errors_to)) if errors_to else None
-
-        def tell(unreadable: Unreadable) -> None:
-            typer.echo(to_json(asdict(unreadable)), file=errors, err=True)
-
-        backend, engine = await stack.enter_async_context(target.backend()), None
+        backend = await stack.enter_async_context(target.backend())
+        engine = None
         if from_dsn is not None:
             engine = make_engine(from_dsn, poolclass=NullPool)
             stack.push_async_callback(engine.dispose)
@@ -66,19 +63,22 @@ async def import_old_results(
             batch_size=batch_size,
             dry_run=dry_run,
             on_batch=stack.enter_context(_bar(total)),
-            on_unreadable=tell,
+            on_unreadable=lambda each: typer.echo(to_json(asdict(each)), file=errors, err=True),
         )
     if json:
-        say_json(asdict(report))
+        say_json(asdict(report) | {"is_dry_run": dry_run})
     else:
-        would = "would be " if dry_run else ""
-        say(
-            f"{report.rows:,} rows read: {report.results:,} results and {report.progress:,} "
-            f"progress {would}imported, {report.already_there:,} were there already, "
-            f"{report.unreadable:,} could not be read"
-        )
+        _say_report(report, "would be " if dry_run else "")
     if report.unreadable:
         raise typer.Exit(1)
+
+
+def _say_report(report: ImportReport, would: str) -> None:
+    say(
+        f"{report.rows:,} rows read: {report.results:,} results and {report.progress:,} "
+        f"progress {would}imported, {report.already_there:,} were there already, "
+        f"{report.unreadable:,} could not be read"
+    )
 
 
 def _open(path: Path) -> TextIO:

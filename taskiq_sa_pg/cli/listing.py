@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from taskiq_sa_pg import statements as sql
-from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_table
+from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_lines, say_table
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError, ResultIsMissingError
 from taskiq_sa_pg.schema import select_sizes
@@ -25,7 +25,10 @@ async def show(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Shows a result with its traceback and its progress. Reading a pickle runs what it says."""
+    """Shows a result with its progress and its traceback. Reading a pickle runs what it says.
+
+    The exit status is 1 if something of it cannot be decoded.
+    """
     parameters = {"task_ids": [target.config.to_column_task_id(task_id)]}
     purpose = f"read the result of task {task_id!r}"
     async with target.runtime() as runtime:
@@ -46,6 +49,8 @@ async def show(
         say_json(shown)
     else:
         _say_fields(shown)
+    if "undecodable" in {*shown, *shown.get("progress", ())}:
+        raise typer.Exit(1)
 
 
 def _shown_result(
@@ -88,12 +93,12 @@ def _shown_progress(target: Target, stored: sql.StoredProgress, *, is_raw: bool)
 
 def _say_fields(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
-        if value is None or (name == "labels" and not value):
+        if value is None or name == "traceback" or (name == "labels" and not value):
             continue
-        if name == "traceback":
-            say(f"\n{value.rstrip()}")
-        else:
-            say(f"{name + ':':<16}{value if isinstance(value, str) else _to_text(name, value)}")
+        say(f"{name + ':':<16}{value if isinstance(value, str) else _to_text(name, value)}")
+    # Last, so that no line of it can be taken for a field.
+    if traceback := fields.get("traceback"):
+        say_lines(f"\n{traceback.rstrip()}")
 
 
 def _to_text(name: str, value: Any) -> str:

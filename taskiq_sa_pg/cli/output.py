@@ -1,9 +1,10 @@
 """What commands print: text that no terminal obeys, and JSON for scripts."""
 
 import json
+import logging
 import sys
 import unicodedata
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from pydantic_core import to_jsonable_python
@@ -11,12 +12,33 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+# Control, format and surrogate characters, and the separators of lines and paragraphs.
+_ESCAPED: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 def say(text: str) -> None:
-    """Prints a text as it is, but for control characters."""
+    """Prints a text as one line, without control characters."""
     typer.echo(printable(text))
+
+
+def say_lines(text: str, *, err: bool = False) -> None:
+    """Prints a text of several lines, without other control characters."""
+    typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
+
+
+def complain(text: str) -> None:
+    """Prints on standard error, as one line, what is wrong or worth knowing."""
+    typer.echo(f"taskiq-sa-pg: {printable(text)}", err=True)
+
+
+class Warnings(logging.Handler):
+    """Prints on standard error what is logged, such as what PostgreSQL said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a message, with its traceback if there is one."""
+        say_lines(self.format(record), err=True)
 
 
 def say_json(value: Any) -> None:
@@ -68,10 +90,10 @@ def console() -> Console:
 
 
 def printable(text: str) -> str:
-    """The text with control characters, which a terminal would obey, written as escapes."""
+    """The text with what a terminal would obey, and what would end a line, written as escapes."""
     return "".join(
-        character
-        if character in "\n\t" or unicodedata.category(character) not in {"Cc", "Cf", "Cs"}
-        else character.encode("unicode_escape").decode()
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _ESCAPED
+        else character
         for character in text
     )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from taskiq_sa_pg.cli.output import JsonOption, say, say_json
+from taskiq_sa_pg.cli.output import JsonOption, complain, say, say_json
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import SchemaError
 from taskiq_sa_pg.schema import LATEST_VERSION
@@ -17,7 +17,10 @@ def upgrade(
     target: Target,
     revision: Annotated[str, typer.Argument(help="0001, head ...")] = "head",
 ) -> None:
-    """Makes the tables, or brings them up to date. Any number may run at once."""
+    """Makes the tables, or brings them up to date; makes those again that were dropped.
+
+    Any number may run at once.
+    """
     _move(target, revision)
 
 
@@ -39,7 +42,10 @@ def current(target: Target, json: JsonOption = False) -> None:
 
 
 async def check(target: Target, json: JsonOption = False) -> None:
-    """Compares the tables with what the backend needs; the exit status is 1 if they are unfit."""
+    """Compares the tables, and the role's rights on them, with what the backend needs.
+
+    The exit status is 1 if they are unfit.
+    """
     unfit = ""
     async with target.runtime() as runtime:
         try:
@@ -60,7 +66,10 @@ def sql(
     end: Annotated[str, typer.Argument(help="Where to; an earlier one downgrades.")] = "head",
 ) -> None:
     """Prints the SQL that leads from one revision to another; connects to nothing."""
-    typer.echo(offline_sql(target.config, start, end), nl=False)
+    printed = offline_sql(target.config, start, end)
+    typer.echo(printed, nl=False)
+    if not printed:
+        complain(f"nothing to do: {start} and {end} are the same revision")
 
 
 async def _current(target: Target) -> str | None:

@@ -40,7 +40,7 @@ async def prune(
         pruner = runtime.pruner
         pruned = await (pruner.count() if dry_run else pruner.run(limit, time_budget))
     if json:
-        say_json(asdict(pruned))
+        say_json(asdict(pruned) | {"is_dry_run": dry_run})
         return
     would = "would be deleted" if dry_run else "deleted"
     say(

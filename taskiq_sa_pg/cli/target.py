@@ -19,9 +19,10 @@ from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
+from taskiq_sa_pg.cli.output import complain
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.database import Database
-from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
+from taskiq_sa_pg.exceptions import ConfigurationError, InvalidTaskIdError, TaskiqSaPgError
 from taskiq_sa_pg.models import DEFAULT_TABLE_NAME, Models, PayloadField, TaskIdField, build_models
 from taskiq_sa_pg.results import Runtime, SchemaCheck, Settings
 from taskiq_sa_pg.schema import select_sizes
@@ -35,12 +36,17 @@ _SERIALIZERS: Final[dict[str, Callable[[], TaskiqSerializer]]] = {
     "cbor": serializers.CBORSerializer,
 }
 
+# As typer ends for one that it cannot read.
+_WRONG_COMMAND_LINE: Final = 2
+
 # As a shell tells of a command whose reader went away.
 _BROKEN_PIPE: Final = 141
 
 
 class Target:
     """The database and the tables that a command is about, as the shared options name them."""
+
+    serializer_option = "--serializer"
 
     def __init__(
         self,
@@ -103,7 +109,10 @@ class Target:
     @property
     def codec(self) -> Codec:
         """What reads the tables' values."""
-        return Codec(self.config, find_serializer(self._serializer))
+        return Codec(self.config, self._find_serializer())
+
+    def _find_serializer(self) -> TaskiqSerializer | None:
+        return find_serializer(self._serializer, self.serializer_option)
 
     @asynccontextmanager
     async def runtime(self, progress_ttl: float | None = None) -> AsyncIterator[Runtime]:
@@ -139,7 +148,7 @@ class Target:
         backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
             self.dsn,
             models=models,
-            serializer=find_serializer(self._serializer),
+            serializer=self._find_serializer(),
             check_schema=check_schema,
             startup_timeout=0,
         )
@@ -150,8 +159,11 @@ class Target:
             await backend.shutdown()
 
 
-def find_serializer(name: str | None) -> TaskiqSerializer | None:
-    """The serializer of that name, or what `module:attribute` is or returns; None for None."""
+def find_serializer(name: str | None, option: str = "--serializer") -> TaskiqSerializer | None:
+    """The serializer of that name, or what `module:attribute` is or returns; None for None.
+
+    The option is where the name came from, for errors.
+    """
     if not name:
         return None
     try:
@@ -164,11 +176,11 @@ def find_serializer(name: str | None) -> TaskiqSerializer | None:
     except Exception as exc:
         # Whatever the module of the user's raises.
         raise ConfigurationError(
-            f"--serializer {name}: {exc}; the serializers are {', '.join(_SERIALIZERS)}, and "
+            f"{option} {name}: {exc}; the serializers are {', '.join(_SERIALIZERS)}, and "
             "module:attribute for one of your own"
         ) from exc
     if not isinstance(serializer, TaskiqSerializer):
-        raise ConfigurationError(f"--serializer {name} is no TaskiqSerializer: {serializer!r}")
+        raise ConfigurationError(f"{option} {name} is no TaskiqSerializer: {serializer!r}")
     return serializer
 
 
@@ -180,13 +192,16 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     own = list(inspect.signature(function).parameters.values())[1:]
     shared = dict(inspect.signature(Target).parameters)
-    if any(each.name == "serializer" for each in own):
+    has_serializer = any(each.name == "serializer" for each in own)
+    if has_serializer:
         shared["serializer"] = shared["serializer"].replace(name="to_serializer")
 
     @functools.wraps(function)
     def run(**arguments: Any) -> None:
         with _telling_errors():
             target = Target(**{key: arguments.pop(each.name) for key, each in shared.items()})
+            if has_serializer:
+                target.serializer_option = "--to-serializer"
             done = function(target, **arguments)
             if inspect.iscoroutine(done):
                 asyncio.run(done)
@@ -200,16 +215,21 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _telling_errors() -> Iterator[None]:
+    # A shell's `>&-`. What was opened next would get its number.
+    if sys.stdout is None:
+        complain("standard output is closed: send it to /dev/null where nobody reads it")
+        raise typer.Exit(1)
     try:
         yield
         sys.stdout.flush()
     except (TaskiqSaPgError, TaskiqResultTimeoutError) as exc:
-        typer.echo(f"taskiq-sa-pg: {' '.join(str(exc).split())}", err=True)
-        raise typer.Exit(1) from None
+        complain(" ".join(str(exc).split()))
+        is_wrong_line = isinstance(exc, (ConfigurationError, InvalidTaskIdError))
+        raise typer.Exit(_WRONG_COMMAND_LINE if is_wrong_line else 1) from None
     except OSError as exc:
         # Python flushes it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(exc, BrokenPipeError):
             raise typer.Exit(_BROKEN_PIPE) from None
-        typer.echo(f"taskiq-sa-pg: {exc.strerror or exc}", err=True)
+        complain(exc.strerror or str(exc))
         raise typer.Exit(1) from None

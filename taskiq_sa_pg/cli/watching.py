@@ -33,6 +33,8 @@ async def watch(
 
     Metadata with `percent`, or with `current` and `total`, fills a bar.
     """
+    for task_id in task_ids:
+        target.config.to_column_task_id(task_id)
     view: AbstractContextManager[_Tell] = (
         nullcontext(_say_json) if json else _bars() if sys.stdout.isatty() else nullcontext(_say)
     )

@@ -23,6 +23,7 @@ from taskiq_sa_pg.codec.exceptions import (
     exception_from_document,
     exception_to_document,
     format_traceback,
+    may_hold_exception,
     pack_or_repr,
     qualified_name,
 )
@@ -35,6 +36,7 @@ from taskiq_sa_pg.codec.jsonb import (
     unwrap,
     wrap,
     wrap_bytes,
+    wrap_text,
 )
 from taskiq_sa_pg.codec.retention import KEEP_FOR_EVER, Retention
 from taskiq_sa_pg.codec.signing import SignedSerializer
@@ -44,6 +46,8 @@ from taskiq_sa_pg.exceptions import (
     PayloadTooLargeError,
     ResultDecodeError,
     ResultSerializationError,
+    check_serializer,
+    check_whole,
 )
 from taskiq_sa_pg.models import TableConfig
 from taskiq_sa_pg.statements import ProgressRow, ResultRow, StoredProgress, StoredResult
@@ -53,19 +57,24 @@ logger = logging.getLogger(__name__)
 _MAX_INTEGER: Final = 2_147_483_647
 _MAX_REASON_CHARACTERS: Final = 500
 
+# PostgreSQL takes a message below 1 GiB, of which some bytes are for the other values; and in jsonb
+# whatever is not more than 256 MiB, with some bytes of its own.
+_COLUMN_BYTES: Final = {"Bytea": 1_000_000_000, "Jsonb": 268_435_000}
+
 # Whatever these can dump they can also load; of others it is found out before a row is written.
-_TRUSTED_TO_LOAD: Final = (PickleSerializer, JSONSerializer, ORJSONSerializer)
+_TRUSTED_TO_LOAD: Final = (JSONSerializer, ORJSONSerializer)
 
 
 class Codec:
     """Encodes and decodes the rows of one table with one serializer.
 
     Without one it takes PickleSerializer or, with "Jsonb", JSONSerializer. `max_payload_bytes`
-    is the limit of a serialized return value, exception or progress's metadata. Task ids are as
-    the columns have them.
+    is the limit of a serialized return value, exception or progress's metadata, and `column_bytes`
+    that of their columns, None what PostgreSQL's can hold. Task ids are as the columns have them.
 
     Raises:
-        ConfigurationError: "Jsonb" with a serializer that does not write JSON, or a limit below 1.
+        ConfigurationError: No serializer, "Jsonb" with one that does not write JSON, or a limit
+            below 1.
     """
 
     def __init__(
@@ -74,23 +83,29 @@ class Codec:
         serializer: TaskiqSerializer | None = None,
         max_payload_bytes: int | None = None,
         retention: Retention = KEEP_FOR_EVER,
+        *,
+        column_bytes: int | None = None,
     ) -> None:
-        if max_payload_bytes is not None and max_payload_bytes < 1:
-            raise ConfigurationError(
-                f"max_payload_bytes must be 1 or more, or None, not {max_payload_bytes}"
-            )
-        self._max_payload_bytes = max_payload_bytes
+        check_whole("max_payload_bytes", max_payload_bytes, or_none=True)
+        column_bytes = column_bytes or _COLUMN_BYTES[config.field_for_payload]
+        self._column_bytes = column_bytes
+        self._max_payload_bytes = min(max_payload_bytes or column_bytes, column_bytes)
         self._retention = retention
         self._table = config.qualified_name
         self._is_jsonb = config.field_for_payload == "Jsonb"
         if serializer is None:
             serializer = JSONSerializer() if self._is_jsonb else PickleSerializer()
+        check_serializer(serializer)
         if self._is_jsonb:
             _check_writes_json(serializer)
         self.serializer = serializer
         inner = serializer.serializer if isinstance(serializer, SignedSerializer) else serializer
-        is_trusted_to_load = type(inner) in _TRUSTED_TO_LOAD
-        self._dump = serializer.dumpb if is_trusted_to_load else self._dump_and_load
+        if type(inner) is PickleSerializer:
+            self._dump = self._dump_and_load_exceptions
+        elif type(inner) in _TRUSTED_TO_LOAD:
+            self._dump = serializer.dumpb
+        else:
+            self._dump = self._dump_and_load
 
     def encode_result(
         self, task_id: Any, result: TaskiqResult[Any], *, strict: bool = False
@@ -152,6 +167,32 @@ class Codec:
         except Exception as exc:
             raise self.decode_error(row.task_id, exc) from exc
 
+    def decode_any(
+        self,
+        row: StoredResult,
+        failures: dict[Any, TaskiqResult[Any]] | None = None,
+        *,
+        with_logs: bool = False,
+    ) -> TaskiqResult[Any]:
+        """The same; where a value cannot be read back, a failure with the ResultDecodeError.
+
+        Such a failure is put into `failures`, by task id.
+        """
+        try:
+            return self.decode_result(row, with_logs=with_logs)
+        except ResultDecodeError as exc:
+            failure: TaskiqResult[Any] = TaskiqResult.model_construct(
+                is_err=True,
+                log=row.log if with_logs else None,
+                return_value=None,
+                execution_time=row.execution_time,
+                labels={},
+                error=exc,
+            )
+        if failures is not None:
+            failures[row.task_id] = failure
+        return failure
+
     def decode_error(self, task_id: Any, exc: Exception) -> ResultDecodeError:
         """The error of a result that cannot be read back for this reason."""
         what = "a result" if task_id is None else f"the result of task {str(task_id)!r}"
@@ -181,12 +222,21 @@ class Codec:
         return TaskProgress.model_construct(state=row.state, meta=meta)
 
     def pack(self, value: Any) -> Any:
-        """The value as plain data for an exception's document."""
+        """The value as plain data for an exception's document.
+
+        Raises:
+            ResultSerializationError: The serializer cannot hold it.
+        """
         if type(value) is bytes:
             return wrap_bytes(value)
         if is_plain(value) and self._holds_in_document(value):
             return value
-        return wrap(self._serialize("a value", value))
+        try:
+            return wrap(self._serialize("a value", value))
+        except ResultSerializationError:
+            if type(value) is not str:
+                raise
+            return wrap_text(value)  # it has lone surrogates
 
     def unpack(self, packed: Any) -> Any:
         """The inverse of pack()."""
@@ -204,6 +254,13 @@ class Codec:
                 type_name = qualified_name(type(value))
                 raise ResultSerializationError(what, type_name, reasons) from refusal
 
+    def _dump_and_load_exceptions(self, value: Any) -> bytes:
+        # Whose constructors may take other arguments than they leave behind.
+        dumped = self.serializer.dumpb(value)
+        if may_hold_exception(dumped):
+            self.serializer.loadb(dumped)
+        return dumped
+
     def _dump_and_load(self, value: Any) -> bytes:
         dumped = self.serializer.dumpb(value)
         self.serializer.loadb(dumped)
@@ -219,9 +276,14 @@ class Codec:
 
     def _encode_payload(self, what: str, value: Any, *, is_limited: bool = True) -> bytes | str:
         dumped, limit = self._serialize(what, value), self._max_payload_bytes
-        if is_limited and limit is not None and len(dumped) > limit:
+        if is_limited and len(dumped) > limit:
             raise PayloadTooLargeError(what, len(dumped), limit)
-        return to_jsonb(dumped) if self._is_jsonb else dumped
+        if not self._is_jsonb:
+            return dumped
+        text = to_jsonb(dumped)
+        if len(text) > self._column_bytes:  # of a wrapper, which is longer
+            raise PayloadTooLargeError(what, len(text), self._column_bytes)
+        return text
 
     def _decode_payload(self, stored: bytes | str) -> Any:
         return self.serializer.loadb(stored if isinstance(stored, bytes) else from_jsonb(stored))
@@ -247,7 +309,10 @@ class Codec:
     def _encode_labels(self, labels: Mapping[str, Any]) -> str:
         document: Any = {name: self._pack_label(value) for name, value in labels.items()}
         if not is_plain(document):  # the names are at fault
-            document = self._pack_label(dict(labels))
+            try:
+                document = self.pack({name: self.unpack(v) for name, v in document.items()})
+            except Exception:  # noqa: BLE001 - serializers raise what they like
+                document = {storable_text(str(name)): v for name, v in document.items()}
         return json.dumps(document, ensure_ascii=False)
 
     def _pack_label(self, value: Any) -> Any:

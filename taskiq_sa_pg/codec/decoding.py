@@ -48,8 +48,8 @@ class RowDecoder:
         task_id = value_of("task_id")
         if task_id is _MISSING:
             task_id = None
+        error, labels, log = value_of("error"), value_of("labels"), value_of("log")
         try:
-            error, labels, log = value_of("error"), value_of("labels"), value_of("log")
             stored = StoredResult(
                 task_id=task_id,
                 is_err=value_of("is_err"),

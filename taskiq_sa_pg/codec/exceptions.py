@@ -13,9 +13,11 @@ The first is the exception itself. `object` is there where the serializer holds 
 are (pickle); the rest is for readers that cannot load it, and for the other serializers.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MemberDescriptorType, ModuleType
 from typing import Any, Final, Protocol
 
@@ -26,6 +28,13 @@ from taskiq_sa_pg.codec.jsonb import storable_text
 Document = dict[str, Any]
 
 _MAX_TRACEBACK_CHARACTERS: Final = 65_536
+
+# How a pickle ends to name a class for the first time: the opcodes STACK_GLOBAL and MEMOIZE.
+_CLASS: Final = b"\x93\x94"
+
+# And what stands before: the name, with its length, or its number if it was written before.
+_CLASS_NAME: Final = re.compile(rb"(?:\x8c(.)([\x20-\x7e]+)\x94|h.|j.{4}|\x94)\Z", re.DOTALL)
+_MAX_NAME_BYTES: Final = 260
 
 
 class _Packer(Protocol):
@@ -91,6 +100,32 @@ def exception_to_document(exception: BaseException, packer: _Packer) -> Document
         node["suppress_context"] = current.__suppress_context__
         nodes.append(node)
     return {"exceptions": nodes}
+
+
+def may_hold_exception(pickled: bytes) -> bool:
+    """Whether a pickle names a class called like an exception; it is not loaded.
+
+    Bytes that only look so, and classes whose name is not told where they are used, count too.
+    """
+    at = pickled.find(_CLASS)
+    while at != -1:
+        found = _CLASS_NAME.search(pickled, max(at - _MAX_NAME_BYTES, 0), at)
+        if found:
+            length, name = found.groups()
+            if name is None or length[0] != len(name) or _is_exception_name(name.decode()):
+                return True
+        at = pickled.find(_CLASS, at + 1)
+    return False
+
+
+@lru_cache(maxsize=1_000)
+def _is_exception_name(name: str) -> bool:
+    pending: list[type] = [BaseException]
+    for cls in pending:  # which grows meanwhile
+        pending += type.__subclasses__(cls)
+        if cls.__qualname__ == name:
+            return True
+    return False
 
 
 def _state_of(exception: BaseException) -> dict[str, Any]:

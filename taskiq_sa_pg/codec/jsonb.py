@@ -4,7 +4,8 @@ jsonb refuses NUL, lone surrogates, NaN and infinities, forgets the sign of -0.0
 that is written with an exponent into an integer. Such a value, and one that looks like a wrapper
 itself, is stored as `{"$serialized": "<base64 of the serializer's bytes>"}`: it comes back whole.
 
-Bytes in labels and in exceptions, which JSON cannot hold, are `{"$bytes": "<base64>"}`.
+Bytes in labels and in exceptions, which JSON cannot hold, are `{"$bytes": "<base64>"}`, and texts
+with lone surrogates, where the serializer cannot hold them either, `{"$surrogates": "<base64>"}`.
 """
 
 import base64
@@ -16,6 +17,8 @@ from typing import Any, Final
 
 _SERIALIZED: Final = "$serialized"
 _BYTES: Final = "$bytes"
+_SURROGATES: Final = "$surrogates"
+_WRAPPERS: Final = frozenset({_SERIALIZED, _BYTES, _SURROGATES})
 
 # Python refuses to read integers of more than 4,300 digits.
 _MAX_PLAIN_BITS: Final = 14_000
@@ -26,6 +29,7 @@ _MAX_PLAIN_DEPTH: Final = 500
 # JSON text without any of these needs no closer look.
 _SUSPECT: Final = re.compile(
     r"\\u0000|\\u[dD][89a-fA-F]|\d[eE]\+?\d|(?<!\w)-0|NaN|Infinity|\$serialized|\$bytes"
+    r"|\$surrogates"
 )
 
 
@@ -101,13 +105,20 @@ def wrap_bytes(value: bytes) -> dict[str, str]:
     return {_BYTES: base64.b64encode(value).decode()}
 
 
+def wrap_text(value: str) -> dict[str, str]:
+    """The wrapper of a text that UTF-8 cannot hold."""
+    return {_SURROGATES: base64.b64encode(value.encode(errors="surrogatepass")).decode()}
+
+
 def unwrap(document: Mapping[str, str], load: Callable[[bytes], Any]) -> Any:
     """The value in a wrapper; load is the serializer's."""
     [(kind, encoded)] = document.items()
     content = base64.b64decode(encoded, validate=True)
+    if kind == _SURROGATES:
+        return content.decode(errors="surrogatepass")
     return content if kind == _BYTES else load(content)
 
 
 def is_wrapper(value: Any) -> bool:
     """Whether a JSON value is a wrapper."""
-    return type(value) is dict and len(value) == 1 and (_SERIALIZED in value or _BYTES in value)
+    return type(value) is dict and len(value) == 1 and not _WRAPPERS.isdisjoint(value)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from taskiq.abc.serializer import TaskiqSerializer
 
-from taskiq_sa_pg.exceptions import ConfigurationError
+from taskiq_sa_pg.exceptions import ConfigurationError, check_serializer
 
 _MIN_KEY_BYTES: Final = 16
 
@@ -31,7 +31,8 @@ class SignedSerializer(TaskiqSerializer):
             results that it signed are gone.
 
     Raises:
-        ConfigurationError: No key, one that is too short, or itsdangerous is not installed.
+        ConfigurationError: No serializer, no key, one that is too short, or itsdangerous is not
+            installed.
     """
 
     def __init__(self, serializer: TaskiqSerializer, keys: Sequence[str | bytes]) -> None:
@@ -42,6 +43,7 @@ class SignedSerializer(TaskiqSerializer):
             raise ConfigurationError(
                 "SignedSerializer needs itsdangerous: pip install 'taskiq-sa-pg[signed]'"
             ) from exc
+        check_serializer(serializer)
         if isinstance(keys, str | bytes):
             raise ConfigurationError("keys must be a list of keys, not one key")
         secrets = [key.encode() if isinstance(key, str) else bytes(key) for key in keys]

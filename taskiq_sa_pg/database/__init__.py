@@ -4,6 +4,7 @@ from taskiq_sa_pg.database.database import DEFAULT_COMMAND_TIMEOUT as DEFAULT_CO
 from taskiq_sa_pg.database.database import DEFAULT_MAX_CONNECTIONS as DEFAULT_MAX_CONNECTIONS
 from taskiq_sa_pg.database.database import DEFAULT_RETRY_TIMEOUT as DEFAULT_RETRY_TIMEOUT
 from taskiq_sa_pg.database.database import Database as Database
+from taskiq_sa_pg.database.database import check_loop as check_loop
 from taskiq_sa_pg.database.direct import time_limit as time_limit
 from taskiq_sa_pg.database.dsn import DsnSource as DsnSource
 from taskiq_sa_pg.database.dsn import parse_dsn as parse_dsn

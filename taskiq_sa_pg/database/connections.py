@@ -5,15 +5,18 @@ statement would cost as much as a small statement.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextvars import Context
 from math import inf
 from typing import Any, Final
 
 from sqlalchemy import AssertionPool, Executable, QueuePool, StaticPool
 from sqlalchemy.engine.interfaces import IsolationLevel
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from taskiq_sa_pg.background import start_task
 from taskiq_sa_pg.database.direct import (
     SECONDS_TO_GIVE_UP,
     DirectExecution,
@@ -24,6 +27,7 @@ from taskiq_sa_pg.database.direct import (
     set_isolation_level,
     time_limit,
 )
+from taskiq_sa_pg.database.errors import NoPlaceError
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
 # A server that does not answer would keep us for as long as it likes.
@@ -38,15 +42,23 @@ class Connections:
 
     Whoever comes when all are in use waits, first come first served. There are never more than
     the engine's pool has places. With `keep` a connection stays checked out after its statement,
-    for some seconds in all; others who use the same pool might have to wait for it.
+    for some seconds in all; others who use the same pool might have to wait for it. The first one
+    that is opened is shown to `examine`, which may raise.
     """
 
     def __init__(
-        self, engine: AsyncEngine, limit: int, *, keep: bool, timings: Timings = DEFAULT_TIMINGS
+        self,
+        engine: AsyncEngine,
+        limit: int,
+        *,
+        keep: bool,
+        examine: Callable[[Any], Awaitable[None]] | None = None,
+        timings: Timings = DEFAULT_TIMINGS,
     ) -> None:
         self.engine: Final = engine
         self.loop: Final = asyncio.get_running_loop()
         self._keep_seconds = timings.keep_connection if keep else 0.0
+        self._examine = examine
         self._limit = min(limit, _size_of_pool(engine) or limit)
         self._places = asyncio.Semaphore(self._limit)
         self._kept: list[Execution] = []
@@ -65,19 +77,7 @@ class Connections:
     ) -> Sequence[Any]:
         """The rows of a statement in AUTOCOMMIT; the timeout includes the way to a connection."""
         deadline = self.loop.time() + timeout
-        if self._places.locked():
-            async with asyncio.timeout_at(deadline):
-                await self._places.acquire()
-        else:
-            await self._places.acquire()  # which waits for nothing
-        try:
-            execution = self._take_kept()
-            if execution is None:
-                async with time_limit(deadline - self.loop.time()):
-                    execution = await self._check_out()
-        except BaseException:
-            self._places.release()
-            raise
+        execution = await self._take(deadline)
         try:
             rows = await execution.fetch(statement, parameters, deadline)
         except BaseException as exc:
@@ -90,35 +90,56 @@ class Connections:
             self._kept.append(execution)
             self._places.release()
             if self._sweeper is None:
-                self._sweeper = self.loop.call_later(self._keep_seconds, self._sweep)
+                self._sweep_later()
         else:
             await asyncio.shield(self._close_and_leave(execution))
         return rows
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """A connection in one transaction: committed at the end, rolled back by an exception."""
-        async with self._places:
-            await self._make_room()
-            async with self.engine.connect() as connection:
-                await _open_driver_of(connection, self._invalidated_at)
-                # Explicitly: the engine's own default may be AUTOCOMMIT.
-                await set_isolation_level(connection, "READ COMMITTED")
-                async with connection.begin():
-                    yield connection
-                _note_answer(connection, self.loop.time())
+    async def transaction(
+        self, seconds: float, *, is_limited: bool = True
+    ) -> AsyncIterator[AsyncConnection]:
+        """A connection in one transaction: committed at the end, rolled back by an exception.
+
+        All of it may take so many seconds; only the way to the connection, if not `is_limited`.
+
+        Raises:
+            NoPlaceError: Others have all connections of the pool.
+            TimeoutError: It took longer.
+        """
+        has_connection = False
+        try:
+            async with time_limit(seconds) as lift_limit, self._places:
+                await self._make_room()
+                async with self.engine.connect() as connection:
+                    has_connection = True
+                    await self._driver_of(connection)
+                    # Explicitly: the engine's own default may be AUTOCOMMIT.
+                    await set_isolation_level(connection, "READ COMMITTED")
+                    if not is_limited:
+                        lift_limit()
+                    async with connection.begin():
+                        yield connection
+                    _note_answer(connection, self.loop.time())
+        except (TimeoutError, PoolTimeoutError) as exc:
+            if not has_connection:
+                self._check_pool(exc)
+            raise
 
     @asynccontextmanager
-    async def detached(self, level: IsolationLevel) -> AsyncIterator[tuple[AsyncConnection, Any]]:
+    async def detached(
+        self, level: IsolationLevel, seconds: float
+    ) -> AsyncIterator[tuple[AsyncConnection, Any]]:
         """A connection that the pool no longer knows, and the driver's; closed at the end.
 
-        It takes no place from statements, however long it is open.
+        It takes no place from statements, however long it is open. The way to it may take so many
+        seconds.
         """
         async with AsyncExitStack() as stack:
-            async with self._places:
+            async with self._limited(seconds), self._places:
                 await self._make_room()
                 connection = await stack.enter_async_context(self.engine.connect())
-                driver = await _open_driver_of(connection, self._invalidated_at)
+                driver = await self._driver_of(connection)
                 await set_isolation_level(connection, level)
                 assert connection.sync_connection is not None
                 connection.sync_connection.detach()
@@ -163,6 +184,46 @@ class Connections:
             # Else the pool would complain that it never came back.
             abandoned.detach()
 
+    async def _take(self, deadline: float) -> Execution:
+        if self._places.locked():
+            async with asyncio.timeout_at(deadline):
+                await self._places.acquire()
+        else:
+            await self._places.acquire()  # which waits for nothing
+        try:
+            execution = self._take_kept()
+            if execution is None:
+                async with self._limited(deadline - self.loop.time()):
+                    execution = await self._check_out()
+        except BaseException:
+            self._places.release()
+            raise
+        return execution
+
+    @asynccontextmanager
+    async def _limited(self, seconds: float) -> AsyncIterator[None]:
+        """A limit for the way to a connection.
+
+        Raises:
+            NoPlaceError: Others have all connections of the pool.
+            TimeoutError: It took longer.
+        """
+        try:
+            async with time_limit(seconds):
+                yield
+        except (TimeoutError, PoolTimeoutError) as exc:
+            self._check_pool(exc)
+            raise
+
+    def _check_pool(self, exc: Exception) -> None:
+        """Tells where there was no connection because the pool may open no more.
+
+        Raises:
+            NoPlaceError: Others have all of them.
+        """
+        if isinstance(exc, PoolTimeoutError) or _is_exhausted(self.engine):
+            raise NoPlaceError(_checked_out(self.engine)) from exc
+
     async def _make_room(self) -> None:
         # So that all of ours together stay within the limit, and the pool has a place.
         if self._kept:
@@ -180,13 +241,28 @@ class Connections:
     async def _check_out(self) -> Execution:
         connection = await self.engine.connect()
         try:
-            driver = await _open_driver_of(connection, self._invalidated_at)
+            driver = await self._driver_of(connection)
         except BaseException:
             await connection.close()
             raise
         if has_direct_path(self.engine) and not driver.is_in_transaction():
             return DirectExecution(connection, driver, self._texts)
         return Execution(connection, driver)
+
+    def _sweep_later(self) -> None:
+        seconds, nobody = self._keep_seconds, Context()
+        self._sweeper = self.loop.call_later(seconds, self._sweep, context=nobody)
+
+    async def _driver_of(self, connection: AsyncConnection) -> Any:
+        driver = await _open_driver_of(connection, self._invalidated_at)
+        if self._examine is not None:
+            try:
+                await self._examine(driver)
+            except BaseException:
+                await connection.invalidate()  # who was cancelled leaves an answer behind
+                raise
+            self._examine = None
+        return driver
 
     def _sweep(self) -> None:
         self._sweeper = None
@@ -195,7 +271,7 @@ class Connections:
             self._kept.remove(execution)
             _ = self._close(execution)
         if self._kept:
-            self._sweeper = self.loop.call_later(self._keep_seconds, self._sweep)
+            self._sweep_later()
 
     def _close_and_leave(
         self, execution: Execution, invalidate: bool = False
@@ -207,7 +283,7 @@ class Connections:
 
     def _close(self, execution: Execution, invalidate: bool = False) -> asyncio.Task[None]:
         # In a task of its own: SQLAlchemy loses a place of the pool when it is cancelled in this.
-        closing = asyncio.create_task(_give_back(execution, invalidate))
+        closing = start_task(_give_back(execution, invalidate))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         return closing
@@ -234,6 +310,17 @@ async def _open_driver_of(connection: AsyncConnection, invalidated_at: float) ->
 def _note_answer(connection: AsyncConnection, at: float) -> None:
     if connection.sync_connection is not None and not connection.invalidated:
         connection.sync_connection.info[_ANSWERED_AT] = at
+
+
+def _is_exhausted(engine: AsyncEngine) -> bool:
+    pool = engine.pool
+    most = getattr(pool, "_max_overflow", -1)  # which no public name tells; -1 is no bound
+    return isinstance(pool, QueuePool) and not pool.checkedin() and 0 <= most <= pool.overflow()
+
+
+def _checked_out(engine: AsyncEngine) -> str:
+    pool = engine.pool
+    return f"{pool.checkedout()} " if isinstance(pool, QueuePool) else ""
 
 
 def _size_of_pool(engine: AsyncEngine) -> int | None:

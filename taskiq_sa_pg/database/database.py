@@ -17,13 +17,26 @@ from sqlalchemy import Executable, NullPool, Select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskiq_sa_pg.database.connections import Connections
-from taskiq_sa_pg.database.direct import time_limit
 from taskiq_sa_pg.database.dsn import DsnSource, parse_dsn
-from taskiq_sa_pg.database.engine import make_engine
-from taskiq_sa_pg.database.errors import describe, errors_of, invalidates_all, is_disconnect
+from taskiq_sa_pg.database.engine import keep_notifications, make_engine, refuse_pooler
+from taskiq_sa_pg.database.errors import (
+    NoAddressError,
+    describe,
+    errors_of,
+    invalidates_all,
+    is_disconnect,
+    is_refused_login,
+    is_transient,
+)
 from taskiq_sa_pg.database.retry import Retry
 from taskiq_sa_pg.database.stream import Stream
-from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, StorageError
+from taskiq_sa_pg.exceptions import (
+    ConfigurationError,
+    NotStartedError,
+    StorageError,
+    check_number,
+    check_whole,
+)
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
 logger = logging.getLogger(__name__)
@@ -77,21 +90,28 @@ class Database:
             )
         if engine is not None:
             _check_engine(engine, engine_kwargs)
-        for source in (dsn, listen_dsn):
-            if source is not None and not callable(source):  # which is asked when it is needed
-                parse_dsn(source)
-        if max_connections < 1:
-            raise ConfigurationError(f"max_connections must be 1 or more, not {max_connections}")
-        if retry_timeout < 0:
-            raise ConfigurationError(f"retry_timeout must be 0 or more, not {retry_timeout}")
-        if command_timeout <= 0:
-            raise ConfigurationError(f"command_timeout must be more than 0, not {command_timeout}")
+        # A callable is asked when it is needed.
+        if dsn is not None and not callable(dsn):
+            make_engine(dsn, **engine_kwargs or {})
+        if listen_dsn is not None and not callable(listen_dsn):
+            make_engine(listen_dsn, "listen_dsn", poolclass=NullPool)
+        check_whole("max_connections", max_connections)
+        check_number("retry_timeout", retry_timeout, 0)
+        check_number("command_timeout", command_timeout, 0, is_above=True)
         self._dsn = dsn
         self._borrowed = engine
         self._engine_kwargs = dict(engine_kwargs or {})
         self._max_connections = max_connections
         self._listen_dsn = listen_dsn
-        self._retry = Retry(retry_timeout, on_retry, self._note_error)
+        self._place = _place_of(dsn, engine)
+        self._retry = Retry(
+            retry_timeout,
+            command_timeout,
+            is_passing=self._is_passing,
+            on_retry=on_retry,
+            on_error=self._note_error,
+            place=self._place,
+        )
         self._command_timeout = command_timeout
         self._connections: Connections | None = None  # while it is open
         self._errors: tuple[type[Exception], ...] = ()
@@ -139,25 +159,52 @@ class Database:
         found: str | None = schemas.get(schema, schema)
         return found
 
-    async def open(self, timings: Timings = DEFAULT_TIMINGS) -> bool:
-        """Gets the engine ready; nothing connects yet. False if it was, on this event loop."""
+    async def open(
+        self, timings: Timings = DEFAULT_TIMINGS, *, retry_timeout: float | None = None
+    ) -> bool:
+        """Gets the engine ready; nothing connects yet. False if it was, on this event loop.
+
+        Raises:
+            NotStartedError: It is open on another event loop, which still runs.
+            StorageError: A callable that is to return the DSN has failed.
+        """
         if self.is_open:
             return False
         if self._connections is not None:
+            if self._connections.loop.is_running():
+                raise NotStartedError(
+                    f"the result backend works on another event loop, which still runs "
+                    f"({self._connections.loop!r}): make a backend for each event loop, or call "
+                    "`await shutdown()` there first"
+                )
             self._connections.abandon()
         engine = self._borrowed
         if engine is None:
-            assert self._dsn is not None
-            engine = make_engine(self._dsn, **self._engine_kwargs)
+            engine = await self._make_engine(retry_timeout)
         # Others wait for a borrowed engine's connections: each goes back after its statement.
         connections = Connections(
-            engine, self._max_connections, keep=self.is_owned, timings=timings
+            engine,
+            self._max_connections,
+            keep=self.is_owned,
+            examine=None if self.is_owned else refuse_pooler,
+            timings=timings,
         )
         if self.is_owned:
             self._disposal = _disposing(connections)
             await anext(self._disposal)
         self._connections, self._errors = connections, errors_of(engine)
         return True
+
+    async def _make_engine(self, retry_timeout: float | None) -> AsyncEngine:
+        async def attempt(_: float) -> AsyncEngine:
+            assert self._dsn is not None
+            return make_engine(self._dsn, **self._engine_kwargs)
+
+        try:
+            # Not by that of the statements, which notes whether the server was ever reached.
+            return await Retry(DEFAULT_RETRY_TIMEOUT).run(attempt, retry_timeout)
+        except NoAddressError as exc:
+            raise StorageError(*describe(exc, "make an engine")) from exc
 
     async def close(self) -> None:
         """Disposes the engine if it is owned; repeated calls do nothing."""
@@ -192,8 +239,8 @@ class Database:
         It is compiled once, so it must be an object that lasts.
         """
 
-        async def attempt() -> Sequence[Any]:
-            return await self._running(purpose).fetch(statement, parameters, self._command_timeout)
+        async def attempt(seconds: float) -> Sequence[Any]:
+            return await self._running(purpose).fetch(statement, parameters, seconds)
 
         try:
             return await self._retry.run(attempt, retry_timeout)
@@ -216,16 +263,11 @@ class Database:
         has to end in time if `is_limited`; the way to a connection always has.
         """
 
-        async def attempt() -> _T:
-            connections = self._running(purpose)
+        async def attempt(seconds: float) -> _T:
+            transaction = self._running(purpose).transaction(seconds, is_limited=is_limited)
             answers: list[_T] = []
             try:
-                async with (
-                    time_limit(self._command_timeout) as lift_limit,
-                    connections.transaction() as connection,
-                ):
-                    if not is_limited:
-                        lift_limit()
+                async with transaction as connection:
                     answers.append(await work(connection))
             except self._errors as exc:
                 if not (answers and is_answer_final and is_disconnect(exc)):
@@ -249,8 +291,8 @@ class Database:
         again only where a fault that passes leaves it without a first batch.
         """
 
-        async def attempt() -> tuple[Stream, Sequence[Any]]:
-            stream = Stream(self._running(purpose), size, self._command_timeout)
+        async def attempt(seconds: float) -> tuple[Stream, Sequence[Any]]:
+            stream = Stream(self._running(purpose), size, seconds)
             return stream, await stream.open(statement)
 
         try:
@@ -278,23 +320,28 @@ class Database:
         purpose = "listen for notifications"
         connections, engine = self._running(purpose), None
         if self._listen_dsn is not None:
-            engine = make_engine(self._listen_dsn, poolclass=NullPool)
+            engine = make_engine(self._listen_dsn, "listen_dsn", poolclass=NullPool)
             connections = Connections(engine, 1, keep=False)
         try:
             async with AsyncExitStack() as stack:
-                async with asyncio.timeout(self._command_timeout):
-                    detached = connections.detached("AUTOCOMMIT")
-                    _, driver = await stack.enter_async_context(detached)
+                detached = connections.detached("AUTOCOMMIT", self._command_timeout)
+                _, driver = await stack.enter_async_context(detached)
+                keep_notifications(driver)
                 yield driver
         except errors_of(connections.engine) as exc:
-            raise StorageError(*describe(exc, purpose)) from exc
+            place = self._place if engine is None else _place_of(self._listen_dsn, None)
+            raise StorageError(*describe(exc, purpose, place)) from exc
         finally:
             if engine is not None:
                 await engine.dispose()
 
     def _told(self, exc: Exception, purpose: str) -> StorageError:
         self._note_error(exc)
-        return StorageError(*describe(exc, purpose))
+        return StorageError(*describe(exc, purpose, self._place))
+
+    def _is_passing(self, exc: Exception) -> bool:
+        # A password that is refused may have been replaced since the callable was asked.
+        return is_transient(exc) or (callable(self._dsn) and is_refused_login(exc))
 
     def _note_error(self, exc: Exception) -> None:
         connections = self._connections
@@ -304,7 +351,34 @@ class Database:
     def _running(self, purpose: str) -> Connections:
         if self._connections is None:
             raise NotStartedError(f"cannot {purpose}: {_NOT_STARTED}")
+        check_loop(self._connections.loop)
         return self._connections
+
+
+def check_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Refuses a call on another event loop than the one that a backend was started on.
+
+    Raises:
+        NotStartedError: It is another one.
+    """
+    try:
+        is_another = asyncio.get_running_loop() is not loop
+    except RuntimeError:  # nothing is awaited here, so nothing is used yet
+        is_another = False
+    if is_another:
+        raise NotStartedError(
+            f"the result backend was started on another event loop ({loop!r}): call `await "
+            "startup()` on the one that uses it, when the other has ended, or make a backend for "
+            "each event loop"
+        )
+
+
+def _place_of(dsn: DsnSource | None, engine: AsyncEngine | None) -> str:
+    """Where the server is, as far as that is known before the first connection."""
+    if engine is not None:
+        url = engine.url
+        return f"{url.host}:{url.port or 5432}" if url.host else ""
+    return "" if dsn is None or callable(dsn) else parse_dsn(dsn).place
 
 
 def _check_engine(engine: object, engine_kwargs: Mapping[str, Any] | None) -> None:

@@ -15,6 +15,8 @@ from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from taskiq_sa_pg.database.errors import is_stale_plan
+
 # The drivers ask the server to cancel a statement and wait for its answer: psycopg for 10 s, unless
 # it is interrupted again.
 SECONDS_TO_GIVE_UP: Final = 1.0
@@ -51,6 +53,8 @@ class Execution:
 
     def is_unusable_after(self, exc: BaseException) -> bool:
         """Whether nobody must use the connection again, beside what SQLAlchemy judges itself."""
+        if is_stale_plan(exc):
+            return True
         # A value that asyncpg cannot encode leaves the server in the middle of a transaction. Its
         # error has no severity, as one of the server's own has.
         said = getattr(getattr(exc, "orig", None), "__cause__", None)
@@ -155,6 +159,8 @@ async def set_isolation_level(connection: AsyncConnection, level: IsolationLevel
     # users never meet it. It would not after a cancellation in the middle, and where the engine
     # sets the level as it connects (engine.execution_options), it would lose the connection.
     try:
+        if connection.in_transaction():  # a listener of engine_connect has run a statement
+            await connection.commit()
         _ = await connection.execution_options(isolation_level=level)
     except BaseException:
         await connection.invalidate()

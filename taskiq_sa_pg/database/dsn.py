@@ -100,6 +100,11 @@ class Address:
             self.drivername, self.username, self.password, host or None, port, self.database
         )
 
+    @property
+    def place(self) -> str:
+        """The hosts with their ports, for messages; empty where the driver chooses."""
+        return ", ".join(f"{host}:{port or 5432}" for host, port in self.hosts if host)
+
     def connect_arguments(self) -> dict[str, Any]:
         """Keyword arguments for the driver's connect()."""
         is_asyncpg = self.drivername == "postgresql+asyncpg"
@@ -143,14 +148,26 @@ class Address:
         return arguments
 
 
-def parse_dsn(dsn: Dsn) -> Address:
+def parse_dsn(dsn: Dsn, name: str = "dsn") -> Address:
     """Takes a DSN apart: libpq's URI, a SQLAlchemy URL, or either's text.
+
+    Args:
+        dsn: The DSN.
+        name: What errors call it.
 
     Raises:
         ConfigurationError: Not a PostgreSQL address, a driver that is not asynchronous, or a
             parameter that the driver does not know. The text shows no part of the DSN that
             could hold a secret.
     """
+    try:
+        return _parse(dsn)
+    except ConfigurationError as exc:
+        # Every text names it before it quotes anything. `from None`: it is said once.
+        raise ConfigurationError(str(exc).replace("dsn", name, 1)) from None
+
+
+def _parse(dsn: Dsn) -> Address:
     if not isinstance(dsn, str | URL):
         raise ConfigurationError(
             f"dsn must be a str, a sqlalchemy.URL or a callable, not {type(dsn).__qualname__}"

@@ -1,33 +1,48 @@
 """An engine for a DSN."""
 
 import socket
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from taskiq_sa_pg.database.dsn import TCP_OPTIONS, DsnSource, parse_dsn
-from taskiq_sa_pg.exceptions import ConfigurationError
+from taskiq_sa_pg.database.dsn import TCP_OPTIONS, Address, DsnSource, parse_dsn
+from taskiq_sa_pg.database.errors import NoAddressError
+from taskiq_sa_pg.exceptions import ConfigurationError, check_whole
 
 # What SQLAlchemy's dialects make of a URL; the rest of a connection's arguments is the engine's.
 _FROM_URL: Final = ("host", "port", "user", "password", "database", "dbname")
 
+# The least that a pool can do with: SQLAlchemy's 0 and -1 set no limit.
+_LEAST: Final = {"pool_size": 0, "max_overflow": -1}
+# What turns a driver's prepared statements off. Behind a pooler that does not carry them along,
+# their names meet those of other clients: what is a SELECT to one runs as the DELETE of another.
+_UNPREPARED: Final[dict[str, tuple[str, Any]]] = {
+    "asyncpg": ("statement_cache_size", 0),
+    "psycopg": ("prepare_threshold", None),
+}
 
-def make_engine(source: DsnSource, **engine_kwargs: Any) -> AsyncEngine:
+
+def make_engine(source: DsnSource, name: str = "dsn", /, **engine_kwargs: Any) -> AsyncEngine:
     """An engine for a DSN; nothing connects yet.
 
     Args:
         source: The DSN, or a callable without arguments that returns it. A callable is asked
             again for every new connection, so credentials may rotate; which driver serves it
             is settled by the first answer.
+        name: What errors call it.
         **engine_kwargs: As for `create_async_engine`; `connect_args` win over the DSN.
+
+    The first connection to each address finds out whether a pooler stands between; then statements
+    are not prepared, unless the DSN or `connect_args` say how they are.
 
     Raises:
         ConfigurationError: As parse_dsn(), or arguments that create_async_engine refuses.
     """
-    connect_args = dict(engine_kwargs.pop("connect_args", {}))
-    address = parse_dsn(source() if callable(source) else source)
+    address = _address_of(source, name)
     # Rows hold the users' data; an error's text need not.
     engine_kwargs.setdefault("hide_parameters", True)
     if "poolclass" not in engine_kwargs and "pool" not in engine_kwargs:
@@ -35,28 +50,121 @@ def make_engine(source: DsnSource, **engine_kwargs: Any) -> AsyncEngine:
         # the statements that it runs.
         engine_kwargs.setdefault("pool_size", 5)
         engine_kwargs.setdefault("max_overflow", 0)
+    for argument in _LEAST.keys() & engine_kwargs.keys():
+        check_whole(argument, engine_kwargs[argument], _LEAST[argument])
     try:
+        connect_args = dict(engine_kwargs.pop("connect_args", {}))
         engine = create_async_engine(address.url, **engine_kwargs)
-    except (TypeError, ArgumentError, ModuleNotFoundError) as exc:
+    except ImportError as exc:
+        driver = address.drivername.partition("+")[2]
+        raise ConfigurationError(
+            f"{name} needs the driver {driver}, which is not installed: {exc}. "
+            f"`pip install 'taskiq-sa-pg{'[psycopg]' if driver == 'psycopg' else ''}'` installs it"
+        ) from exc
+    except (TypeError, ValueError, ArgumentError) as exc:
         raise ConfigurationError(f"cannot make an engine: {exc}") from exc
 
     @event.listens_for(engine.sync_engine, "do_connect")
     def use_current_address(
         dialect: Any, connection_record: Any, cargs: Any, cparams: dict[str, Any]
     ) -> None:
-        current = parse_dsn(source()) if callable(source) else address
+        current = _address_of(source, name) if callable(source) else address
         if current.drivername != address.drivername:
             raise ConfigurationError(
-                f"the dsn callable changed the driver from {address.drivername} to "
+                f"the {name} callable changed the driver from {address.drivername} to "
                 f"{current.drivername}; an engine has one"
             )
-        for name in _FROM_URL:
-            cparams.pop(name, None)
+        for part in _FROM_URL:
+            cparams.pop(part, None)
         cparams.update(current.connect_arguments(), **connect_args)
 
-    if address.drivername == "postgresql+asyncpg":
-        event.listen(engine.sync_engine, "connect", _notice_silence)
+    event.listen(engine.sync_engine, "do_connect", partial(_connect_as_pooled, {}))
+    is_asyncpg = address.drivername == "postgresql+asyncpg"
+    event.listen(engine.sync_engine, "connect", _notice_silence if is_asyncpg else _drop_all)
     return engine
+
+
+async def refuse_pooler(driver: Any) -> None:
+    """Refuses a connection of an engine that prepares statements behind a pooler.
+
+    Raises:
+        ConfigurationError: It does; names the setting that turns them off.
+    """
+    if hasattr(driver, "get_server_pid"):
+        # asyncpg has nothing public that tells it.
+        name, is_prepared = "asyncpg", getattr(driver, "_stmt_cache_enabled", False)
+    else:
+        name, is_prepared = "psycopg", driver.prepare_threshold is not None
+    if is_prepared and await _is_pooled(driver):
+        setting, off = _UNPREPARED[name]
+        raise ConfigurationError(
+            "the engine leads through a pooler, such as PgBouncer, and prepares its statements, "
+            "whose names meet those of other clients there, so that one runs another's: turn that "
+            f'off with create_async_engine(..., connect_args={{"{setting}": {off}}})'
+        )
+
+
+def _connect_as_pooled(
+    found: dict[str, bool], dialect: Any, _record: Any, cargs: Any, cparams: dict[str, Any]
+) -> Any:
+    setting, off = _UNPREPARED[dialect.driver]
+    if setting in cparams:
+        return None
+    place = str((cparams.get("host"), cparams.get("port")))
+    if place not in found:
+        connection = dialect.connect(*cargs, **cparams)
+        is_usable = False
+        try:
+            found[place] = connection.run_async(_is_pooled)
+            is_usable = not found[place]
+        finally:
+            if not is_usable:
+                dialect.do_terminate(connection)
+        if is_usable:
+            return connection
+    if found[place]:
+        cparams[setting] = off
+    return None
+
+
+async def _is_pooled(driver: Any) -> bool:
+    # A pooler makes up the process id that it tells its clients. Asked by the simple protocol,
+    # which prepares nothing.
+    query = "SELECT WHERE pg_backend_pid() = {}".format
+    if hasattr(driver, "get_server_pid"):
+        status = await driver.execute(query(driver.get_server_pid()))
+    else:
+        is_idle = driver.info.transaction_status.name == "IDLE"
+        cursor = await driver.execute(query(driver.info.backend_pid), prepare=False)
+        status = cursor.statusmessage
+        if is_idle:
+            await driver.rollback()
+    return bool(status == "SELECT 0")
+
+
+def keep_notifications(driver: Any) -> None:
+    """Has psycopg's connection give its notifications to who asks for them."""
+    if hasattr(driver, "remove_notify_handler"):
+        with suppress(ValueError):  # of an engine that was given
+            driver.remove_notify_handler(_drop)
+
+
+def _drop_all(dbapi_connection: Any, _connection_record: Any) -> None:
+    # Behind a pooler a server may still listen for a client that has gone. psycopg would keep all
+    # that it sends, for ever.
+    dbapi_connection.driver_connection.add_notify_handler(_drop)
+
+
+def _drop(_notification: Any) -> None: ...
+def _address_of(source: DsnSource, name: str) -> Address:
+    if not callable(source):
+        return parse_dsn(source, name)
+    try:
+        dsn = source()
+    except Exception as exc:
+        # It may ask somebody who does not answer for a moment.
+        raise NoAddressError(f"the {name} callable failed: {type(exc).__name__}: {exc}") from exc
+    return parse_dsn(dsn, name)
 
 
 def _notice_silence(dbapi_connection: Any, _connection_record: Any) -> None:

@@ -1,5 +1,6 @@
 """What goes wrong with a database: told apart, and put into words."""
 
+import socket
 import ssl
 from collections.abc import Mapping
 from typing import Any, Final
@@ -14,7 +15,8 @@ _READ_ONLY: Final = "25006"
 # What a person can do about an SQLSTATE.
 _REMEDIES: Final[Mapping[str, str]] = {
     "42P01": "make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`",
-    "42703": "bring the tables up to date with `alembic upgrade head` or `taskiq-sa-pg upgrade`",
+    "42703": "`taskiq-sa-pg check` says which columns differ",
+    "42804": "`taskiq-sa-pg check` says which columns differ",
     "42501": "grant the role SELECT, INSERT, UPDATE and DELETE on the table, "
     "and USAGE on its schema",
     "3D000": "create the database, or correct the dsn",
@@ -46,9 +48,19 @@ _REFUSED_SETTING_REMEDY: Final = (
 # Connection failures, and a server that shuts down, has crashed or is starting.
 _DISCONNECTS: Final = ("08", "57P0")
 
-# Too many connections, serialization failures, deadlocks, lock timeouts, and a primary that has
-# become a standby.
-_TRANSIENT: Final = frozenset({"53300", "40001", "40P01", "55P03", _READ_ONLY})
+# Beside all that is short: connections, memory, space on the disk.
+_SHORTAGES: Final = "53"
+
+# Serialization failures, deadlocks, lock timeouts, and a primary that has become a standby;
+# statement_timeout, idle_in_transaction_session_timeout and transaction_timeout of the server's
+# own; and a disk that failed to answer.
+_TRANSIENT: Final = frozenset(
+    {"40001", "40P01", "55P03", _READ_ONLY, "57014", "25P03", "25P04", "58030"}
+)
+
+# What psycopg goes on to hear for a statement that it has prepared, once a table was altered.
+_FEATURE_NOT_SUPPORTED: Final = "0A000"
+_STALE_PLAN: Final = "cached plan must not change result type"
 
 # What Python raises where a value is not what it should be. psycopg lets them pass.
 CONVERSION_ERRORS: Final = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
@@ -73,9 +85,30 @@ _PERMANENT_TEXTS: Final = (
 )
 
 
+class NoPlaceError(Exception):
+    """All connections of the pool are in use by others. Its arg: how many, with a blank."""
+
+    def __str__(self) -> str:
+        return (
+            f"all {self.args[0]}connections of your engine's pool are checked out, and none came "
+            "back in time: end the session first, give the pool more places, or give the backend "
+            "a dsn= of its own"
+        )
+
+
+class NoAddressError(Exception):
+    """A callable that is to return the DSN has failed."""
+
+
 def errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
     """What is raised where a statement or a connection of this engine fails."""
-    errors: tuple[type[Exception], ...] = (StatementError, PoolTimeoutError, OSError)
+    errors: tuple[type[Exception], ...] = (
+        StatementError,
+        PoolTimeoutError,
+        OSError,
+        NoPlaceError,
+        NoAddressError,
+    )
     # The driver's own where SQLAlchemy is not asked to execute, and in 2.0 where it cannot connect.
     dbapi: Any = engine.dialect.dbapi
     asyncpg = getattr(dbapi, "asyncpg", None)
@@ -86,8 +119,33 @@ def errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
 
 def is_transient(error: Exception) -> bool:
     """Whether the same may succeed a little later."""
-    is_passing = sqlstate_of(error) in _TRANSIENT or isinstance(error, PoolTimeoutError)
-    return is_passing or is_disconnect(error)
+    sqlstate = sqlstate_of(error) or ""
+    return (
+        sqlstate in _TRANSIENT
+        or sqlstate.startswith(_SHORTAGES)
+        or isinstance(error, NoAddressError)
+        or is_stale_plan(error)
+        or is_disconnect(error)
+    )
+
+
+def is_stale_plan(error: BaseException) -> bool:
+    """Whether a statement was prepared before a table was altered: a new connection can run it."""
+    is_about_it = _STALE_PLAN in str(_said(error))
+    return is_about_it and sqlstate_of(error) == _FEATURE_NOT_SUPPORTED
+
+
+def is_refused_login(error: Exception) -> bool:
+    """Whether the server does not accept the password."""
+    return sqlstate_of(error) == "28P01" or "password authentication failed" in str(_said(error))
+
+
+def is_unknown_host(error: Exception) -> bool:
+    """Whether no name server knows the host, and not only whether none was asked in time."""
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_NONAME
+    text = str(_said(error))  # psycopg's, with that of the C library
+    return "failed to resolve host" in text and f"[Errno {int(socket.EAI_NONAME)}]" in text
 
 
 def is_disconnect(error: Exception) -> bool:
@@ -132,22 +190,24 @@ def is_unfit_value(error: BaseException | None) -> bool:
 
 def invalidates_all(error: Exception) -> bool:
     """Whether the other connections that were opened until now are probably of no use either."""
-    return is_disconnect(error) or sqlstate_of(error) == _READ_ONLY
+    return is_disconnect(error) or is_stale_plan(error) or sqlstate_of(error) == _READ_ONLY
 
 
-def describe(error: Exception, purpose: str) -> tuple[str, str | None]:
-    """For those who call the library: what went wrong with its remedy, and PostgreSQL's code."""
-    if isinstance(error, PoolTimeoutError):
-        return f"cannot {purpose}: no connection came free: {error}", None
+def describe(error: Exception, purpose: str, place: str = "") -> tuple[str, str | None]:
+    """For those who call the library: what went wrong with its remedy, and PostgreSQL's code.
+
+    The place is the server's address, which is told where no connection could be used.
+    """
+    at = f" (at {place})" if place and is_disconnect(error) else ""
     if isinstance(error, TimeoutError):
-        return f"cannot {purpose}: PostgreSQL did not answer in time", None
+        return f"cannot {purpose}: PostgreSQL did not answer in time{at}", None
     if isinstance(error, OSError):
         # asyncpg raises it bare where no server answers.
-        return f"cannot {purpose}: no connection to PostgreSQL: {reason_of(error)}", None
+        return f"cannot {purpose}: no connection to PostgreSQL: {reason_of(error)}{at}", None
     sqlstate = sqlstate_of(error)
     remedy = _remedy(error)
     said = reason_of(error) + (f" ({sqlstate})" if sqlstate else "")
-    return f"cannot {purpose}: {said}" + (f"; {remedy}" if remedy else ""), sqlstate
+    return f"cannot {purpose}: {said}{at}" + (f"; {remedy}" if remedy else ""), sqlstate
 
 
 def _remedy(error: Exception) -> str | None:
@@ -163,7 +223,7 @@ def _is_permanent(error: Exception) -> bool:
     return any(text in str(_said(error)) for text in _PERMANENT_TEXTS)
 
 
-def sqlstate_of(error: Exception) -> str | None:
+def sqlstate_of(error: BaseException) -> str | None:
     """PostgreSQL's error code; None where the error came from the driver."""
     sqlstate: str | None = getattr(getattr(error, "orig", error), "sqlstate", None)
     return sqlstate
@@ -179,7 +239,7 @@ def reason_of(error: Exception) -> str:
     return str(said).strip().partition("\n")[0] or type(error).__name__
 
 
-def _said(error: Exception) -> BaseException:
+def _said(error: BaseException) -> BaseException:
     said: BaseException = getattr(error, "orig", None) or error
     # SQLAlchemy's own exception for asyncpg puts the name of a class before the text.
     if isinstance(error, DBAPIError):

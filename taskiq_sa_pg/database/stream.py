@@ -17,8 +17,8 @@ from taskiq_sa_pg.exceptions import NotStartedError
 class Stream:
     """A statement's rows, in batches, on a connection and in a transaction of its own.
 
-    A batch has at most `size` rows, and takes at most `timeout` seconds, the first with the way to
-    the connection. The next one after the end is empty.
+    A batch has at most `size` rows, and takes at most `timeout` seconds, as does the way to the
+    connection. The next one after the end is empty.
     """
 
     def __init__(self, connections: Connections, size: int, timeout: float) -> None:
@@ -32,14 +32,16 @@ class Stream:
 
     async def open(self, statement: Select[Any]) -> Sequence[Any]:
         """Runs the statement, and returns the first rows."""
-        async with AsyncExitStack() as stack, time_limit(self._timeout):
+        async with AsyncExitStack() as stack:
             # Explicitly: there are no cursors in AUTOCOMMIT, which may be the engine's default.
             connection, _ = await stack.enter_async_context(
-                self._connections.detached("READ COMMITTED")
+                self._connections.detached("READ COMMITTED", self._timeout)
             )
-            result = await connection.stream(statement, execution_options={"yield_per": self._size})
-            stack.push_async_callback(_close, result)
-            rows: Sequence[Any] = await result.fetchmany(self._size)
+            async with time_limit(self._timeout):
+                options = {"yield_per": self._size}
+                result = await connection.stream(statement, execution_options=options)
+                stack.push_async_callback(_close, result)
+                rows: Sequence[Any] = await result.fetchmany(self._size)
             self._stack, self._result = stack.pop_all(), result
         return rows
 

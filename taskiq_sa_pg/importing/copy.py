@@ -19,7 +19,13 @@ from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.batching import MAX_BYTES, blames_a_row
 from taskiq_sa_pg.codec import reason_of, storable_text
 from taskiq_sa_pg.database import Database
-from taskiq_sa_pg.exceptions import ConfigurationError, InvalidTaskIdError, StorageError
+from taskiq_sa_pg.exceptions import (
+    InvalidTaskIdError,
+    StorageError,
+    check_flag,
+    check_serializer,
+    check_whole,
+)
 from taskiq_sa_pg.importing.source import OldRow, OldTable, find_old_table
 
 # Without [Any]: older pydantic would refuse the objects that other packages have pickled.
@@ -100,14 +106,17 @@ async def import_results(
 
     Raises:
         NotStartedError: The backend is not started.
-        ConfigurationError: A batch_size below 1, or an engine that is not one for PostgreSQL.
+        ConfigurationError: An argument of another kind, a batch_size below 1, or an engine that
+            is not one for PostgreSQL.
         SchemaError: There is no such table, or it is not one of taskiq-postgres.
         StorageError: PostgreSQL refused a statement or could not be reached; what was committed
             stays, and the next run goes on from there.
     """
-    if batch_size < 1:
-        raise ConfigurationError(f"batch_size must be 1 or more, not {batch_size}")
-    target = _Target(backend, serializer or PickleSerializer(), dry_run, on_unreadable)
+    serializer = PickleSerializer() if serializer is None else serializer
+    check_serializer(serializer)
+    check_whole("batch_size", batch_size)
+    check_flag("dry_run", dry_run)
+    target = _Target(backend, serializer, dry_run, on_unreadable)
     async with _old_table(backend, from_engine, from_table, from_schema) as table:
         async for rows in table.read(batch_size, MAX_BYTES):
             await target.add(rows)

@@ -9,15 +9,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import SchemaError
 from taskiq_sa_pg.models import quoted
-from taskiq_sa_pg.schema import describe_columns
+from taskiq_sa_pg.schema import (
+    OLD_PAYLOAD_TYPE,
+    OLD_TASK_ID_TYPES,
+    describe_columns,
+    is_of_taskiq_postgres,
+)
 
-# As PostgreSQL calls the types of task ids that can be read.
-_TASK_ID_TYPES: Final[Mapping[str, sa.types.TypeEngine[Any]]] = {
-    "character varying": sa.String(),
-    "text": sa.Text(),
-    "uuid": sa.Uuid(),
-}
-_PAYLOAD_TYPE: Final = "bytea"
+_TASK_ID_TYPES: Final[Mapping[str, sa.types.TypeEngine[Any]]] = dict(
+    zip(OLD_TASK_ID_TYPES, (sa.String(), sa.Text(), sa.Uuid()), strict=True)
+)
 
 
 class OldRow(NamedTuple):
@@ -85,12 +86,12 @@ async def find_old_table(
             f"table {name} does not exist: give the old table's name to the letter, and its schema "
             "where the search_path does not lead there"
         )
-    payload_types = {types.get("result"), types.get("progress", _PAYLOAD_TYPE)}
-    if types.get("task_id") not in _TASK_ID_TYPES or payload_types != {_PAYLOAD_TYPE}:
+    if not is_of_taskiq_postgres(types):
         found = ", ".join(f"{column} {type_name}" for column, type_name in types.items())
         raise SchemaError(
             f"table {name} is not one of taskiq-postgres, which has task_id (one of "
-            f"{', '.join(_TASK_ID_TYPES)}), result and progress ({_PAYLOAD_TYPE}). It has {found}"
+            f"{', '.join(OLD_TASK_ID_TYPES)}), result and progress ({OLD_PAYLOAD_TYPE}). "
+            f"It has {found}"
         )
     task_id = sa.column("task_id", _TASK_ID_TYPES[types["task_id"]])
     # One that was made before there was progress has no column for it.

@@ -1,5 +1,6 @@
 """TableConfig: what the results table is called and made of, with every check of names and ids."""
 
+import hashlib
 import uuid
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
@@ -14,6 +15,9 @@ DEFAULT_TABLE_NAME: Final = "taskiq_results"
 # NAMEDATALEN - 1: PostgreSQL cuts longer identifiers in silence.
 _MAX_IDENTIFIER_BYTES: Final = 63
 
+# Alembic's name for the version table's primary key is its own and this.
+_VERSION_KEY: Final = "_pkc"
+
 # A third of a b-tree's page, without the headers of tuple and value. A text that compresses well
 # could be longer, but nobody can tell beforehand.
 _MAX_TASK_ID_BYTES: Final = 2_692
@@ -24,13 +28,15 @@ class TableConfig:
     """Names and column types of one results table and the tables that go with it.
 
     Attributes:
-        table_name: The results table, to the letter. Every other name derives from it.
+        table_name: The results table, to the letter and without its schema. Every other name
+            derives from it; one of more than 63 bytes is cut, and has a hash where it was.
         field_for_task_id: Type of the task-id column: VARCHAR, TEXT or UUID.
         field_for_payload: Type of the serialized values' columns: BYTEA or JSONB.
         schema: PostgreSQL schema of the tables; None leaves it to the search_path.
 
     Raises:
-        ConfigurationError: A name that PostgreSQL cannot hold whole, or an unknown type.
+        ConfigurationError: A name that PostgreSQL cannot hold whole or that has a dot, or an
+            unknown type.
     """
 
     table_name: str = DEFAULT_TABLE_NAME
@@ -42,25 +48,29 @@ class TableConfig:
         _check_choice("field_for_task_id", self.field_for_task_id, get_args(TaskIdField))
         _check_choice("field_for_payload", self.field_for_payload, get_args(PayloadField))
         _check_identifier("table_name", self.table_name)
-        for derived in self.derived_names:
-            _check_identifier(f"a name derived from table_name {self.table_name!r}", derived)
+        schema, dot, name = self.table_name.rpartition(".")
+        if dot:
+            raise ConfigurationError(
+                f"table_name must not have a dot: {self.table_name!r}. Give the schema by itself: "
+                f"schema={schema!r}, table_name={name!r}"
+            )
         if self.schema is not None:
             _check_identifier("schema", self.schema)
 
     @property
     def progress_table_name(self) -> str:
         """The progress table."""
-        return f"{self.table_name}_progress"
+        return _derive(self.table_name, "_progress")
 
     @property
     def status_table_name(self) -> str:
         """The table of tasks that have not finished."""
-        return f"{self.table_name}_status"
+        return _derive(self.table_name, "_status")
 
     @property
     def version_table_name(self) -> str:
         """The Alembic version table; each results table has its own."""
-        return f"{self.table_name}_version"
+        return _derive(self.table_name, "_version", _MAX_IDENTIFIER_BYTES - len(_VERSION_KEY))
 
     @property
     def results_channel(self) -> str:
@@ -68,22 +78,22 @@ class TableConfig:
 
         Without the schema: one process may leave it to the search_path and another name it.
         """
-        return self.table_name
+        return _channel_of(self.table_name)
 
     @property
     def progress_channel(self) -> str:
         """Where notifications tell of progress."""
-        return self.progress_table_name
+        return _channel_of(self.progress_table_name)
 
     @property
     def finished_at_index_name(self) -> str:
         """The BRIN index on finished_at."""
-        return f"{self.table_name}_finished_at_idx"
+        return _derive(self.table_name, "_finished_at_idx")
 
     @property
     def expires_at_index_name(self) -> str:
         """The partial b-tree index on expires_at."""
-        return f"{self.table_name}_expires_at_idx"
+        return _derive(self.table_name, "_expires_at_idx")
 
     @property
     def table_names(self) -> tuple[str, str, str]:
@@ -97,7 +107,7 @@ class TableConfig:
             self.progress_table_name,
             self.status_table_name,
             self.version_table_name,
-            f"{self.version_table_name}_pkc",  # Alembic's name for that table's primary key
+            self.version_table_name + _VERSION_KEY,
             *map(primary_key_name, self.table_names),
             self.finished_at_index_name,
             self.expires_at_index_name,
@@ -106,15 +116,21 @@ class TableConfig:
     @property
     def qualified_name(self) -> str:
         """The results table as messages name it; not quoted, not for SQL."""
-        return self.table_name if self.schema is None else f"{self.schema}.{self.table_name}"
+        return self.qualified(self.table_name)
 
-    def to_column_task_id(self, task_id: str) -> Any:
-        """The task id as the column stores it: a str, or a uuid.UUID for "Uuid".
+    def qualified(self, table_name: str) -> str:
+        """One of the tables as messages name it."""
+        return table_name if self.schema is None else f"{self.schema}.{table_name}"
+
+    def to_column_task_id(self, task_id: str | uuid.UUID) -> Any:
+        """The task id as the column stores it: a plain str, or a uuid.UUID for "Uuid".
 
         Raises:
             InvalidTaskIdError: The column cannot hold this id.
         """
         if self.field_for_task_id == "Uuid":
+            if isinstance(task_id, uuid.UUID):
+                return uuid.UUID(int=task_id.int)  # asyncpg has a class of its own
             try:
                 return uuid.UUID(task_id)
             except (ValueError, AttributeError, TypeError):
@@ -123,8 +139,13 @@ class TableConfig:
                     "is not a UUID, and the table was configured with "
                     'field_for_task_id="Uuid"; "VarChar" and "Text" hold any id',
                 ) from None
-        if not isinstance(task_id, str):
-            raise InvalidTaskIdError(task_id, f"is not a str but {type(task_id).__qualname__}")
+        if type(task_id) is not str:
+            if not isinstance(task_id, str):
+                given: object = task_id  # which is anything
+                remedy = ": pass str(task_id)" if isinstance(given, uuid.UUID) else ""
+                reason = f"is not a str but {type(given).__qualname__}{remedy}"
+                raise InvalidTaskIdError(task_id, reason)
+            task_id = str.__str__(task_id)  # past a __str__ of its own, such as that of an Enum
         if len(task_id) <= _MAX_TASK_ID_BYTES and task_id.isascii() and "\x00" not in task_id:
             return task_id  # nearly every id, on the way of every call
         flaw = _flaw_of_text(task_id)
@@ -141,7 +162,25 @@ class TableConfig:
 
 def primary_key_name(table_name: str) -> str:
     """The primary key of any of the tables."""
-    return f"{table_name}_pkey"
+    return _derive(table_name, "_pkey")
+
+
+def _derive(name: str, suffix: str, most: int = _MAX_IDENTIFIER_BYTES) -> str:
+    """The name with a suffix; where that is too long, a hash of the name replaces its end."""
+    derived = name + suffix
+    if len(derived.encode()) <= most:
+        return derived
+    # Before the suffix, so that what derives from one name cannot become the same.
+    end = f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}{suffix}"
+    return name.encode()[: most - len(end)].decode(errors="ignore") + end
+
+
+def _channel_of(table_name: str) -> str:
+    # With a prefix: a channel is the whole database's, and a plain name may be another package's.
+    channel = f"taskiq_sa_pg.{table_name}"
+    if len(channel.encode()) <= _MAX_IDENTIFIER_BYTES:
+        return channel
+    return f"taskiq_sa_pg.{hashlib.sha256(table_name.encode()).hexdigest()[:40]}"
 
 
 def _check_choice(parameter: str, value: object, choices: tuple[str, ...]) -> None:

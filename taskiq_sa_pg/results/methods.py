@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Final, Generic, TypeVar, overload
+from uuid import UUID
 
 from taskiq import AsyncTaskiqTask, TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg.codec import RowDecoder, Seconds
-from taskiq_sa_pg.exceptions import ConfigurationError
+from taskiq_sa_pg.exceptions import ConfigurationError, check_number, check_whole
 from taskiq_sa_pg.results.pruner import Pruned, check_limits
 from taskiq_sa_pg.results.runtime import Runtime
 from taskiq_sa_pg.results.search import DEFAULT_BATCH_SIZE, OrderBy, Where, find_results
@@ -18,6 +19,10 @@ from taskiq_sa_pg.results.wait import Task
 
 _ReturnType = TypeVar("_ReturnType")
 _T = TypeVar("_T")
+_Id = TypeVar("_Id", bound=str | UUID)
+
+# What PostgreSQL calls an integer.
+_MAX_ROWS: Final = 2_147_483_647
 
 
 class ResultMethods(ABC, Generic[_ReturnType]):
@@ -31,15 +36,15 @@ class ResultMethods(ABC, Generic[_ReturnType]):
         """What works between startup() and shutdown()."""
 
     async def get_results(
-        self, task_ids: Iterable[str], with_logs: bool = False
-    ) -> dict[str, TaskiqResult[_ReturnType]]:
+        self, task_ids: Iterable[_Id], with_logs: bool = False
+    ) -> dict[_Id, TaskiqResult[_ReturnType]]:
         """The results that are ready, by task id; in one statement for every 200 ids.
 
-        With keep_results=False they are deleted as they are read, in one transaction: all or,
-        if one of them cannot be read back, none.
+        With keep_results=False they are deleted as they are read, all in one transaction. One
+        that cannot be read back comes as a failure whose `error` is the ResultDecodeError, and
+        stays in the table.
 
         Raises:
-            ResultDecodeError: A result cannot be read back; it stays in the table.
             TypeError: task_ids is one str, whose letters would be taken for ids.
         """
         _refuse_str("get_results", task_ids)
@@ -56,7 +61,7 @@ class ResultMethods(ABC, Generic[_ReturnType]):
     ) -> TaskiqResult[_T]: ...
     @overload
     async def wait_result(
-        self, task: str, timeout: float | None = ..., with_logs: bool = ...
+        self, task: str | UUID, timeout: float | None = ..., with_logs: bool = ...
     ) -> TaskiqResult[_ReturnType]: ...
     async def wait_result(
         self, task: Task[Any], timeout: float | None = None, with_logs: bool = False
@@ -74,7 +79,9 @@ class ResultMethods(ABC, Generic[_ReturnType]):
         Raises:
             TaskiqResultTimeoutError: There was no result in time.
             ResultDecodeError: The result cannot be read back; it stays in the table.
+            ConfigurationError: timeout is no number.
         """
+        _check_timeout(timeout)
         return await self.runtime.wait.one(task, timeout, with_logs)
 
     @overload
@@ -86,7 +93,7 @@ class ResultMethods(ABC, Generic[_ReturnType]):
     ) -> list[TaskiqResult[_T]]: ...
     @overload
     async def wait_results(
-        self, tasks: Iterable[str], timeout: float | None = ..., with_logs: bool = ...
+        self, tasks: Iterable[str | UUID], timeout: float | None = ..., with_logs: bool = ...
     ) -> list[TaskiqResult[_ReturnType]]: ...
     @overload
     async def wait_results(
@@ -98,15 +105,17 @@ class ResultMethods(ABC, Generic[_ReturnType]):
         """The results of several tasks in their order, as soon as all are stored.
 
         Arguments as wait_result(), for all of them together. With keep_results=False none is
-        deleted before all are there.
+        deleted before all are there. One that cannot be read back comes as a failure, as from
+        get_results().
 
         Raises:
             TaskiqResultTimeoutError: Not all results were there in time.
             ResultIsMissingError: Somebody else deleted a result as soon as it was there.
-            ResultDecodeError: A result cannot be read back; it stays in the table.
+            ConfigurationError: timeout is no number.
             TypeError: tasks is one str, whose letters would be taken for ids.
         """
         _refuse_str("wait_results", tasks)
+        _check_timeout(timeout)
         return await self.runtime.wait.all(tasks, timeout, with_logs)
 
     @overload
@@ -118,8 +127,8 @@ class ResultMethods(ABC, Generic[_ReturnType]):
     ) -> AsyncGenerator[tuple[AsyncTaskiqTask[_T], TaskiqResult[_T]], None]: ...
     @overload
     def as_completed(
-        self, tasks: Iterable[str], timeout: float | None = ..., with_logs: bool = ...
-    ) -> AsyncGenerator[tuple[str, TaskiqResult[_ReturnType]], None]: ...
+        self, tasks: Iterable[_Id], timeout: float | None = ..., with_logs: bool = ...
+    ) -> AsyncGenerator[tuple[_Id, TaskiqResult[_ReturnType]], None]: ...
     @overload
     def as_completed(
         self, tasks: Iterable[Task[Any]], timeout: float | None = ..., with_logs: bool = ...
@@ -133,14 +142,15 @@ class ResultMethods(ABC, Generic[_ReturnType]):
 
         Arguments as wait_result(); the time limit is for the last result. With
         keep_results=False a result is deleted as it comes; one that somebody else deletes first
-        does not come.
+        does not come. One that cannot be read back comes as a failure, as from get_results().
 
         Raises:
             TaskiqResultTimeoutError: Not all results were there in time.
-            ResultDecodeError: A result cannot be read back; it stays in the table.
+            ConfigurationError: timeout is no number.
             TypeError: tasks is one str, whose letters would be taken for ids.
         """
         _refuse_str("as_completed", tasks)
+        _check_timeout(timeout)
         return self.runtime.wait.as_completed(tasks, timeout, with_logs)
 
     def watch_progress(
@@ -156,17 +166,21 @@ class ResultMethods(ABC, Generic[_ReturnType]):
         Raises:
             TaskiqResultTimeoutError: There was no result in time.
             ResultDecodeError: The metadata cannot be read back.
+            ConfigurationError: timeout is no number.
         """
+        _check_timeout(timeout)
         return self.runtime.wait.watch_progress(task, timeout)
 
-    async def get_status(self, task_id: str) -> TaskStatus:
+    async def get_status(self, task_id: str | UUID) -> TaskStatus:
         """What a task is at: "queued", "started", "retrying", "succeeded", "failed" and so on.
 
         Without track= it is "unknown" until there is a result. A result that was deleted, be it
         because it was read once or because prune() found it expired, is "unknown" again.
         """
         column_id = self.settings.models.config.to_column_task_id(task_id)
-        return await self.runtime.statuses.read(column_id, task_id)
+        return await self.runtime.statuses.read(
+            column_id, task_id if isinstance(task_id, str) else str(task_id)
+        )
 
     async def get_running(self, limit: int = 1_000) -> list[TaskStatus]:
         """The tasks that are being executed, those that were started first before the others.
@@ -177,14 +191,15 @@ class ResultMethods(ABC, Generic[_ReturnType]):
         Raises:
             ConfigurationError: limit, how many at most, is not above 0.
         """
-        check_limits(limit, None)
-        return await self.runtime.statuses.read_running(limit)
+        check_whole("limit", limit)
+        return await self.runtime.statuses.read_running(min(limit, _MAX_ROWS))
 
     async def set_status(self, status: TaskStatus) -> None:
         """Stores that a task is "queued", "started" or "retrying"; with "unknown", forgets it.
 
         TaskMetadataMiddleware does it for the tasks of its broker. A status of a later attempt
-        stays, and so does one of the same attempt that was started later. Its finished_at is not
+        stays, and so does one of the same attempt that was started later; but one that was queued
+        later than that, of a task id that is used again, takes its place. Its finished_at is not
         used. A PostgreSQL that cannot be reached is tried for 5 seconds.
 
         Raises:
@@ -247,7 +262,7 @@ class ResultMethods(ABC, Generic[_ReturnType]):
         statement = find_results(self.settings.models, where, order_by, batch_size)
         return self.runtime.search.iterate(statement, batch_size, with_logs)
 
-    async def forget(self, task_ids: Iterable[str]) -> int:
+    async def forget(self, task_ids: Iterable[str | UUID]) -> int:
         """Deletes results, unread, with progress and status of these tasks.
 
         In a statement for every 200 ids, each committed by itself. It tells nobody: whoever waits
@@ -279,9 +294,15 @@ class ResultMethods(ABC, Generic[_ReturnType]):
         Raises:
             ConfigurationError: limit or time_budget is not above 0.
         """
-        return await self.runtime.pruner.run(limit, check_limits(limit, time_budget))
+        seconds = check_limits(limit, time_budget)
+        rows = None if limit is None else min(limit, _MAX_ROWS)
+        return await self.runtime.pruner.run(rows, seconds)
 
 
 def _refuse_str(name: str, tasks: object) -> None:
     if isinstance(tasks, str):
         raise TypeError(f"{name}() takes several tasks, not one str: {tasks!r}")
+
+
+def _check_timeout(timeout: object) -> None:
+    check_number("timeout", timeout, or_none=True)

@@ -12,9 +12,10 @@ from typing import Any
 
 from sqlalchemy import Select, Table
 
+from taskiq_sa_pg.background import end_task, is_running, start_task
 from taskiq_sa_pg.codec import Seconds, check_seconds
 from taskiq_sa_pg.database import Database
-from taskiq_sa_pg.exceptions import ConfigurationError, StorageError
+from taskiq_sa_pg.exceptions import TaskiqSaPgError, check_whole
 from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
     Slice,
@@ -24,7 +25,6 @@ from taskiq_sa_pg.statements import (
     prune_stale,
 )
 from taskiq_sa_pg.telemetry import Telemetry
-from taskiq_sa_pg.waiting import end
 
 logger = logging.getLogger(__name__)
 
@@ -63,18 +63,17 @@ class Pruner:
     @property
     def is_running(self) -> bool:
         """Whether it prunes at regular times."""
-        return self._task is not None and not self._task.done()
+        return is_running(self._task)
 
     def start(self) -> None:
         """Begins to prune at regular times, if there are any and it has not."""
-        if self._interval is not None and self._task is None and not self._is_closed:
-            self._task = asyncio.create_task(self._run_regularly(self._interval))
+        if self._interval is not None and not (self._is_closed or self.is_running):
+            self._task = start_task(self._run_regularly(self._interval))
 
     async def close(self) -> None:
         """Ends that."""
         self._is_closed = True
-        if self._task is not None:
-            await end(self._task)
+        await end_task(self._task)
 
     async def run(
         self,
@@ -141,7 +140,7 @@ class Pruner:
         while True:
             try:
                 pruned = await self.run(time_budget=interval, is_exclusive=True)
-            except StorageError as exc:
+            except TaskiqSaPgError as exc:
                 logger.warning("%s; it is tried again in %g s", exc, interval)
             else:
                 if pruned.results or pruned.progress or pruned.statuses:
@@ -192,6 +191,5 @@ def check_limits(limit: int | None, time_budget: Seconds | None) -> float | None
     Raises:
         ConfigurationError: One of them cannot be.
     """
-    if limit is not None and (isinstance(limit, bool) or limit < 1):
-        raise ConfigurationError(f"limit must be 1 or more, or None, not {limit!r}")
+    check_whole("limit", limit, or_none=True)
     return check_seconds("time_budget", time_budget)

@@ -1,18 +1,18 @@
 """Reading results and progress, gathered: what is asked for at once shares a statement."""
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Select
-from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
-from taskiq_sa_pg.batching import Batcher, Entry
+from taskiq_sa_pg.batching import Batcher
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.results.settings import Settings
+from taskiq_sa_pg.results.taking import Taker
 from taskiq_sa_pg.statements import (
     MAX_IDS,
     StoredProgress,
@@ -21,9 +21,9 @@ from taskiq_sa_pg.statements import (
     select_progress,
     select_ready,
     select_results,
-    take_results,
 )
 from taskiq_sa_pg.telemetry import BatchMeter, Telemetry
+from taskiq_sa_pg.waiting import Notifier
 
 _Answer = TypeVar("_Answer")
 
@@ -94,12 +94,17 @@ class Reader:
         StorageError: PostgreSQL could not be asked.
     """
 
-    def __init__(self, settings: Settings, database: Database, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        telemetry: Telemetry,
+        notifier: Notifier | None,
+    ) -> None:
         meters, models, table = telemetry.meters, settings.models, settings.table
+        config = models.config
         self._database = database
         self._codec = settings.codec
-        self._take_purpose = f"take results from table {table}"
-        self._build_take = partial(take_results, models, is_tracked=settings.is_tracked)
         self.keep_results = settings.keep_results
         self._ready: Lookup[bool] = Lookup(
             database,
@@ -120,16 +125,10 @@ class Reader:
             database,
             partial(select_progress, models),
             StoredProgress._make,
-            f"read its progress in table {table}_progress",
+            f"read its progress in table {config.qualified(config.progress_table_name)}",
             meters["get_progress"],
         )
-        self._taken: Batcher[Any, None, None, TaskiqResult[Any]] = Batcher(
-            self._take_wanted,
-            encode=lambda *_: None,
-            max_rows=MAX_IDS,
-            is_shared=False,
-            meter=meters["get_result"],
-        )
+        self._taker = Taker(settings, database, meters["get_result"], notifier)
 
     async def is_ready(self, column_id: Any) -> bool:
         """Whether there is a result."""
@@ -142,24 +141,31 @@ class Reader:
     async def get(self, column_id: Any, with_logs: bool) -> TaskiqResult[Any] | None:
         """A result, None if there is none; of several callers one gets what is not kept."""
         if not self.keep_results:
-            result = await self._taken.submit(column_id, None)
-            if result is not None and not with_logs:
-                result.log = None
-            return result
+            taken = await self._taker.one(column_id)
+            if taken is None:
+                return None
+            if not with_logs:
+                taken.result.log = None
+            return taken.result
         row = await self._results.one(column_id)
         return None if row is None else self._codec.decode_result(row, with_logs=with_logs)
 
     async def get_all(
-        self, column_ids: Collection[Any], with_logs: bool
+        self, column_ids: Collection[Any], with_logs: bool, *, needs_every: bool = False
     ) -> dict[Any, TaskiqResult[Any]]:
-        """The results that are there; of those that are not kept, all or none are taken."""
+        """The results that are there; of those that are not kept, all or none are taken.
+
+        What was taken goes back if it `needs_every` one and some are not there. What cannot be read
+        back is a failure with the ResultDecodeError, and is not taken.
+        """
+        codec = self._codec
         if self.keep_results:
             rows = await self._results.many(column_ids)
-            return {
-                column_id: self._codec.decode_result(row, with_logs=with_logs)
-                for column_id, row in rows.items()
-            }
-        results = await self._take(column_ids, lambda _: True)
+            return {c: codec.decode_any(row, with_logs=with_logs) for c, row in rows.items()}
+        taken, failures = await self._taker.many(column_ids)
+        if needs_every and len(taken) + len(failures) < len(column_ids):
+            self._taker.put_back(taken.values())
+        results = {column_id: each.result for column_id, each in taken.items()} | failures
         if not with_logs:
             for result in results.values():
                 result.log = None
@@ -176,38 +182,5 @@ class Reader:
     async def close(self) -> None:
         """Refuses further calls, and returns when those before have been answered."""
         await asyncio.gather(
-            self._ready.close(), self._results.close(), self._progress.close(), self._taken.close()
+            self._ready.close(), self._results.close(), self._progress.close(), self._taker.close()
         )
-
-    @cached_property
-    def _take_results(self) -> Select[Any]:
-        return self._build_take()
-
-    async def _take_wanted(
-        self, batch: Mapping[Any, Entry[None]]
-    ) -> Mapping[Any, TaskiqResult[Any]]:
-        return await self._take(batch, lambda column_id: batch[column_id].is_wanted)
-
-    async def _take(
-        self, column_ids: Collection[Any], is_wanted: Callable[[Any], bool]
-    ) -> dict[Any, TaskiqResult[Any]]:
-        """Results with their logs, deleted as they were read, in one transaction."""
-
-        async def take(connection: AsyncConnection) -> dict[Any, TaskiqResult[Any]] | None:
-            results: dict[Any, TaskiqResult[Any]] = {}
-            for some in in_slices([column_id for column_id in column_ids if is_wanted(column_id)]):
-                taken = await connection.execute(self._take_results, {"task_ids": some})
-                # Before the commit: what cannot be decoded is not deleted.
-                for row in map(StoredResult._make, taken.all()):
-                    results[row.task_id] = self._codec.decode_result(row, with_logs=True)
-            if all(map(is_wanted, results)):
-                return results
-            # A caller went away meanwhile: its result stays for another.
-            await connection.rollback()
-            return None
-
-        results: dict[Any, TaskiqResult[Any]] | None = None
-        while results is None and any(map(is_wanted, column_ids)):
-            # Where the COMMIT may have been carried out, a second reading might find nothing.
-            results = await self._database.transact(take, self._take_purpose, is_answer_final=True)
-        return results or {}

@@ -1,5 +1,6 @@
 """What a backend works with between startup() and shutdown(), made from what it was told."""
 
+import asyncio
 import logging
 from typing import Final
 
@@ -12,7 +13,7 @@ from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.results.status import Statuses
 from taskiq_sa_pg.results.wait import Wait
 from taskiq_sa_pg.results.writer import Writer
-from taskiq_sa_pg.schema import check
+from taskiq_sa_pg.schema import check, quiet_alembic
 from taskiq_sa_pg.telemetry import Telemetry
 from taskiq_sa_pg.waiting import Notifier, Waiters
 
@@ -30,12 +31,13 @@ class Runtime:
         config, timings = settings.models.config, settings.timings
         for meter in telemetry.meters.values():
             meter.queues.clear()  # of an event loop that has ended
+        self.loop: Final = asyncio.get_running_loop()
         self.settings: Final = settings
         self.database: Final = database
         self.telemetry: Final = telemetry
         self.notifier: Final = Notifier(database, timings) if settings.notify else None
         self.writer: Final = Writer(settings, database, telemetry, self.notifier)
-        self.reader: Final = Reader(settings, database, telemetry)
+        self.reader: Final = Reader(settings, database, telemetry, self.notifier)
         self.waiters: Final = Waiters(
             config, self.reader.find_ready, database.listening, self.notifier, timings
         )
@@ -53,15 +55,22 @@ class Runtime:
         """
         settings, timeout = self.settings, self.settings.startup_timeout
         if settings.run_migrations:
-            # Here, because Alembic is slow to import and only this needs it.
-            from taskiq_sa_pg.schema.migrate import provision  # noqa: PLC0415
+            with quiet_alembic():
+                # Here, because Alembic is slow to import and only this needs it.
+                from taskiq_sa_pg.schema.migrate import provision  # noqa: PLC0415
 
             await provision(self.database, settings.models.config, timeout, settings.timings)
         if settings.check_schema == "off":
             return
         extra = {} if settings.extra_values is None else settings.extra_values.columns
         try:
-            await check(self.database, settings.models, timeout, extra_columns=extra)
+            await check(
+                self.database,
+                settings.models,
+                timeout,
+                extra_columns=extra,
+                is_provisioned=settings.run_migrations,
+            )
         except SchemaError as exc:
             if settings.check_schema == "error":
                 raise

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnExpressionArgument, Select, SQLColumnExpression, Te
 from taskiq import TaskiqResult
 
 from taskiq_sa_pg.database import Database
-from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError
+from taskiq_sa_pg.exceptions import ConfigurationError, check_whole
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import StoredResult, forget_results, in_slices, select_matching
@@ -43,21 +43,8 @@ class Search:
         async with aclosing(self._database.stream(statement, batch_size, purpose)) as batches:
             async for rows in batches:
                 for row in map(StoredResult._make, rows):
-                    yield str(row.task_id), self._decode(row, with_logs)
-
-    def _decode(self, row: StoredResult, with_logs: bool) -> TaskiqResult[Any]:
-        try:
-            return self._codec.decode_result(row, with_logs=with_logs)
-        except ResultDecodeError as exc:
-            # To raise it would end the generator, and those behind it could not be had.
-            return TaskiqResult.model_construct(
-                is_err=True,
-                log=row.log if with_logs else None,
-                return_value=None,
-                execution_time=row.execution_time,
-                labels={},
-                error=exc,
-            )
+                    # To raise would end the generator, and those behind it could not be had.
+                    yield str(row.task_id), self._codec.decode_any(row, with_logs=with_logs)
 
     async def forget(self, column_ids: Collection[Any]) -> int:
         """Deletes all that there is of these tasks, and returns how many results.
@@ -87,8 +74,7 @@ def find_results(models: Models, where: Where, order_by: OrderBy, batch_size: in
             comparing something else.
         ConfigurationError: They ask another table, or batch_size is below 1.
     """
-    if isinstance(batch_size, bool) or batch_size < 1:
-        raise ConfigurationError(f"batch_size must be 1 or more, not {batch_size!r}")
+    check_whole("batch_size", batch_size)
     conditions = _expressions("where", where, "Result.is_err")
     order = _expressions("order_by", order_by, "Result.finished_at.desc()")
     statement = select_matching(models, conditions, order)

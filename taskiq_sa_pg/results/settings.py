@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from taskiq_sa_pg.codec import Codec
-from taskiq_sa_pg.exceptions import ConfigurationError
+from taskiq_sa_pg.exceptions import ConfigurationError, check_flag, check_number
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.results.extra_values import ExtraValues
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
@@ -39,11 +39,10 @@ class Settings:
             raise ConfigurationError(
                 f'check_schema must be "error", "warn" or "off", not {self.check_schema!r}'
             )
-        if self.startup_timeout < 0:
-            raise ConfigurationError(
-                f"startup_timeout must be 0 or more, not {self.startup_timeout}"
-            )
-        if self.track not in {*get_args(Track), None}:
+        for name in ("keep_results", "notify", "run_migrations"):
+            check_flag(name, getattr(self, name))
+        check_number("startup_timeout", self.startup_timeout, 0)
+        if self.track not in (*get_args(Track), None):
             raise ConfigurationError(f'track must be "started" or None, not {self.track!r}')
         if self.is_tracked and self.models.status_table is None:
             raise ConfigurationError(

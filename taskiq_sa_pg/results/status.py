@@ -67,6 +67,8 @@ class Statuses:
         self._models = settings.models
         self._retry_timeout = settings.timings.status_retry
         self._table = settings.table
+        config = settings.models.config
+        self._status_name = config.qualified(config.status_table_name)
         self._written: Batcher[Any, StatusRow, StatusRow, None] = Batcher(
             self._write,
             encode=lambda _, row: row,
@@ -86,7 +88,7 @@ class Statuses:
         await asyncio.gather(self._written.close(), self._lookup.close())
 
     async def write(self, column_id: Any, status: TaskStatus) -> None:
-        """Stores a status; "unknown" deletes it. A later attempt's stays.
+        """Stores a status; "unknown" deletes it. That of a later attempt or message stays.
 
         Raises:
             ConfigurationError: A state that only a result can give.
@@ -124,7 +126,7 @@ class Statuses:
         rows = [entry.row for entry in batch.values()]
         stored = [row for row in rows if row.state != "unknown"]
         if stored:
-            purpose = f"store its status in table {self._table}_status"
+            purpose = f"store its status in table {self._status_name}"
             for statement, parameters in self._upsert.of(stored):
                 await self._fetch(statement, parameters, purpose)
         deleted = [row for row in rows if row.state == "unknown"]
@@ -132,8 +134,9 @@ class Statuses:
             arrays = {
                 "task_id": [row.task_id for row in deleted],
                 "attempt": [row.attempt for row in deleted],
+                "queued_at": [row.queued_at for row in deleted],
             }
-            purpose = f"delete its status from table {self._table}_status"
+            purpose = f"delete its status from table {self._status_name}"
             await self._fetch(self._delete, arrays, purpose)
         return {}
 

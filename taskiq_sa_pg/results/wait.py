@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Iterable
+from contextlib import aclosing
 from functools import lru_cache
 from itertools import chain
 from typing import Any, TypeVar
+from uuid import UUID
 
 from pydantic import TypeAdapter
 from taskiq import AsyncTaskiqTask, TaskiqResult
@@ -21,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-Task = AsyncTaskiqTask[_T] | str
+Task = AsyncTaskiqTask[_T] | str | UUID
 
 
 class Wait:
@@ -67,9 +69,11 @@ class Wait:
             ResultIsMissingError: One was deleted again before it was read.
         """
         column_ids = [(task, self._column_id_of(task)) for task in tasks]
-        async for _ in self._become_ready(column_ids, timeout):
-            pass
-        results = await self._reader.get_all({c for _, c in column_ids}, with_logs)
+        async with aclosing(self._become_ready(column_ids, timeout)) as parts:
+            async for _ in parts:
+                pass
+        every = {column_id for _, column_id in column_ids}
+        results = await self._reader.get_all(every, with_logs, needs_every=True)
         for task, column_id in column_ids:
             if column_id not in results:
                 raise ResultIsMissingError(_id_of(task), self._config.qualified_name)
@@ -80,12 +84,14 @@ class Wait:
     ) -> AsyncGenerator[tuple[Task[Any], TaskiqResult[Any]], None]:
         """Each task with its result, as they come."""
         column_ids = [(task, self._column_id_of(task)) for task in tasks]
-        async for ready in self._become_ready(column_ids, timeout):
-            # Those to be deleted one by one: whoever stops in the middle leaves the others there.
-            for some in [ready] if self._reader.keep_results else [{c: ready[c]} for c in ready]:
-                results = await self._reader.get_all(some, with_logs)
-                for task in chain(*(some[column_id] for column_id in results)):
-                    yield task, _restored(task, results[self._column_id_of(task)])
+        is_kept = self._reader.keep_results
+        async with aclosing(self._become_ready(column_ids, timeout)) as parts:
+            async for ready in parts:
+                # Those to be deleted one by one: whoever stops in the middle leaves the others.
+                for some in [ready] if is_kept else [{c: ready[c]} for c in ready]:
+                    results = await self._reader.get_all(some, with_logs)
+                    for task in chain(*(some[column_id] for column_id in results)):
+                        yield task, _restored(task, results[self._column_id_of(task)])
 
     async def watch_progress(
         self, task: Task[Any], timeout: float | None
@@ -113,7 +119,7 @@ class Wait:
 
     async def _become_ready(
         self, column_ids: Iterable[tuple[Task[Any], Any]], timeout: float | None
-    ) -> AsyncIterator[dict[Any, list[Task[Any]]]]:
+    ) -> AsyncGenerator[dict[Any, list[Task[Any]]], None]:
         """The tasks whose results are there, by id, in parts as they come."""
         limit = _TimeLimit(timeout)
         missing: dict[Any, list[Task[Any]]] = {}
@@ -163,18 +169,20 @@ class _TimeLimit:
             raise TaskiqResultTimeoutError(timeout=self._seconds) from None
 
 
-def _id_of(task: Task[Any]) -> str:
-    return task if isinstance(task, str) else task.task_id
+def _id_of(task: Task[Any]) -> str | UUID:
+    return task if isinstance(task, str | UUID) else task.task_id
 
 
 def _restored(task: Task[Any], result: TaskiqResult[Any]) -> TaskiqResult[Any]:
     """The result with the return type that the task declares, as its own get_result() has it."""
-    return_type: Any = None if isinstance(task, str) else task.return_type
+    return_type: Any = None if isinstance(task, str | UUID) else task.return_type
     if return_type is not None and not result.is_err:
         try:
             result.return_value = _adapter(return_type).validate_python(result.return_value)
-        except ValueError:
-            logger.warning("cannot make the result of task %s a %s", _id_of(task), return_type)
+        except Exception as exc:  # noqa: BLE001 - types and validators are the application's
+            # The result may be deleted already: it has to be returned.
+            complaint = "cannot make the result of task %s a %s: %s"
+            logger.warning(complaint, _id_of(task), return_type, type(exc).__qualname__)
     return result
 
 

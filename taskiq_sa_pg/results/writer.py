@@ -2,18 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row
-from taskiq_sa_pg.codec import NO_TASK_METADATA, attempt_of, task_metadata_of
+from taskiq_sa_pg.codec import attempt_of, qualified_name, reason_of
 from taskiq_sa_pg.database import CONVERSION_ERRORS, Database, describe, is_transient
-from taskiq_sa_pg.exceptions import StorageError, TaskiqSaPgError
+from taskiq_sa_pg.exceptions import ResultSerializationError, StorageError, TaskiqSaPgError
 from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
     Call,
@@ -29,6 +29,12 @@ from taskiq_sa_pg.telemetry import Telemetry
 from taskiq_sa_pg.waiting import Notifier
 
 logger = logging.getLogger(__name__)
+
+# SQLSTATE. https://www.postgresql.org/docs/18/errcodes-appendix.html
+_PROGRAM_LIMIT_EXCEEDED: Final = "54000"
+
+# Of how many results a message names the tasks.
+_MAX_TOLD: Final = 5
 
 # A result and the values for columns of the application's own.
 _Extended = tuple[TaskiqResult[Any], Mapping[str, Any]]
@@ -53,7 +59,8 @@ class Writer:
         self._models = settings.models
         self._extra_values = settings.extra_values
         self._is_tracked = settings.is_tracked
-        self._lacks_middleware = False
+        # Until a TaskMetadataMiddleware is at work, or was missed.
+        self.awaits_middleware = settings.is_tracked
         self._purpose = f"store its result in table {settings.table}"
         meters = telemetry.meters
         self._results: Batcher[Any, TaskiqResult[Any], ResultRow, None] = Batcher(
@@ -80,10 +87,27 @@ class Writer:
     async def set_result(self, column_id: Any, task_id: str, result: TaskiqResult[Any]) -> None:
         """Stores a result, with the values that the application has for its own columns.
 
-        It is asked for them with the task id as that was given.
+        It is asked for them with the task id as that was given. A result that PostgreSQL finds too
+        large is stored as an error result.
+
+        Raises:
+            StorageError: PostgreSQL refused it or could not be reached.
         """
-        if self._is_tracked and not self._lacks_middleware:
-            self._look_for_middleware(task_id, result)
+        if self.awaits_middleware:
+            self._miss_middleware(task_id)
+        try:
+            await self._submit(column_id, task_id, result)
+        except StorageError as exc:
+            if exc.sqlstate != _PROGRAM_LIMIT_EXCEEDED:
+                raise
+            # Such as what is larger in jsonb than in JSON. Whoever waits has to get an answer.
+            logger.error("%s; an error result is stored instead", exc)  # noqa: TRY400 - it says it all
+            kind = qualified_name(type(result.return_value))
+            error = ResultSerializationError("the return value", kind, reason_of(exc))
+            failure = {"is_err": True, "return_value": None, "error": error}
+            await self._submit(column_id, task_id, result.model_copy(update=failure))
+
+    async def _submit(self, column_id: Any, task_id: str, result: TaskiqResult[Any]) -> None:
         if self._extra_values is None:
             await self._results.submit(column_id, result)
         else:
@@ -111,26 +135,38 @@ class Writer:
     def _upsert_progress(self) -> Upsert:
         return upsert_progress(self._models)
 
-    def _look_for_middleware(self, task_id: str, result: TaskiqResult[Any]) -> None:
-        if task_metadata_of(result) is NO_TASK_METADATA:
-            self._lacks_middleware = True
-            logger.warning(
-                'task %s: track="started" needs TaskMetadataMiddleware, and its broker has none: '
-                "broker.add_middlewares(TaskMetadataMiddleware())",
-                task_id,
-            )
+    def _miss_middleware(self, task_id: str) -> None:
+        self.awaits_middleware = False
+        logger.warning(
+            'task %s: track="started" needs TaskMetadataMiddleware, and its result came before '
+            "one was at work in this process. If the broker has none: "
+            "broker.add_middlewares(TaskMetadataMiddleware())",
+            task_id,
+        )
 
     async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]
-        await self._upsert(self._upsert_results.of(rows), self._purpose)
+        stored = await self._upsert(self._upsert_results.of(rows), self._purpose)
+        if len(stored) < len(batch):
+            self._tell_of_others(batch, stored)
         self._announce(self._models.config.results_channel, batch)
         return {}
 
+    def _tell_of_others(self, batch: Iterable[Any], stored: Sequence[Any]) -> None:
+        others = [str(task_id) for task_id in set(batch).difference(row[0] for row in stored)]
+        logger.warning(
+            "%d results were not stored in table %s, because that of a later attempt or message is "
+            "there: %s",
+            *(len(others), self._models.config.qualified_name),
+            ", ".join(others[:_MAX_TOLD] + ["..."] * (len(others) > _MAX_TOLD)),
+        )
+
     async def _store_progress(self, batch: Mapping[Any, Entry[ProgressRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]
-        purpose = f"store its progress in table {self._models.config.qualified_name}_progress"
+        config = self._models.config
+        purpose = f"store its progress in table {config.qualified(config.progress_table_name)}"
         await self._upsert(self._upsert_progress.of(rows), purpose)
-        self._announce(self._models.config.progress_channel, batch)
+        self._announce(config.progress_channel, batch)
         return {}
 
     def _encode_extended(self, column_id: Any, item: _Extended) -> ExtendedRow:
@@ -140,17 +176,19 @@ class Writer:
     async def _store_extended(self, batch: Mapping[Any, Entry[ExtendedRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]
         try:
-            await self._upsert_rows(rows)
+            stored = await self._upsert_rows(rows)
         except StorageError as exc:
             if blames_a_row(exc) and len(rows) > 1:
                 raise  # the batcher tries it in halves
-            await self._upsert_without_extra(rows, exc)
+            stored = await self._upsert_without_extra(rows, exc)
+        if len(stored) < len(batch):
+            self._tell_of_others(batch, stored)
         self._announce(self._models.config.results_channel, batch)
         return {}
 
-    async def _upsert_rows(self, rows: Sequence[ExtendedRow]) -> None:
+    async def _upsert_rows(self, rows: Sequence[ExtendedRow]) -> Sequence[Any]:
         try:
-            await self._upsert(self._upsert_extended.of(rows), self._purpose)
+            return await self._upsert(self._upsert_extended.of(rows), self._purpose)
         except TaskiqSaPgError:
             raise
         except CONVERSION_ERRORS as exc:
@@ -159,29 +197,32 @@ class Writer:
 
     async def _upsert_without_extra(
         self, rows: Sequence[ExtendedRow], refusal: StorageError
-    ) -> None:
+    ) -> Sequence[Any]:
         """Stores results without their extra values, where it may be those that were refused."""
         bare = [self._upsert_extended.without_extra(row) for row in rows]
         extended = [row["task_id"] for row, alone in zip(rows, bare, strict=True) if row != alone]
         cause = refusal.__cause__
         if not extended or (isinstance(cause, Exception) and is_transient(cause)):
             raise refusal
-        await self._upsert_rows(bare)
+        stored = await self._upsert_rows(bare)
         for task_id in extended:
             logger.error("task %s: its result goes without its extra_values: %s", task_id, refusal)
+        return stored
 
-    async def _upsert(self, calls: Sequence[Call], purpose: str) -> None:
+    async def _upsert(self, calls: Sequence[Call], purpose: str) -> Sequence[Any]:
         if len(calls) == 1:
             [(statement, parameters)] = calls
-            await self._database.fetch(statement, parameters, purpose)
-            return
+            return await self._database.fetch(statement, parameters, purpose)
 
-        async def upsert(connection: AsyncConnection) -> None:
+        async def upsert(connection: AsyncConnection) -> list[Any]:
+            stored: list[Any] = []
             for call in calls:
-                await connection.execute(*call)
+                result = await connection.execute(*call)
+                stored += result.all() if result.returns_rows else ()
+            return stored
 
         # All or none: those that are tried again may have been read and deleted meanwhile.
-        await self._database.transact(upsert, purpose)
+        return await self._database.transact(upsert, purpose)
 
     def _announce(self, channel: str, batch: Mapping[Any, Any]) -> None:
         if self._notifier is not None:

@@ -1,21 +1,35 @@
 """What tables really are: PostgreSQL's catalogues to SQLAlchemy Core statements."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from taskiq_sa_pg.models import TableConfig
 
+# As PostgreSQL calls the types of taskiq-postgres' columns.
+OLD_TASK_ID_TYPES: Final = ("character varying", "text", "uuid")
+OLD_PAYLOAD_TYPE: Final = "bytea"
+
+
+def is_of_taskiq_postgres(types: Mapping[str, str]) -> bool:
+    """Whether columns of these types, by name, make a table of taskiq-postgres.
+
+    One that was made before there was progress has no column for it.
+    """
+    payloads = {types.get("result"), types.get("progress", OLD_PAYLOAD_TYPE)}
+    return types.get("task_id") in OLD_TASK_ID_TYPES and payloads == {OLD_PAYLOAD_TYPE}
+
 
 def describe_columns(table_names: Sequence[str], schema: str | None) -> sa.Select[Any]:
     """The columns that tables really have, in one catalogue query; without a schema, the visible.
 
     Rows of table name, column name, type name, whether a value is required (NOT NULL without a
-    default), and whether the column alone is unique, as ON CONFLICT needs it.
+    default), and whether the column alone is unique, as ON CONFLICT needs it; then the table's
+    schema, the current role, whether it may use the schema, and its missing rights on the table.
     """
-    classes, found = _find_relations(table_names, schema)
+    classes, namespaces, found = _find_relations(table_names, schema)
     columns = _catalogue(
         "pg_attribute",
         "attrelid attname atttypid attnum attnotnull atthasdef attidentity attisdropped",
@@ -41,6 +55,10 @@ def describe_columns(table_names: Sequence[str], schema: str | None) -> sa.Selec
         sa.func.format_type(columns.c.atttypid, None, type_=sa.Text).label("type_name"),
         is_required.label("is_required"),
         is_unique.label("is_unique"),
+        sa.cast(namespaces.c.nspname, sa.Text).label("schema_name"),
+        _current_role(),
+        sa.func.has_schema_privilege(namespaces.c.oid, "USAGE", type_=sa.Boolean).label("is_open"),
+        _missing_rights(classes).label("missing_rights"),
     ]
     return (
         found.with_only_columns(*described)
@@ -52,24 +70,60 @@ def describe_columns(table_names: Sequence[str], schema: str | None) -> sa.Selec
 
 def select_sizes(config: TableConfig) -> sa.Select[Any]:
     """Name and bytes, with indexes and TOAST, of each of the tables that exists."""
-    classes, found = _find_relations(config.table_names, config.schema)
+    classes, _, found = _find_relations(config.table_names, config.schema)
     size = sa.func.pg_total_relation_size(classes.c.oid, type_=sa.BigInteger)
     return found.with_only_columns(classes.c.relname, size).order_by(classes.c.relname)
 
 
-def _find_relations(table_names: Sequence[str], schema: str | None) -> tuple[Any, sa.Select[Any]]:
-    """pg_class, and a select of it that finds tables, by their oid; without a schema, visible."""
+def select_closed_schemas(table_name: str) -> sa.Select[Any]:
+    """Where there is a table of that name, and the current role may not see it.
+
+    Rows of schema name, the current role, and the search_path as it was set.
+    """
+    _, namespaces, found = _find_relations([table_name], None, is_any=True)
+    is_open = sa.func.has_schema_privilege(namespaces.c.oid, "USAGE", type_=sa.Boolean)
+    name = sa.cast(namespaces.c.nspname, sa.Text).label("schema_name")
+    search_path = sa.func.current_setting("search_path", type_=sa.Text).label("search_path")
+    selected: list[sa.ColumnElement[Any]] = [name, _current_role(), search_path]
+    return found.with_only_columns(*selected).where(~is_open)
+
+
+def _current_role() -> sa.ColumnElement[str]:
+    return sa.cast(sa.func.current_user(), sa.Text).label("role_name")
+
+
+def _missing_rights(classes: Any) -> sa.ColumnElement[str]:
+    """Those that the backend needs and the current role does not have, as GRANT takes them."""
+    # Where a right is granted on columns, it is left to who did that whether these are all.
+    of_columns, of_table = sa.func.has_any_column_privilege, sa.func.has_table_privilege
+    checks = {"SELECT": of_columns, "INSERT": of_columns, "UPDATE": of_columns, "DELETE": of_table}
+    missing = [
+        sa.case((~has(classes.c.oid, right, type_=sa.Boolean), right))
+        for right, has in checks.items()
+    ]
+    return sa.func.concat_ws(", ", *missing, type_=sa.Text)
+
+
+def _find_relations(
+    table_names: Collection[str], schema: str | None, *, is_any: bool = False
+) -> tuple[Any, Any, sa.Select[Any]]:
+    """pg_class, pg_namespace, and a select that finds tables in them, by their oid.
+
+    Without a schema, those that are visible, or in any.
+    """
     classes = _catalogue("pg_class", "oid relname relnamespace relkind")
     namespaces = _catalogue("pg_namespace", "oid nspname")
     is_visible = sa.func.pg_catalog.pg_table_is_visible(classes.c.oid)
     placed = is_visible if schema is None else namespaces.c.nspname == schema
+    if is_any:
+        placed = sa.true()
     named = classes.c.relname.in_(table_names)
     found = (
         sa.select(classes.c.oid)
         .join_from(classes, namespaces, namespaces.c.oid == classes.c.relnamespace)
         .where(named, placed, classes.c.relkind.in_(["r", "p", "f"]))
     )
-    return classes, found
+    return classes, namespaces, found
 
 
 def _catalogue(name: str, column_names: str) -> Any:

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
@@ -13,8 +13,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import SchemaError
 from taskiq_sa_pg.models import Models, TableConfig
-from taskiq_sa_pg.schema.catalogue import describe_columns
+from taskiq_sa_pg.schema.catalogue import (
+    describe_columns,
+    is_of_taskiq_postgres,
+    select_closed_schemas,
+)
 from taskiq_sa_pg.statements import ProgressRow, ResultRow, StatusRow
+
+_ONLY_ASKS: Final = (
+    ". A process that only asks for results needs SELECT alone: give it "
+    'check_schema="warn", which logs this and goes on'
+)
 
 
 def alembic_command(config: TableConfig, *command: str) -> str:
@@ -23,11 +32,16 @@ def alembic_command(config: TableConfig, *command: str) -> str:
     return shlex.join(["alembic", *options, *command])
 
 
-def _upgrade_commands(config: TableConfig) -> str:
-    # The second is at hand where the package is installed, and there is no alembic.ini.
+def own_command(config: TableConfig, *command: str) -> str:
+    """The command line of one of our commands for these tables."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in _chosen(config)]
-    ours = shlex.join(["taskiq-sa-pg", "upgrade", *options])
-    return f"`{alembic_command(config, 'upgrade', 'head')}`, `{ours}`"
+    return shlex.join(["taskiq-sa-pg", *command, *options])
+
+
+def upgrade_commands(config: TableConfig) -> str:
+    """The command lines that bring these tables to the latest version, for a message."""
+    # The second is at hand where the package is installed, and there is no alembic.ini.
+    return f"`{alembic_command(config, 'upgrade', 'head')}`, `{own_command(config, 'upgrade')}`"
 
 
 def _chosen(config: TableConfig) -> list[tuple[str, str]]:
@@ -41,43 +55,138 @@ async def check(
     timeout: float | None = None,
     *,
     extra_columns: Mapping[str, sa.Column[Any]] = MappingProxyType({}),
+    is_provisioned: bool = False,
 ) -> None:
     """Compares the tables with the models, by one query of the catalogue.
 
     A silent PostgreSQL is tried for `timeout` seconds, with None for as long as usual. The
     extra_columns are those of the application's own in the results table that it may fill.
+    is_provisioned says that the tables have just been brought to the latest version.
 
     Raises:
-        SchemaError: A table is absent or unfit; names the differences and what mends them.
+        SchemaError: A table is absent or unfit, or the role lacks a right; names the differences
+            and what mends them.
     """
     config = located(database, models.config)
-
-    async def describe(connection: AsyncConnection) -> list[sa.Row[Any]]:
-        described = describe_columns(config.table_names, config.schema)
-        return list((await connection.execute(described)).all())
-
     purpose = f"check the schema of table {config.qualified_name}"
-    rows = await database.transact(describe, purpose, retry_timeout=timeout)
-    commands = _upgrade_commands(config)
+    rows = await _fetch(
+        database, describe_columns(config.table_names, config.schema), purpose, timeout
+    )
     if not rows:
+        hidden = "" if config.schema else await _tell_hidden(database, config, purpose, timeout)
         raise SchemaError(
             f"table {config.qualified_name} and those that go with it do not exist; make them "
-            f"with {commands} or run_migrations=True"
+            f"with {upgrade_commands(config)} or run_migrations=True{hidden}"
         )
-    may_fill = {column.name for column in extra_columns.values()}
-    differences = [
-        *_differences(models.results_table, ResultRow._fields, "finished_at", rows, may_fill),
-        *_differences(models.progress_table, ProgressRow._fields, "updated_at", rows),
-    ]
-    if models.status_table is not None:
-        differences += _differences(models.status_table, StatusRow._fields, "updated_at", rows)
-    if differences:
+    if _is_old(rows, config):
+        raise SchemaError(f"cannot use table {config.qualified_name}: {old_table_remedy(config)}")
+    differences, flaws_of_own = _compare(
+        models, rows, {each.name for each in extra_columns.values()}
+    )
+    remedy = _remedy(config, is_provisioned=is_provisioned) if differences else ""
+    if differences or flaws_of_own:
         raise SchemaError(
-            f"the results backend cannot use its tables: {'; '.join(differences)}. Make them, "
-            f"or bring them up to date, with {commands} or run_migrations=True. If a table "
-            "belongs to something else, choose another table_name; if only a type differs, pass "
-            "the field_for_... that it was made with"
+            "the results backend cannot use its tables: "
+            f"{'; '.join((*differences, *flaws_of_own))}{remedy}"
         )
+    _check_rights(models, rows)
+
+
+async def _fetch(
+    database: Database, statement: sa.Select[Any], purpose: str, timeout: float | None
+) -> list[sa.Row[Any]]:
+    async def fetch(connection: AsyncConnection) -> list[sa.Row[Any]]:
+        return list((await connection.execute(statement)).all())
+
+    return await database.transact(fetch, purpose, retry_timeout=timeout)
+
+
+async def is_old_table(database: Database, config: TableConfig, timeout: float | None) -> bool:
+    """Whether a table of taskiq-postgres has the place of our results table."""
+    described = describe_columns([config.table_name], config.schema)
+    purpose = f"look at table {config.qualified_name}"
+    return _is_old(await _fetch(database, described, purpose, timeout), config)
+
+
+def _is_old(rows: Sequence[sa.Row[Any]], config: TableConfig) -> bool:
+    types = {row.column_name: row.type_name for row in rows if row.table_name == config.table_name}
+    return is_of_taskiq_postgres(types) and "is_err" not in types
+
+
+async def _tell_hidden(
+    database: Database, config: TableConfig, purpose: str, timeout: float | None
+) -> str:
+    """What to grant where the search_path leads to the table, and the role may not go there."""
+    rows = await _fetch(database, select_closed_schemas(config.table_name), purpose, timeout)
+    for schema, role, search_path in map(tuple, rows):
+        path = [part.strip().strip('"') for part in search_path.split(",")]
+        if schema in path or (schema == role and "$user" in path):
+            grant = f"GRANT USAGE ON SCHEMA {_quote(schema)} TO {_quote(role)}"
+            return f". If they are those of schema {schema}, run `{grant}` as its owner"
+    return ""
+
+
+def old_table_remedy(config: TableConfig) -> str:
+    """What to do about a table of taskiq-postgres in the place of ours."""
+    name = "results" if config.table_name != "results" else "task_results"
+    new = replace(config, table_name=name)
+    source = [f"--from-table={config.table_name}"]
+    if config.schema is not None:
+        source.append(f"--from-schema={config.schema}")
+    copy = own_command(new, "import-results", *source)
+    return (
+        "it is one of taskiq-postgres. Leave it as it is, choose another table_name for ours "
+        f'(table_name="{name}"), make them with `{own_command(new, "upgrade")}`, and bring over '
+        f"what it holds with `{copy}`"
+    )
+
+
+def _remedy(config: TableConfig, *, is_provisioned: bool) -> str:
+    """What mends tables that are not as a version makes them."""
+    as_made = f"`{own_command(config, 'sql')}` prints what they should be"
+    if is_provisioned:
+        remedy = f"They are of the latest version, and were changed since: {as_made}"
+    else:
+        remedy = (
+            f"Make them, or bring them up to date, with {upgrade_commands(config)} or "
+            "run_migrations=True. If they are of the latest version "
+            f"(`{own_command(config, 'current')}`), they were changed since: {as_made}"
+        )
+    return (
+        f". {remedy}. If a table belongs to something else, choose another table_name; if only a "
+        "type differs, pass the field_for_... that it was made with"
+    )
+
+
+def _check_rights(models: Models, rows: Sequence[sa.Row[Any]]) -> None:
+    used = [models.results_table, models.progress_table, models.status_table]
+    names = {table.name for table in used if table is not None}
+    found = {row.table_name: row for row in rows if row.table_name in names}.values()
+    grants = [
+        f"GRANT USAGE ON SCHEMA {_quote(schema)}"
+        for schema in {row.schema_name for row in found if not row.is_open}
+    ]
+    for rights in dict.fromkeys(row.missing_rights for row in found if row.missing_rights):
+        lacking = [row for row in found if row.missing_rights == rights]
+        places = [f"{_quote(row.schema_name)}.{_quote(row.table_name)}" for row in lacking]
+        grants.append(f"GRANT {rights} ON {', '.join(places)}")
+    if not grants:
+        return
+    role = rows[0].role_name
+    statements = "; ".join(f"{grant} TO {_quote(role)}" for grant in grants)
+    may_ask = all(row.is_open and "SELECT" not in row.missing_rights for row in found)
+    raise SchemaError(
+        f"role {role} lacks rights that the results backend needs on table "
+        f"{models.config.qualified_name} and those that go with it: run `{statements}` as their "
+        f"owner{_ONLY_ASKS if may_ask else ''}"
+    )
+
+
+def _quote(name: str) -> str:
+    # With named parameters no percent sign is doubled.
+    dialect = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy's, bare
+    quoted: str = dialect.identifier_preparer.quote(name)
+    return quoted
 
 
 def located(database: Database, config: TableConfig) -> TableConfig:
@@ -85,39 +194,72 @@ def located(database: Database, config: TableConfig) -> TableConfig:
     return replace(config, schema=database.schema_of(config.schema))
 
 
+def _compare(
+    models: Models, rows: Sequence[sa.Row[Any]], may_fill: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """How tables differ from ours, and what is wrong with columns of the application's own."""
+    tables: list[tuple[sa.Table | None, Sequence[str], str, Collection[str]]] = [
+        (models.results_table, ResultRow._fields, "finished_at", may_fill),
+        (models.progress_table, ProgressRow._fields, "updated_at", ()),
+        (models.status_table, StatusRow._fields, "updated_at", ()),
+    ]
+    differences: list[str] = []
+    flaws_of_own: list[str] = []
+    for table, written, stamp, fillable in tables:
+        if table is None:
+            continue
+        found = {row.column_name: row for row in rows if row.table_name == table.name}
+        if not found:
+            differences.append(f"table {table.fullname} does not exist")
+            continue
+        differences += _differences(table, written, stamp, found)
+        flaws_of_own += _flaws_of_own(table, {*written, stamp}, found, fillable)
+    return differences, flaws_of_own
+
+
 def _differences(
-    expected: sa.Table,
-    written: Sequence[str],
-    stamp: str,
-    rows: Sequence[sa.Row[Any]],
-    may_fill: Collection[str] = (),
+    expected: sa.Table, written: Sequence[str], stamp: str, found: Mapping[str, sa.Row[Any]]
 ) -> list[str]:
-    table = expected.name
-    found = {row.column_name: row for row in rows if row.table_name == table}
-    if not found:
-        return [f"table {expected.fullname} does not exist"]
-    ours = {*written, stamp}
-    differences = []
-    for column in expected.c:
-        name = column.name
-        own = "" if name in ours else " (one of your model's own, for a migration of your own)"
+    table, differences = expected.name, []
+    for name in (*written, stamp):
+        wanted = _type_name(expected.c[name].type)
         if name not in found:
-            differences.append(f"column {table}.{name} is missing{own}")
-        # What others call a type of their own is not for us to compare.
-        elif name in ours and found[name].type_name != (wanted := _type_name(column.type)):
+            differences.append(f"column {table}.{name} is missing")
+        elif found[name].type_name != wanted:
             differences.append(
                 f"column {table}.{name} is {found[name].type_name} and should be {wanted}"
             )
-    if "task_id" in found and not found["task_id"].is_unique:
-        differences.append(f"column {table}.task_id is neither primary key nor unique")
-    for name, row in found.items():
-        remedy = " (a server_default would fill it, and in the results table extra_values can)"
-        if row.is_required and name not in may_fill and not _is_filled(expected, name, written):
+        elif found[name].is_required and not _is_filled(expected, name, written):
             differences.append(
                 f"column {table}.{name} is NOT NULL without a default, and the backend may leave "
-                f"it empty{'' if name in ours else remedy}"
+                "it empty"
             )
+    if "task_id" in found and not found["task_id"].is_unique:
+        differences.append(f"column {table}.task_id is neither primary key nor unique")
     return differences
+
+
+def _flaws_of_own(
+    expected: sa.Table,
+    ours: Collection[str],
+    found: Mapping[str, sa.Row[Any]],
+    may_fill: Collection[str],
+) -> list[str]:
+    table = expected.name
+    flaws = [
+        f"column {table}.{column.name} is missing (one of your model's own, for a migration of "
+        "your own)"
+        for column in expected.c
+        if column.name not in ours and column.name not in found
+    ]
+    # What others call a type of their own is not for us to compare.
+    flaws += [
+        f"column {table}.{name} is NOT NULL without a default, and the backend may leave it empty "
+        "(a server_default would fill it, and in the results table extra_values can)"
+        for name, row in found.items()
+        if row.is_required and name not in {*ours, *may_fill} and not _is_filled(expected, name, ())
+    ]
+    return flaws
 
 
 def _is_filled(expected: sa.Table, name: str, written: Sequence[str]) -> bool:

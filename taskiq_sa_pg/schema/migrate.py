@@ -6,7 +6,9 @@ Alembic would take the second table for made.
 
 import asyncio
 import io
+import logging
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -25,11 +27,22 @@ from alembic.util import CommandError
 from taskiq_sa_pg.database import Database, reason_of
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError, TaskiqSaPgError
 from taskiq_sa_pg.models import TableConfig, build_models, quoted
-from taskiq_sa_pg.schema.check import alembic_command, located
+from taskiq_sa_pg.schema.check import (
+    alembic_command,
+    is_old_table,
+    located,
+    old_table_remedy,
+    upgrade_commands,
+)
+from taskiq_sa_pg.schema.quiet import quiet_alembic
 from taskiq_sa_pg.schema.steps import LATEST_VERSION, step_of
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
+logger = logging.getLogger(__name__)
+
 _OPTIONS: Final = tuple(option.name for option in fields(TableConfig))
+
+_DUPLICATE_TABLE: Final = "42P07"
 
 _REVISIONS: Final = f"the revisions are base, {LATEST_VERSION:04} and head"
 
@@ -58,17 +71,44 @@ async def provision(
     def upgrade(connection: sa.Connection) -> None:
         # The configuration has been translated already, and Alembic's own looks never are.
         connection = connection.execution_options(schema_translate_map=None)
-        # Not through alembic.command: its `op` and `context` are global, and two backends that
-        # start at the same time would run each other's migrations.
-        migration_context = MigrationContext.configure(connection, opts=_version_table(config))
-        current = max(map(int, migration_context.get_current_heads()), default=0)
-        pending = range(current + 1, LATEST_VERSION + 1)
-        for version in pending:
-            step_of(version).upgrade(Operations(migration_context), config)
-        if pending:
-            migration_context.stamp(ScriptDirectory(script_location()), f"{LATEST_VERSION:04}")
+        with quiet_alembic():
+            _upgrade(connection, config)
 
     await _run_locked(database, config, upgrade, timeout, timings)
+
+
+def _upgrade(connection: sa.Connection, config: TableConfig) -> None:
+    # Not through alembic.command: its `op` and `context` are global, and two backends that
+    # start at the same time would run each other's migrations.
+    migration_context = MigrationContext.configure(connection, opts=_version_table(config))
+    current = max(map(int, migration_context.get_current_heads()), default=0)
+    if restored := _restore(migration_context, config):
+        logger.warning("%s", restored)
+    pending = range(current + 1, LATEST_VERSION + 1)
+    for version in pending:
+        step_of(version).upgrade(Operations(migration_context), config, config.table_names)
+    if pending:
+        latest = f"{LATEST_VERSION:04}"
+        migration_context.stamp(ScriptDirectory(script_location()), latest)
+        logger.info("table %s: brought to version %s", config.qualified_name, latest)
+
+
+def _restore(migration_context: MigrationContext, config: TableConfig) -> str:
+    """Makes again what the version table says is there, and is not; says so, or nothing."""
+    connection, recorded = migration_context.connection, migration_context.get_current_heads()
+    version = next((v for v in range(1, LATEST_VERSION + 1) if f"{v:04}" in recorded), 0)
+    if connection is None or not version:
+        return ""
+    inspector = sa.inspect(connection)
+    missing = [n for n in config.table_names if not inspector.has_table(n, schema=config.schema)]
+    if not missing:
+        return ""
+    for each in range(1, version + 1):
+        step_of(each).upgrade(Operations(migration_context), config, missing)
+    return (
+        f"{config.version_table_name} records version {version:04}, and there was no table "
+        f"{', '.join(missing)}: made again, empty"
+    )
 
 
 async def _run_locked(
@@ -99,6 +139,8 @@ async def _run_locked(
         )
     except StorageError as exc:
         remedy = _remedies(config).get(exc.sqlstate or "")
+        if exc.sqlstate == _DUPLICATE_TABLE and await is_old_table(database, config, timeout):
+            remedy = old_table_remedy(config)
         if remedy is None or not isinstance(exc.__cause__, Exception):
             raise
         raise SchemaError(f"cannot {purpose}: {reason_of(exc.__cause__)}; {remedy}") from exc
@@ -118,36 +160,42 @@ def move_to(
 
     Raises:
         SchemaError: It cannot be done; says why and what to do.
+        ConfigurationError: There is no such revision.
     """
     options = {"dsn": dsn, **asdict(config)}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    alembic = Config(output_buffer=buffer, cmd_opts=Namespace(x=given))
-    alembic.set_main_option("script_location", script_location().replace("%", "%%"))
     move = command.downgrade if is_down else command.upgrade
+    # As Alembic's command line calls them.
+    chosen = Namespace(x=given, cmd=(move,))
+    alembic = Config(output_buffer=buffer, stdout=sys.stdout, cmd_opts=chosen)
+    alembic.set_main_option("script_location", script_location().replace("%", "%%"))
     try:
         move(alembic, revision, sql=buffer is not None)
     except CommandError as exc:
-        is_about_revisions = isinstance(exc.__cause__, RevisionError)
-        raise SchemaError(f"{exc}; {_REVISIONS}" if is_about_revisions else str(exc)) from exc
+        if isinstance(exc.__cause__, RevisionError):
+            raise ConfigurationError(f"{exc}; {_REVISIONS}") from exc
+        raise SchemaError(str(exc)) from exc
     except AssertionError as exc:  # Alembic's, of an empty name and the like
-        raise SchemaError(f"there is no such revision; {_REVISIONS}") from exc
+        raise ConfigurationError(f"there is no revision {revision!r}; {_REVISIONS}") from exc
 
 
 def offline_sql(config: TableConfig, start: str, end: str) -> str:
     """The SQL that takes the tables from one revision to another, as `alembic --sql` writes it.
 
-    Revisions are "base", "0001", "head"; an end that is earlier than the start downgrades.
+    Revisions are "base", "0001", "head"; an end that is earlier than the start downgrades, and of
+    two that are the same there is none.
 
     Raises:
-        SchemaError: There is no such way.
+        ConfigurationError: There is no such revision.
     """
     versions = {"base": 0, "head": LATEST_VERSION}
-    try:
-        first, last = (versions[name] if name in versions else int(name) for name in (start, end))
-    except ValueError as exc:
-        raise SchemaError(
-            f"there is no revision {exc.args[0].rpartition(' ')[2]}; {_REVISIONS}"
-        ) from None
+    versions |= {f"{version:04}": version for version in range(1, LATEST_VERSION + 1)}
+    for name in (start, end):
+        if name not in versions:
+            raise ConfigurationError(f"there is no revision {name!r}; {_REVISIONS}")
+    first, last = versions[start], versions[end]
+    if first == last:
+        return ""
     buffer = io.StringIO()
     move_to(config, f"{start}:{end}", is_down=last < first, buffer=buffer)
     return buffer.getvalue()
@@ -252,7 +300,10 @@ async def _run_online(config: TableConfig) -> None:
             **_version_table(config),
         )
         with context.begin_transaction():
+            restored = _restore(context.get_context(), config) if _is_upgrade() else ""
             context.run_migrations()
+        if restored:
+            context.config.print_stdout("%s", restored)
 
     database = Database(dsn, engine_kwargs={"poolclass": sa.NullPool})
     await database.open()
@@ -263,14 +314,21 @@ async def _run_online(config: TableConfig) -> None:
         await database.close()
 
 
+def _is_upgrade() -> bool:
+    """Whether Alembic's command is `upgrade`, where it came from a command line."""
+    run, *_ = getattr(context.config.cmd_opts, "cmd", (None,))
+    return run is command.upgrade
+
+
 def _remedies(config: TableConfig) -> dict[str, str]:
     """What a person can do about an SQLSTATE."""
     schema = config.schema or "the first one of the search_path"
     return {
-        "42P07": f"a table or index of {config.qualified_name} exists already and was left "
-        "untouched. If it belongs to something else, choose another table_name; if it was made "
-        "from these models in another way, record that with "
+        _DUPLICATE_TABLE: f"a table or index of {config.qualified_name} exists already and was "
+        "left untouched. If it belongs to something else, choose another table_name; if it was "
+        "made from these models in another way, record that with "
         f"`{alembic_command(config, 'stamp', 'head')}`",
+        "42P01": f"make what is missing again first, with {upgrade_commands(config)}",
         "55P03": "other transactions hold locks on the table: let them end (pg_stat_activity lists "
         "them), and try again",
         "3D000": "create the database first (`createdb NAME`), or correct the dsn",

@@ -33,7 +33,7 @@ def upgrade(
         ConfigurationError: A version that does not exist, or a name or type that cannot work.
     """
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
-    step_of(version).upgrade(op, config)
+    step_of(version).upgrade(op, config, config.table_names)
 
 
 def downgrade(

@@ -4,7 +4,7 @@ They are history: they name every column themselves and never look at the models
 on. A step that has been released is never edited; a change is a new step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
@@ -24,9 +24,12 @@ _HALF_FULL: Final = "heap WITH (fillfactor = 50)"
 
 
 class Step(NamedTuple):
-    """Takes the tables from the version before to its own, and back; with Alembic's `op`."""
+    """Takes the tables from the version before to its own, and back; with Alembic's `op`.
 
-    upgrade: Callable[[Any, TableConfig], None]
+    The upgrade is told the names of the tables to take: all, or those that are to be made again.
+    """
+
+    upgrade: Callable[[Any, TableConfig, Collection[str]], None]
     downgrade: Callable[[Any, TableConfig], None]
 
 
@@ -43,9 +46,15 @@ def step_of(version: int) -> Step:
     return _STEPS[version]
 
 
-def _create_tables(op: Any, config: TableConfig) -> None:
+def _create_tables(op: Any, config: TableConfig, names: Collection[str]) -> None:
+    makers = (_create_results, _create_progress, _create_statuses)
+    for name, create in zip(config.table_names, makers, strict=True):
+        if name in names:
+            create(op, config, sa.DateTime(timezone=True))
+
+
+def _create_results(op: Any, config: TableConfig, timestamp: sa.DateTime) -> None:
     payload_type = _PAYLOAD_TYPES[config.field_for_payload]
-    timestamp = sa.DateTime(timezone=True)
     _create_table(
         op,
         config,
@@ -71,6 +80,10 @@ def _create_tables(op: Any, config: TableConfig) -> None:
     _create_index(op, config, config.finished_at_index_name, "finished_at", postgresql_using="brin")
     is_set = sa.column("expires_at").is_not(None)
     _create_index(op, config, config.expires_at_index_name, "expires_at", postgresql_where=is_set)
+
+
+def _create_progress(op: Any, config: TableConfig, timestamp: sa.DateTime) -> None:
+    payload_type = _PAYLOAD_TYPES[config.field_for_payload]
     _create_table(
         op,
         config,
@@ -80,6 +93,9 @@ def _create_tables(op: Any, config: TableConfig) -> None:
         sa.Column("updated_at", timestamp, server_default=sa.func.now(), nullable=False),
         postgresql_using=_HALF_FULL,
     )
+
+
+def _create_statuses(op: Any, config: TableConfig, timestamp: sa.DateTime) -> None:
     _create_table(
         op,
         config,

@@ -7,7 +7,9 @@ from taskiq_sa_pg.statements.delete import delete_statuses as delete_statuses
 from taskiq_sa_pg.statements.delete import forget_results as forget_results
 from taskiq_sa_pg.statements.delete import prune_results as prune_results
 from taskiq_sa_pg.statements.delete import prune_stale as prune_stale
+from taskiq_sa_pg.statements.delete import put_back as put_back
 from taskiq_sa_pg.statements.delete import take_results as take_results
+from taskiq_sa_pg.statements.delete import taken_columns as taken_columns
 from taskiq_sa_pg.statements.rows import Counts as Counts
 from taskiq_sa_pg.statements.rows import Details as Details
 from taskiq_sa_pg.statements.rows import Listed as Listed

@@ -17,6 +17,7 @@ from sqlalchemy import (
     DateTime,
     Double,
     FromClause,
+    Insert,
     Integer,
     Select,
     Table,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     case,
+    cast,
     collate,
     delete,
     exists,
@@ -33,6 +35,7 @@ from sqlalchemy import (
     select,
     true,
 )
+from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from taskiq_sa_pg.models import Models, as_interval
 from taskiq_sa_pg.statements.rows import StoredResult
@@ -56,24 +59,68 @@ class Slice(NamedTuple):
 
 
 def take_results(models: Models, *, is_tracked: bool) -> Select[Any]:
-    """Deletes the results of the `task_ids` with their progress, and returns them: StoredResult.
+    """Deletes the results of the `task_ids` with their progress, and returns both, whole.
 
     Args:
         models: The tables.
         is_tracked: Whether statuses are deleted, too.
+
+    Returns:
+        The columns of the results, StoredResult's first, and then those of the progress, NULL
+        where there was none; named as in taken_columns().
     """
-    results = models.results_table
+    results, progress = models.results_table, models.progress_table
     found = _locked(results, is_asked_for(results) & is_live(results)).cte("found")
+    of_results, of_progress = taken_columns(models)
     taken = (
         delete(results)
         .where(results.c.task_id == found.c.task_id)
-        .returning(*readable(results, StoredResult._fields))
+        .returning(*readable(results, of_results))
         .cte("taken")
     )
-    others = models.other_tables if is_tracked else [models.progress_table]
-    return select(*taken.c).add_cte(
-        *[_deletion(other, _locked(other, other.c.task_id == taken.c.task_id)) for other in others]
+    ended = _locked(progress, progress.c.task_id == taken.c.task_id).cte()
+    with_it = (
+        delete(progress)
+        .where(progress.c.task_id == ended.c.task_id)
+        .returning(*readable(progress, of_progress))
+        .cte("with_it")
     )
+    columns = [*taken.c, *(c.label(f"progress__{c.name}") for c in with_it.c)]
+    both = taken.outerjoin(with_it, with_it.c.task_id == taken.c.task_id)
+    statement = select(*columns).select_from(both)
+    status = models.status_table if is_tracked else None
+    if status is None:
+        return statement
+    return statement.add_cte(
+        _deletion(status, _locked(status, status.c.task_id == taken.c.task_id))
+    )
+
+
+def taken_columns(models: Models) -> tuple[list[str], list[str]]:
+    """The columns that take_results() returns of the results and of the progress, by name."""
+    first = StoredResult._fields
+    rest = [name for name in _stored_columns(models.results_table) if name not in first]
+    return [*first, *rest], _stored_columns(models.progress_table)
+
+
+def _stored_columns(source: Table) -> list[str]:
+    """Those that can be given a value, by name."""
+    is_generated = {c for c in source.c if c.computed or (c.identity and c.identity.always)}
+    return [c.name for c in source.c if c not in is_generated]
+
+
+def put_back(source: Table) -> Insert:
+    """Stores a row that take_results() has deleted, unless there is another one by now.
+
+    Its parameters are called like the columns.
+    """
+    values = {
+        c: cast(bindparam(c.name, type_=Text), JSONB)
+        if isinstance(c.type, JSONB)
+        else bindparam(c.name, type_=c.type)
+        for c in map(source.c.__getitem__, _stored_columns(source))
+    }
+    return insert(source).values(values).on_conflict_do_nothing(index_elements=["task_id"])
 
 
 def forget_results(models: Models) -> Select[Any]:
@@ -98,19 +145,24 @@ def forget_results(models: Models) -> Select[Any]:
 
 
 def delete_statuses(status: Table) -> Select[Any]:
-    """Deletes statuses of arrays `task_id` and `attempt`, unless they are of a later attempt."""
-    finished = unnested([status.c.task_id, status.c.attempt])
+    """Deletes statuses of arrays `task_id`, `attempt` and `queued_at`, as delete_finished()."""
+    finished = unnested([status.c.task_id, status.c.attempt, status.c.queued_at])
     return select(func.count()).add_cte(delete_finished(status, finished))
 
 
 def delete_finished(status: Table, finished: FromClause) -> CTE:
-    """Deletes the statuses of tasks, unless they are of a later attempt, as a part of a statement.
+    """Deletes the statuses of tasks, unless they are later, as a part of a statement.
 
     Args:
         status: The table.
-        finished: Rows of task_id and attempt.
+        finished: Rows of task_id, attempt and queued_at; a status of a later attempt stays, and
+            one of a message that was sent later.
     """
-    is_over = (status.c.task_id == finished.c.task_id) & (status.c.attempt <= finished.c.attempt)
+    is_over = (
+        (status.c.task_id == finished.c.task_id)
+        & (status.c.attempt <= finished.c.attempt)
+        & (status.c.queued_at > finished.c.queued_at).is_not(true())
+    )
     return _deletion(status, _locked(status, is_over))
 
 
@@ -143,6 +195,7 @@ def prune_results(models: Models) -> Select[Any]:
             expires_at >= func.coalesce(bindparam("start", type_=_TIME), _FIRST_TIME),
             expires_at <= func.now(),
             _may_run(models),
+            *[_is_free(other, results) for other in models.other_tables],
         )
         .order_by(expires_at)
         .limit(most)
@@ -159,6 +212,18 @@ def prune_results(models: Models) -> Select[Any]:
     done: list[ColumnElement[Any]] = [count, func.max(gone.c.expires_at), count < most]
     others = [_forget(other, gone) for other in models.other_tables]
     return select(*done).select_from(gone).add_cte(*others)
+
+
+def _is_free(other: Table, results: Table) -> ColumnElement[bool]:
+    """Whether a task's row in another table is now locked by us, or there is none.
+
+    To wait for it would make others wait for the result that is locked already, and to leave it
+    there alone would leave it for ever.
+    """
+    found = select(other.c.task_id).where(other.c.task_id == results.c.task_id)
+    locked = found.with_for_update(of=other, skip_locked=True)
+    # Not EXISTS, for which PostgreSQL may read all of the other table.
+    return locked.scalar_subquery().is_not_distinct_from(found.scalar_subquery())
 
 
 def _forget(other: Table, gone: CTE) -> CTE:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     literal_column,
     null,
     select,
+    true,
     tuple_,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -80,7 +81,9 @@ def select_running(models: Models, status: Table) -> Select[Any]:
 def _is_over(results: Table, status: Table) -> ColumnElement[bool]:
     """Whether the result is not older than what the status table says."""
     of_result = tuple_(results.c.attempt, results.c.finished_at)
-    return of_result >= tuple_(status.c.attempt, status.c.updated_at)
+    is_later = of_result >= tuple_(status.c.attempt, status.c.updated_at)
+    # The task id is used again.
+    return is_later & (status.c.queued_at > results.c.queued_at).is_not(true())
 
 
 def _text(value: str) -> ColumnElement[str]:

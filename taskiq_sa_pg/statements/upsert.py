@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Column, Insert, Table, and_, or_
+from sqlalchemy import Column, Insert, Table, and_, or_, true
 from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -22,6 +22,9 @@ def upsert_results(
 ) -> Upsert:
     """Stores results over those of equal or earlier attempts, and over those that have expired.
 
+    Of a message that was sent later, over one of a later attempt too: the task id is used again.
+    Returns the task ids of those that were stored.
+
     Args:
         models: The tables.
         extra: Columns of the application's own that are stored, by parameter.
@@ -32,12 +35,13 @@ def upsert_results(
     overwritten = (*ResultRow._fields[1:], "finished_at", *[c.key for c in extra.values()])
 
     def finish(statement: PostgresInsert, inserted: Inserted) -> Insert:
-        is_not_earlier = statement.excluded.attempt >= results.c.attempt
-        where = is_not_earlier | _has_expired(results, statement)
-        upsert = _on_conflict(statement, overwritten, where)
+        where = _is_later(statement, results) | _has_expired(results, statement)
+        # RETURNING was measured at 3 to 4 % of a statement of 100 or 500 rows (the client's CPU and
+        # the time alike), and at no difference for one row.
+        upsert = _on_conflict(statement, overwritten, where).returning(results.c.task_id)
         if status is None:
             return upsert
-        finished = inserted([status.c.task_id, status.c.attempt])
+        finished = inserted([status.c.task_id, status.c.attempt, status.c.queued_at])
         return upsert.add_cte(delete_finished(status, finished))
 
     return Upsert(results, ResultRow._fields, finish, extra)
@@ -90,16 +94,14 @@ def upsert_progress(models: Models) -> Upsert:
 
 
 def upsert_status(status: Table) -> Upsert:
-    """Stores statuses, unless one of a later attempt or execution is there."""
+    """Stores statuses, unless one of a later attempt, message or execution is there."""
 
     def finish(statement: PostgresInsert, _: Inserted) -> Insert:
         new, old = statement.excluded, status.c
         is_same_or_later_execution = or_(
             new.started_at.is_(None), old.started_at.is_(None), new.started_at >= old.started_at
         )
-        where = (new.attempt > old.attempt) | and_(
-            new.attempt == old.attempt, is_same_or_later_execution
-        )
+        where = _is_later(statement, status, is_same_or_later_execution)
         return _on_conflict(statement, (*StatusRow._fields[1:], "updated_at"), where)
 
     return Upsert(status, StatusRow._fields, finish)
@@ -140,6 +142,20 @@ def _on_conflict(
         set_={name: statement.excluded[name] for name in overwritten},
         where=where,
     )
+
+
+def _is_later(
+    statement: PostgresInsert, table: Table, of_equals: ColumnElement[bool] | None = None
+) -> ColumnElement[bool]:
+    """Whether the new row is of a later attempt or message, or of equal ones and `of_equals`."""
+    new, old = statement.excluded, table.c
+    # A retry is sent by a worker, whose clock may be behind the first sender's: so a later attempt
+    # counts as later, and the time decides for the others. It may be unknown on either side.
+    is_sent_earlier = (new.queued_at < old.queued_at).is_(true())
+    is_equal = and_(new.attempt == old.attempt, ~is_sent_earlier)
+    if of_equals is not None:
+        is_equal = and_(is_equal, of_equals)
+    return or_(new.attempt > old.attempt, new.queued_at > old.queued_at, is_equal)
 
 
 def _has_expired(results: Table, statement: PostgresInsert) -> ColumnElement[bool]:

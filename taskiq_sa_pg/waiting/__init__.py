@@ -1,7 +1,6 @@
 """LISTEN/NOTIFY, and who waits for what."""
 
 from taskiq_sa_pg.waiting.listener import Listener as Listener
-from taskiq_sa_pg.waiting.listener import end as end
 from taskiq_sa_pg.waiting.notifier import Notifier as Notifier
 from taskiq_sa_pg.waiting.waiters import Subscription as Subscription
 from taskiq_sa_pg.waiting.waiters import Topic as Topic

@@ -4,10 +4,12 @@ import asyncio
 import json
 import logging
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+from taskiq_sa_pg.background import end_task, is_running, start_task
 from taskiq_sa_pg.exceptions import StorageError
 from taskiq_sa_pg.telemetry import ListenerState
 from taskiq_sa_pg.timings import Timings
@@ -49,8 +51,9 @@ class Listener:
         self._hear = hear
         self._on_healthy = on_healthy
         self._timings = timings
-        # What it sends to itself; nobody else understands it.
-        self.probe = json.dumps({"probe": uuid.uuid4().hex})
+        # What it has sent to itself last; the one before may still be on its way. A pooled
+        # connection may be told of those that were sent before it was asked to listen.
+        self.probes: deque[str] = deque(maxlen=2)
         self._task: asyncio.Task[None] | None = None
         self._limit: asyncio.Timeout | None = None
         self._is_warned = False
@@ -61,18 +64,17 @@ class Listener:
         """Whether it hears, tries to, or has nothing to do."""
         if self.is_healthy:
             return "listening"
-        return "idle" if self._task is None or self._task.done() else "connecting"
+        return "connecting" if is_running(self._task) else "idle"
 
     def start(self) -> None:
         """Begins to listen, unless it does already."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
+        if not is_running(self._task):
+            self._task = start_task(self._run())
 
     async def stop(self) -> None:
         """Closes the connection."""
         task, self._task = self._task, None
-        if task is not None:
-            await end(task)
+        await end_task(task)
 
     async def _run(self) -> None:
         first, last = self._timings.first_reconnect, self._timings.last_reconnect
@@ -106,30 +108,31 @@ class Listener:
         is_asyncpg = hasattr(driver, "add_listener")
         listen = _listen_with_asyncpg if is_asyncpg else _listen_with_psycopg
         prober: asyncio.Task[None] | None = None
+        self.probes.clear()
         try:
             async with asyncio.timeout(self._timings.between_probes) as self._limit:
                 lost = await listen(driver, self._channels, self._receive)
-                prober = asyncio.create_task(self._send_probes())
+                prober = start_task(self._send_probes())
                 await lost
         except TimeoutError:
             return "the connection delivers no notifications"
         finally:
             self._limit = None
-            if prober is not None:
-                await end(prober)
+            await end_task(prober)
         return "the connection was lost"
 
     async def _send_probes(self) -> None:
         while True:
+            self.probes.append(json.dumps({"probe": uuid.uuid4().hex}))
             try:
-                await self._send(self._channels[0], [self.probe])
+                await self._send(self._channels[0], [self.probes[-1]])
             except StorageError as exc:
                 # If it stays so, the time limit ends.
                 logger.debug("could not send a probe: %s", exc)
             await asyncio.sleep(self._timings.between_probes)
 
     def _receive(self, channel: str, payload: str) -> None:
-        if payload == self.probe:
+        if payload in self.probes:
             self._prove()
         elif not payload.startswith("{"):  # else another process's probe
             self._hear(channel, payload)
@@ -146,14 +149,6 @@ class Listener:
             self._is_warned = False
             logger.info("listening for results again")
         self._on_healthy()
-
-
-async def end(task: asyncio.Task[None]) -> None:
-    """Cancels a task, and returns when its connection is back where it came from."""
-    while not task.done():
-        # Again and again: psycopg has been seen to swallow a cancellation as it connects.
-        task.cancel()
-        await asyncio.wait([task], timeout=1)
 
 
 async def _listen_with_asyncpg(

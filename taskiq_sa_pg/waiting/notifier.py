@@ -10,8 +10,9 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from taskiq_sa_pg.background import is_running, start_task
 from taskiq_sa_pg.database import Database
-from taskiq_sa_pg.exceptions import StorageError
+from taskiq_sa_pg.exceptions import TaskiqSaPgError
 from taskiq_sa_pg.statements import notify
 from taskiq_sa_pg.timings import Timings
 
@@ -40,8 +41,7 @@ class Notifier:
         pending = self._pending.setdefault(channel, [])
         if len(pending) <= self._timings.max_pending_notifications:
             pending.extend(ids)
-        if self._task is None:
-            self._task = asyncio.create_task(self._send_pending())
+        self._start()
 
     async def send(self, channel: str, payloads: list[str]) -> None:
         """Sends payloads at once.
@@ -58,29 +58,32 @@ class Notifier:
 
     async def close(self) -> None:
         """Returns when all has been sent."""
-        while self._task is not None:
+        while self._pending or is_running(self._task):
+            self._start()  # it may have been cancelled, with all other tasks of the application
+            assert self._task is not None
             await asyncio.wait([self._task])
 
+    def _start(self) -> None:
+        if not is_running(self._task):
+            self._task = start_task(self._send_pending())
+
     async def _send_pending(self) -> None:
-        try:
-            while self._pending:
-                await asyncio.sleep(0)  # those whose results are stored go first
-                pending, self._pending = self._pending, {}
-                for channel, ids in pending.items():
-                    await self._try_to_send(channel, ids)
-                is_one = max(map(len, pending.values())) == 1
-                timings = self._timings
-                await asyncio.sleep(
-                    timings.after_notification if is_one else timings.after_notifications
-                )
-        finally:
-            self._task = None
+        while self._pending:
+            await asyncio.sleep(0)  # those whose results are stored go first
+            pending, self._pending = self._pending, {}
+            for channel, ids in pending.items():
+                await self._try_to_send(channel, ids)
+            is_one = max(map(len, pending.values())) == 1
+            timings = self._timings
+            await asyncio.sleep(
+                timings.after_notification if is_one else timings.after_notifications
+            )
 
     async def _try_to_send(self, channel: str, ids: list[Any]) -> None:
         told = ids if len(ids) <= self._timings.max_pending_notifications else []
         try:
             await self.send(channel, pack([str(task_id) for task_id in told]))
-        except StorageError as exc:
+        except TaskiqSaPgError as exc:
             logger.warning("waiters will notice %d results late: %s", len(ids), exc)
 
 

@@ -13,11 +13,12 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
+from taskiq_sa_pg.background import end_task, is_running, start_task
 from taskiq_sa_pg.exceptions import NotStartedError
 from taskiq_sa_pg.models import TableConfig
 from taskiq_sa_pg.telemetry import ListenerState
 from taskiq_sa_pg.timings import Timings
-from taskiq_sa_pg.waiting.listener import Listener, end
+from taskiq_sa_pg.waiting.listener import Listener
 from taskiq_sa_pg.waiting.notifier import Notifier
 
 logger = logging.getLogger(__name__)
@@ -153,8 +154,8 @@ class Waiters:
             self._subscriptions[topic].add(subscription)
         if self.listener is not None:
             self.listener.start()
-        if self._looker is None or self._looker.done():
-            self._looker = asyncio.create_task(self._look_regularly())
+        if not is_running(self._looker):
+            self._looker = start_task(self._look_regularly())
         try:
             yield subscription
         finally:
@@ -168,8 +169,7 @@ class Waiters:
         """Ends all waiting, with an error."""
         self._is_closed = True
         looker, self._looker = self._looker, None
-        if looker is not None:
-            await end(looker)
+        await end_task(looker)
         if self.listener is not None:
             await self.listener.stop()
         for subscription in self.subscriptions:

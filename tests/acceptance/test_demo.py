@@ -1,5 +1,6 @@
 """The examples, run as `make demo` runs them, and as docs/quickstart.md shows them."""
 
+import asyncio
 import os
 import re
 import signal
@@ -7,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from demo import workers
 
+from taskiq_sa_pg import SQLAlchemyResultBackend
 from tests.acceptance.documents import ROOT, blocks_of, comparable
+from tests.conftest import Database
 from tests.processes import heed_interrupts, processes_of
 
 
@@ -61,3 +66,25 @@ def test_an_interrupted_demo_leaves_nothing_behind(
     assert demo.returncode == 1
     assert list(tmp_path.iterdir()) == []
     assert processes_of(tmp_path) == []
+
+
+def test_workers_that_are_not_forked_are_noticed_too(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of Python 3.14 on Linux, where taskiq 0.13 leaves them without a log."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TASKIQ_SA_PG_DSN", database.dsn)
+    asyncio.run(create_tables(database.dsn))
+    with workers("quickstart:broker", cwd=ROOT / "examples", count=1, stop_timeout=0):
+        command = [sys.executable, "quickstart.py"]
+        printed = subprocess.check_output(command, cwd=ROOT / "examples", text=True)
+    assert printed == "42\n"
+
+
+async def create_tables(dsn: str) -> None:
+    backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(dsn, run_migrations=True)
+    await backend.startup()
+    await backend.shutdown()

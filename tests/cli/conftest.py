@@ -44,18 +44,21 @@ class Cli:
     def json(self, *arguments: str, env: Mapping[str, str] | None = None) -> Any:
         return json.loads(self.ok(*arguments, "--json", env=env))
 
-    def fails(self, *arguments: str, env: Mapping[str, str] | None = None) -> str:
+    def fails(self, *arguments: str, env: Mapping[str, str] | None = None, status: int = 1) -> str:
         """The one line that a command leaves that cannot be carried out."""
         result = self.run(*arguments, env=env)
-        assert result.exit_code == 1, result.output
+        assert result.exit_code == status, result.output
         [line] = result.stderr.splitlines()
         return line
 
-    def start(self, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, stdout: int = subprocess.PIPE, cwd: Path | None = None
+    ) -> subprocess.Popen[str]:
         """The installed program, in a process of its own."""
         return subprocess.Popen(
             [PROGRAM, *arguments],
             env={**os.environ, **self.environment},
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.PIPE,

@@ -1,21 +1,23 @@
 """How the command ends when it cannot do what was asked."""
 
 import importlib
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import taskiq_sa_pg
-from tests.cli.conftest import Cli, success
+from tests.cli.conftest import PROGRAM, Cli, success
 
 COMMANDS = ["upgrade", "current", "check", "list", "stats", "show x", "watch x", "downgrade base"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_without_a_database_the_remedy_is_told(cli: Cli, command: str) -> None:
-    line = cli.fails(*command.split(), env={"TASKIQ_SA_PG_DSN": ""})
+    line = cli.fails(*command.split(), env={"TASKIQ_SA_PG_DSN": ""}, status=2)
     assert line == (
         "taskiq-sa-pg: which database? Set TASKIQ_SA_PG_DSN, or pass --dsn postgresql://..."
     )
@@ -37,7 +39,7 @@ def test_tables_that_are_missing_are_named_with_the_remedy(cli: Cli, command: st
 
 
 def test_a_name_that_cannot_work_is_refused(cli: Cli) -> None:
-    assert "PostgreSQL cuts names at 63" in cli.fails("upgrade", "--table-name", "x" * 64)
+    assert "PostgreSQL cuts names at 63" in cli.fails("upgrade", "--table-name", "x" * 64, status=2)
 
 
 def test_an_unknown_serializer_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,13 +54,50 @@ def test_an_unknown_serializer_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatc
         "json:loads": "missing 1 required positional argument",
         ".relative:name": "relative import",
     }.items():
-        assert reason in cli.fails("show", "x", "--serializer", name)
+        assert reason in cli.fails("show", "x", "--serializer", name, status=2)
 
 
 def test_a_wrong_command_line_has_another_status(cli: Cli) -> None:
     assert cli.run("show").exit_code == 2
     assert cli.run("list", "--limit", "0").exit_code == 2
     assert cli.run("upgrade", "--field-for-task-id", "Serial").exit_code == 2
+    for command in ("show", "status", "watch"):
+        no_uuid = cli.fails(command, "x", "--field-for-task-id", "Uuid", status=2)
+        assert "task id 'x' is not a UUID" in no_uuid
+    assert "dsn is not an address" in cli.fails("check", "--dsn", "nonsense", status=2)
+
+
+def test_no_error_gives_orders_to_the_terminal(cli: Cli) -> None:
+    line = cli.fails("list", "--schema", "\x1b[2J")
+    assert '"\\x1b[2J' in line
+    assert "\x1b" not in line
+
+
+def test_no_warning_gives_orders_to_the_terminal(cli: Cli, tmp_path: Path) -> None:
+    cli.store(lambda backend: backend.set_result("x", success(1)))
+    (tmp_path / "odd.py").write_text(
+        "import logging\n"
+        "from taskiq.serializers import PickleSerializer as make\n"
+        "logging.getLogger('taskiq_sa_pg').warning('it said %s', '\x1b[2J')\n"
+    )
+    process = cli.start("show", "x", "--serializer", "odd:make", cwd=tmp_path)
+    assert process.communicate(timeout=30)[1] == "taskiq-sa-pg: it said \\x1b[2J\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["list", "check --json", "prune"])
+def test_without_a_standard_output_the_remedy_is_told(cli: Cli, command: str) -> None:
+    outcome = subprocess.run(
+        ["sh", "-c", f"exec '{PROGRAM}' {command} >&-"],
+        env={**os.environ, **cli.environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 1
+    assert outcome.stderr == (
+        "taskiq-sa-pg: standard output is closed: send it to /dev/null where nobody reads it\n"
+    )
 
 
 def test_an_interruption_is_quiet(cli: Cli) -> None:

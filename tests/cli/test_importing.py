@@ -32,8 +32,9 @@ def in_old(dsn: str, work: Callable[[Old], Awaitable[Any]], **options: Any) -> A
     return asyncio.run(do())
 
 
-def report(rows: int, **counts: int) -> dict[str, int]:
-    return {"rows": rows, "results": 0, "progress": 0, "already_there": 0, "unreadable": 0} | counts
+def report(rows: int, *, is_dry_run: bool = False, **counts: int) -> dict[str, int]:
+    none = {"results": 0, "progress": 0, "already_there": 0, "unreadable": 0}
+    return {"rows": rows, "is_dry_run": is_dry_run, **none, **counts}
 
 
 @pytest.mark.parametrize("serializer", ["pickle", "json"])
@@ -59,7 +60,7 @@ async def test_everything_comes_over_once(
 def test_a_dry_run_counts_and_stores_nothing(cli: Cli, database: Database) -> None:
     cli.ok("upgrade")
     in_old(database.dsn, lambda old: fill_plainly(old, 20))
-    assert cli.json(*IMPORT, "--dry-run") == report(20, results=20)
+    assert cli.json(*IMPORT, "--dry-run") == report(20, is_dry_run=True, results=20)
     assert "20 results and 0 progress would be imported" in cli.ok(*IMPORT, "--dry-run")
     assert cli.json(*IMPORT) == report(20, results=20)
 
@@ -125,8 +126,9 @@ def test_errors_name_the_thing_and_the_remedy(cli: Cli, database: Database, tmp_
     ours = cli.fails("import-results", "--from-table", "taskiq_results")
     assert "is not one of taskiq-postgres" in ours
     in_old(database.dsn, lambda old: fill_plainly(old, 1))
-    assert "--serializer yaml: " in cli.fails(*IMPORT, "--serializer", "yaml")
-    unwritable = cli.fails(*IMPORT, "--errors-to", str(tmp_path / "no folder" / "file"))
+    for option in ("--serializer", "--to-serializer"):
+        assert f": {option} yaml: " in cli.fails(*IMPORT, option, "yaml", status=2)
+    unwritable = cli.fails(*IMPORT, "--errors-to", str(tmp_path / "no folder" / "file"), status=2)
     assert "--errors-to" in unwritable
     assert "No such file or directory" in unwritable
     elsewhere = cli.fails(*IMPORT, "--from-dsn", "postgresql://me:secret@127.0.0.1:1/old")

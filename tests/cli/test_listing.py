@@ -13,7 +13,7 @@ from taskiq import InMemoryBroker, TaskiqMessage
 from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.serializers import JSONSerializer
 
-from taskiq_sa_pg import SQLAlchemyResultBackend, TaskMetadataMiddleware
+from taskiq_sa_pg import SQLAlchemyResultBackend, TaskMetadataMiddleware, TaskStatus
 from taskiq_sa_pg.cli.listing import parse_since
 from tests.cli.conftest import Cli, failure, success
 from tests.conftest import NewDatabase
@@ -116,9 +116,18 @@ def test_raw_unpickles_nothing(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_decoded_is_said_beside_the_rest(stored: Cli) -> None:
-    shown = stored.ok("show", "bad", "--serializer", "json")
-    assert "undecodable:" in shown
-    assert "ValueError: no luck" in shown
+    result = stored.run("show", "bad", "--serializer", "json")
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "undecodable:" in result.stdout
+    assert "ValueError: no luck" in result.stdout
+
+
+def test_progress_that_cannot_be_decoded_is_said_too(cli: Cli) -> None:
+    progress: TaskProgress[Any] = TaskProgress(state="STARTED", meta={1})
+    cli.store(lambda backend: backend.set_progress("running", progress))
+    result = cli.run("show", "running", "--serializer", "json", "--json")
+    assert result.exit_code == 1
+    assert "cannot decode" in json.loads(result.stdout)["progress"]["undecodable"]
 
 
 def test_a_serializer_of_ones_own(
@@ -157,6 +166,43 @@ def test_no_value_gives_orders_to_the_terminal(cli: Cli) -> None:
         printed = cli.run(*command).stdout
         assert not {"\x1b", "\x07", "\u202e"} & set(printed)
         assert "\\x1b[2J[bold]id" in printed
+
+
+FORGED = "x\nforged:         1\r\u2028"
+
+
+async def store_forged(backend: SQLAlchemyResultBackend[Any]) -> None:
+    await backend.set_status(TaskStatus(FORGED, "started", FORGED, 0, None, None, FORGED))
+    await backend.set_progress(FORGED, TaskProgress(state=FORGED, meta=FORGED))
+    await backend.set_status(TaskStatus("2", "started", "other", 1))
+
+
+class Forging:
+    def __repr__(self) -> str:
+        return FORGED
+
+
+def test_no_value_makes_a_row_of_its_own(cli: Cli) -> None:
+    cli.store(store_forged, track="started")
+    printed = [cli.ok(*command) for command in (["running"], ["status", FORGED])]
+    cli.store(lambda backend: backend.set_result(FORGED, success(Forging())))
+    cli.execute("UPDATE taskiq_results SET task_name = E'x\\nforged', worker = E'x\\nforged'")
+    printed += [cli.ok(*command) for command in (["list"], ["show", FORGED], ["watch", FORGED])]
+    for text in printed:
+        assert "forged" in text
+        assert not [line for line in text.splitlines() if line.startswith("forged")]
+
+
+def test_a_traceback_is_the_last_that_is_shown(cli: Cli) -> None:
+    async def store(backend: SQLAlchemyResultBackend[Any]) -> None:
+        await backend.set_result("x", failure(ValueError("no luck\nreturn_value:   1")))
+        await backend.set_progress("x", TaskProgress(state="STARTED", meta=None))
+
+    cli.store(store)
+    fields, _, traceback = cli.ok("show", "x").partition("\n\n")
+    assert "progress:" in fields
+    assert "\nreturn_value:   1" not in fields
+    assert traceback.endswith("ValueError: no luck\nreturn_value:   1\n")
 
 
 CYCLE: list[Any] = []
@@ -247,7 +293,7 @@ def test_a_time_is_an_age_or_a_date() -> None:
 
 @pytest.mark.parametrize("text", ["", "yesterday", "3x", "99999999999w", "-1h"])
 def test_other_times_are_refused(cli: Cli, text: str) -> None:
-    assert "say 30s" in cli.fails("list", f"--since={text}")
+    assert "say 30s" in cli.fails("list", f"--since={text}", status=2)
 
 
 def test_tables_are_counted_and_measured(stored: Cli) -> None:

@@ -21,6 +21,21 @@ def test_tables_are_made_and_dropped(cli: Cli) -> None:
     assert "taskiq_results and those that go with it do not exist" in cli.fails("check")
 
 
+@pytest.mark.parametrize("env", [{}, ODD_NAMES], ids=["usual", "odd"])
+def test_tables_that_were_dropped_are_made_again(cli: Cli, env: dict[str, str]) -> None:
+    name = env.get("TASKIQ_SA_PG_TABLE_NAME", "taskiq_results")
+    quoted = name.replace('"', '""')
+    cli.ok("upgrade", env=env)
+    cli.execute(f'DROP TABLE "{quoted}", "{quoted}_progress", "{quoted}_status"')
+    assert "`taskiq-sa-pg upgrade" in cli.fails("check", env=env)
+    assert cli.ok("upgrade", env=env).splitlines() == [
+        f"{name}_version records version 0001, and there was no table {name}, "
+        f"{name}_progress, {name}_status: made again, empty",
+        f"table {name}: is at 0001",
+    ]
+    assert cli.json("check", env=env)["is_fit"]
+
+
 def test_names_and_types_come_from_the_environment(cli: Cli) -> None:
     cli.ok("upgrade", env=ODD_NAMES)
     assert cli.json("check", env=ODD_NAMES)["is_fit"]
@@ -67,8 +82,22 @@ def test_the_sql_needs_no_database(cli: Cli) -> None:
 
 
 def test_an_unknown_revision_is_named(cli: Cli) -> None:
-    assert "'nope'" in cli.fails("upgrade", "nope")
-    assert "base, 0001" in cli.fails("sql", "nope")
+    assert "'nope'" in cli.fails("upgrade", "nope", status=2)
+    for revision in ("nope", "0", "1", "+1", "heads", ""):
+        line = cli.fails("sql", revision, status=2)
+        assert line.endswith(
+            f"there is no revision {revision!r}; the revisions are base, 0001 and head"
+        )
+
+
+@pytest.mark.parametrize("ends", [("head", "0001"), ("base", "base"), ("head", "head")])
+def test_where_there_is_nothing_to_do_the_sql_says_so(cli: Cli, ends: tuple[str, str]) -> None:
+    result = cli.run("sql", *ends)
+    assert (result.exit_code, result.stdout) == (0, "")
+    start, end = ends
+    assert result.stderr == (
+        f"taskiq-sa-pg: nothing to do: {start} and {end} are the same revision\n"
+    )
 
 
 def test_tables_of_others_are_left_alone(cli: Cli) -> None:
@@ -79,6 +108,6 @@ def test_tables_of_others_are_left_alone(cli: Cli) -> None:
 
 def test_an_unknown_revision_is_told_with_those_that_there_are(cli: Cli) -> None:
     for revision in ("nonsense", "", "head-9", "+9", "9999"):
-        line = cli.fails("upgrade", revision)
+        line = cli.fails("upgrade", revision, status=2)
         assert line.endswith("; the revisions are base, 0001 and head")
     assert cli.json("current")["current"] is None

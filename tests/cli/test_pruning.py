@@ -37,6 +37,7 @@ def test_what_has_expired_is_counted_and_deleted(expired: Cli) -> None:
         "progress": 1,
         "statuses": 0,
         "is_complete": True,
+        "is_dry_run": True,
     }
     assert expired.json("stats")["expired"] == 3
     assert (
@@ -54,7 +55,8 @@ def test_a_limit_leaves_some(expired: Cli) -> None:
         "2 expired results, 0 stale progress and 0 stale statuses deleted\n"
         "something may be left: run it again\n"
     )
-    assert expired.json("prune", "--time-budget", "60")["results"] == 1
+    pruned = expired.json("prune", "--time-budget", "60")
+    assert (pruned["results"], pruned["is_dry_run"]) == (1, False)
 
 
 def test_expired_results_are_shown_no_more(expired: Cli) -> None:
@@ -67,4 +69,4 @@ def test_expired_results_are_shown_no_more(expired: Cli) -> None:
 
 @pytest.mark.parametrize("option", ["--time-budget", "--progress-ttl"])
 def test_a_time_that_cannot_be_is_told(expired: Cli, option: str) -> None:
-    assert f"{option} must be" in expired.fails("prune", option, "0")
+    assert f"{option} must be" in expired.fails("prune", option, "0", status=2)

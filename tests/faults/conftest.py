@@ -75,9 +75,10 @@ async def start(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Start]:
     engines: list[AsyncEngine] = []
 
     async def start(
-        dsn: str, *, driver: str = "asyncpg", is_borrowed: bool = False, **kwargs: Any
+        dsn: Any, *, driver: str = "asyncpg", is_borrowed: bool = False, **kwargs: Any
     ) -> Backend:
-        dsn = dsn.replace("postgresql://", f"postgresql+{driver}://", 1)
+        if isinstance(dsn, str):
+            dsn = dsn.replace("postgresql://", f"postgresql+{driver}://", 1)
         timings = kwargs.pop("timings", DEFAULT_TIMINGS)
         if is_borrowed:
             engines.append(make_engine(dsn))

@@ -117,13 +117,45 @@ def sockets_to(port: int) -> list[socket.socket]:
     return [socket.socket(fileno=os.dup(c.fd)) for c in connections if c.raddr[1:] == (port,)]
 
 
-async def test_startup_has_a_limit_of_its_own(proxy: Proxy, driver: str, start: Start) -> None:
+@pytest.mark.parametrize("run_migrations", [False, True])
+async def test_the_limit_of_startup_bounds_the_whole(
+    proxy: Proxy, driver: str, start: Start, run_migrations: bool
+) -> None:
+    """However long one attempt could take: 30 s, and as long again."""
     proxy.is_silent = True
-    dsn = dsn_of(proxy.port)
-    limits = {"command_timeout": 0.3, "startup_timeout": 0.3}
+    said = rf"PostgreSQL did not answer in time \(at 127.0.0.1:{proxy.port}\)"
     async with asyncio.timeout(6):
-        with pytest.raises(StorageError, match="up to date: PostgreSQL did not answer in time"):
-            await start(dsn, driver=driver, run_migrations=True, **limits)
+        with pytest.raises(StorageError, match=said):
+            await start(
+                dsn_of(proxy.port),
+                driver=driver,
+                run_migrations=run_migrations,
+                startup_timeout=0.3,
+            )
+
+
+async def test_after_a_silence_that_outlasts_the_retries_there_is_no_other_attempt(
+    server: Server, proxy: Proxy, driver: str, start: Start
+) -> None:
+    backend = await start(
+        dsn_of(proxy.port), driver=driver, command_timeout=0.4, retry_timeout=0.2, notify=False
+    )
+    proxy.is_silent = True
+    with pytest.raises(StorageError, match="did not answer in time"):
+        await backend.set_result("task", result_of(1))
+    assert backend.stats().retries == 0
+
+
+async def test_a_connection_s_error_says_to_where(proxy: Proxy, driver: str, start: Start) -> None:
+    await proxy.refuse()
+    with pytest.raises(StorageError, match=rf"at 127.0.0.1:{proxy.port}\)"):
+        await start(dsn_of(proxy.port), driver=driver, startup_timeout=0)
+
+
+async def test_a_host_that_nobody_knows_is_named(driver: str, start: Start) -> None:
+    dsn = dsn_of(1).replace("127.0.0.1", "mistyped.invalid")
+    with pytest.raises(StorageError, match=r"mistyped\.invalid:1"):
+        await start(dsn, driver=driver, startup_timeout=0)
 
 
 async def test_what_is_read_behind_a_lost_commit_is_returned(

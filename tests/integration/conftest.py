@@ -103,5 +103,5 @@ async def databases(dsn: str) -> AsyncIterator[Databases]:
 @pytest.fixture
 async def old(database: Database) -> AsyncIterator[AsyncpgResultBackend]:
     """A result backend of taskiq-postgres on the table `old`."""
-    async with old_backend(database.dsn) as backend:
+    async with old_backend(database.direct_dsn) as backend:
         yield backend

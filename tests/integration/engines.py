@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import orjson
+from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -53,6 +54,17 @@ def sharing_a_pool(dsn: str) -> AsyncEngine:
     return make(dsn, pool_size=2).execution_options(isolation_level="SERIALIZABLE")
 
 
+def watched(dsn: str) -> AsyncEngine:
+    """An application's listener that runs a statement on every connection that is taken."""
+    engine = make(dsn)
+
+    @event.listens_for(engine.sync_engine, "engine_connect")
+    def ask(connection: Connection) -> None:
+        connection.execute(text("SET application_name = 'watched'"))
+
+    return engine
+
+
 SHAPES: Final[Mapping[str, Shape]] = {
     "plain": made_with(),
     "one connection": made_with(pool_size=1, max_overflow=0, pool_timeout=2),
@@ -71,4 +83,5 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "another engine's pool": sharing_a_pool,
     "no prepared statements": without_prepared_statements,
     "settings of the server's": with_settings,
+    "a listener that asks": watched,
 }

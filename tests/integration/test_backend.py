@@ -146,6 +146,30 @@ async def test_a_result_of_an_equal_or_later_attempt_overwrites(backend: Backend
     assert stored == [1, 2, 3, 4, 5, 5, 5]
 
 
+async def test_results_that_are_not_stored_are_told(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = [new_id() for _ in range(9)]
+
+    async def told_of(attempt: int, task_ids: list[str]) -> list[str]:
+        caplog.clear()
+        result = result_of(attempt, labels={"_retries": attempt})
+        await asyncio.gather(*[backend.set_result(i, result) for i in (*task_ids, new_id())])
+        return [text for text in caplog.messages if "of a later attempt or message" in text]
+
+    assert await told_of(1, ids) == []
+    [text] = await told_of(0, ids[:1])
+    assert text.startswith("1 results")
+    assert text.endswith(f"is there: {uuid.UUID(ids[0]) if uuids_in(backend) else ids[0]}")
+    texts = await told_of(0, ids)
+    assert sum(int(text.partition(" ")[0]) for text in texts) == 9
+    assert texts[-1].endswith(", ...")
+
+
+def uuids_in(backend: Backend) -> bool:
+    return backend.models.config.field_for_task_id == "Uuid"
+
+
 async def test_overwriting_replaces_every_field(backend: Backend) -> None:
     task_id = new_id()
     failure = result_of(1, is_err=True, error=ValueError("no"), log="log", labels={"a": 1})

@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
 from taskiq_sa_pg import StorageError
+from taskiq_sa_pg.background import end_task
 from taskiq_sa_pg.database import Database as Connected
-from taskiq_sa_pg.waiting import end
 from tests.conftest import Database, assert_nothing_checked_out, eventually
 from tests.integration.databases import (
     Databases,
@@ -259,7 +259,7 @@ async def test_who_is_cancelled_on_the_way_to_listen_leaves_no_connection(
         listening = asyncio.create_task(listen())
         for _ in range(turns):
             await asyncio.sleep(0)
-        await end(listening)
+        await end_task(listening)
         assert listening.cancelled()
         assert_nothing_checked_out(opened.engine)
     await session_of(opened)

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncpg
+import psycopg
 import pytest
 import sqlalchemy
-from sqlalchemy import URL, text
+from sqlalchemy import URL, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 from taskiq import TaskiqResult
@@ -221,6 +223,46 @@ async def test_a_borrowed_engine_is_never_disposed(
     await backend.shutdown()
     assert engine.pool is pool
     assert await sessions_on(engine) == [session]
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_the_first_connection_to_each_address_asks_for_a_pooler(
+    driver: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none where the settings say what would come of it."""
+    connection: Any = {"asyncpg": asyncpg.Connection, "psycopg": psycopg.AsyncConnection}[driver]
+    execute, asked = connection.execute, []
+
+    async def note(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        if "SELECT WHERE pg_backend_pid" in query:
+            asked.append(query)
+        return await execute(self, query, *args, **kwargs)
+
+    monkeypatch.setattr(connection, "execute", note)
+    address = make_url(database.direct_dsn).set(drivername=f"postgresql+{driver}")
+    host = address.query.get("host", address.host)
+    other = address.update_query_dict({"host": f"{host},{host}"})
+    dsns = [address]
+    engine = make_engine(lambda: dsns[-1], poolclass=NullPool)
+    await asyncio.gather(*[sessions_on(engine) for _ in range(3)])
+    number = len(asked)
+    assert 1 <= number <= 3
+    await sessions_on(engine)
+    assert len(asked) == number
+    for _ in range(2):
+        dsns.append(other)
+        await sessions_on(engine)
+        assert len(asked) == number + 1
+    setting = {"asyncpg": {"statement_cache_size": 9}, "psycopg": {"prepare_threshold": 9}}[driver]
+    for source in (
+        make_engine(address, poolclass=NullPool, connect_args=setting),
+        make_engine(
+            address.update_query_dict({name: str(value) for name, value in setting.items()}),
+            poolclass=NullPool,
+        ),
+    ):
+        await sessions_on(source)
+    assert len(asked) == number + 1
 
 
 async def sessions_on(engine: AsyncEngine) -> list[int]:

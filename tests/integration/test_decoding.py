@@ -127,8 +127,14 @@ async def test_columns_of_two_results_are_refused(backend: Backend, engine: Asyn
     one, other = aliased(backend.models.Result), aliased(backend.models.Result)
     pairs = sa.select(one, other).join(other, one.task_id == other.task_id)
     tables = [backend.models.results_table.alias() for _ in range(2)]
+    labels = [*tables[0].c, tables[1].c.labels]
     both = {
         "the row holds 2 results": pairs,
+        "the row has several columns labels": (
+            sa.select(*labels)
+            .set_label_style(sa.LABEL_STYLE_NONE)
+            .where(tables[0].c.task_id == tables[1].c.task_id)
+        ),
         "the row has several columns is_err": (
             sa.select(*[each.c.is_err for each in tables])
             .set_label_style(sa.LABEL_STYLE_NONE)

@@ -153,6 +153,7 @@ def test_a_second_server_shares_nothing_and_leaves_nothing_behind_an_exception(
         with postgres() as second:
             assert names_in(temp_dir) == [directory_of(second.dsn).name]
             assert fetch(second.dsn, "SHOW port") == ["5432"]
+            assert second.dsn.endswith("&port=5432")
             fetch(server.dsn, "CREATE TABLE here ()")
             tables = "SELECT relname FROM pg_class WHERE relname = 'here'"
             assert (fetch(server.dsn, tables), fetch(second.dsn, tables)) == (["here"], [])
@@ -318,8 +319,7 @@ def test_the_module_alone_prints_the_dsn_and_leaves_nothing_after_a_signal(
 ) -> None:
     with subprocess.Popen(MODULE, stdout=subprocess.PIPE, text=True) as module:
         assert module.stdout is not None
-        name, _, dsn = module.stdout.readline().strip().partition("=")
-        assert name == "TASKIQ_SA_PG_DSN"
+        dsn = pasted(module.stdout.readline())
         processes = processes_of(dsn)
         module.send_signal(number)
     assert module.returncode == (-number if number == signal.SIGKILL else 0)
@@ -327,6 +327,56 @@ def test_the_module_alone_prints_the_dsn_and_leaves_nothing_after_a_signal(
         wait_until(lambda: names_in(temp_dir) == [])
     assert names_in(temp_dir) == []
     assert not any(map(is_alive, processes))
+
+
+def pasted(line: str) -> str:
+    """The variable in a shell into which the line is pasted."""
+    result = subprocess.run(
+        ["sh", "-c", f'{line.strip()}\nprintf %s "$TASKIQ_SA_PG_DSN"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout
+
+
+@pytest.mark.parametrize("port", ["5432", "6543"])
+def test_the_printed_line_can_be_pasted(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the address alone too, where nobody's clients have another port in their environment."""
+    monkeypatch.setenv("PGPORT", port)
+    with subprocess.Popen(MODULE, stdout=subprocess.PIPE, text=True) as module:
+        assert module.stdout is not None
+        line = module.stdout.readline()
+        try:
+            assert line.startswith("export TASKIQ_SA_PG_DSN='")
+            assert fetch(pasted(line), "SHOW port") == ["5432"]
+            assert ("&" in line) == (port != "5432")
+        finally:
+            module.terminate()
+
+
+@pytest.mark.parametrize(
+    ("command", "is_greeted"),
+    [
+        (["sh"], True),
+        (["/bin/bash", "--norc"], True),
+        (["sh", "-c", "cat"], False),
+        (["bash", "-lc", "cat"], False),
+        (["sh", "/dev/stdin"], False),
+        (["cat"], False),
+    ],
+)
+def test_who_gets_a_shell_is_told_what_it_is_and_how_it_ends(
+    command: list[str], is_greeted: bool
+) -> None:
+    result = subprocess.run(
+        [*MODULE, *command], input="true\n", capture_output=True, text=True, check=True
+    )
+    greeting = (
+        "TASKIQ_SA_PG_DSN is the address of a throwaway PostgreSQL. It ends, and its data with it, "
+        "when you `exit` this shell.\n"
+    )
+    assert result.stderr == (greeting if is_greeted else "")
 
 
 def test_the_module_says_without_a_traceback_why_there_is_no_server(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ async def test_their_results_are_told_to_those_who_wait_once_they_are_stored(
     backend = await application.start(lambda *_: {"count": 1}, notify=True)
     task_id, unwanted = new_id(), new_id()  # the channel is that of all tests
     await database.fetch(f"ALTER TABLE taskiq_results ADD CHECK (task_id <> '{unwanted}')")
-    async with overheard(database, "taskiq_results") as heard:
+    async with overheard(database, "taskiq_sa_pg.taskiq_results") as heard:
 
         async def is_told() -> bool:
             return any(task_id in payload for _, payload in heard)
@@ -237,3 +237,30 @@ async def test_a_python_function_as_a_columns_default_is_called_for_every_row(
         await store(plain, *ids)
         assert await database.fetch(query) == before
     await engine.dispose()
+
+
+@each_driver
+async def test_values_of_every_type_go_back_with_a_result_that_was_taken_for_nobody(
+    application: Application,
+) -> None:
+    backend = await application.start(lambda *_: VALUES, keep_results=False)
+    await store(backend, "task")
+    await backend.set_progress("task", progress_of(None))
+    names = [*VALUES, "size"]
+    before = await application.stored(*names)
+    reading: list[asyncio.Task[Any]] = []
+
+    @sa.event.listens_for(application.engine.sync_engine, "commit")
+    def cancel(_connection: Any) -> None:
+        for task in reading:
+            task.cancel()
+
+    reading.append(asyncio.create_task(backend.get_result("task")))
+    await asyncio.wait(reading)
+    reading.clear()
+
+    async def is_back() -> bool:
+        return await application.stored(*names) == before
+
+    await eventually(is_back)
+    assert (await backend.get_result("task")).return_value == "task"

@@ -222,6 +222,38 @@ async def test_a_row_replaces_all_of_another(
     assert await stored_rows(database, "taskiq_results") == found
 
 
+@pytest.mark.parametrize("kind", KINDS[:2], indirect=True, ids=str)
+@pytest.mark.parametrize(
+    ("sent", "replaces"),  # the attempt and minute, after (1, 1)
+    [
+        ((0, 2), True),  # the task id is used again
+        ((0, 1), False),
+        ((0, None), False),
+        ((1, 2), True),
+        ((1, 1), True),
+        ((1, None), True),
+        ((1, 0), False),
+        ((2, 0), True),  # sent by a worker whose clock is behind
+    ],
+)
+async def test_what_was_sent_later_replaces_a_later_attempt(
+    sent: tuple[int, int | None], replaces: bool, kind: Kind, backend: Backend, database: Database
+) -> None:
+    upsert = upsert_results(backend.models)
+
+    def row_of(attempt: int, minute: int | None) -> ResultRow:
+        queued_at = None if minute is None else datetime(2026, 11, 23, 0, minute, tzinfo=UTC)
+        row = result_rows(kind)[0]
+        return row._replace(attempt=attempt, queued_at=queued_at, log=f"{attempt}, {minute}")
+
+    for size in (1, 3):
+        ids = new_ids(kind, size)
+        for row in (row_of(1, 1), row_of(*sent)):
+            await store(backend, upsert.of([row._replace(task_id=i) for i in ids]))
+        rows = await database.fetch("SELECT log FROM taskiq_results WHERE task_id = ANY($1)", ids)
+        assert [row["log"] for row in rows] == [row_of(*(sent if replaces else (1, 1))).log] * size
+
+
 async def are_waiting(database: Database, number: int) -> bool:
     query = "SELECT wait_event_type FROM pg_stat_activity WHERE application_name LIKE 'crossing%'"
     waits = [row["wait_event_type"] for row in await database.fetch(query)]

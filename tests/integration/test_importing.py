@@ -147,7 +147,7 @@ async def test_what_cannot_be_read_is_told_and_stops_nothing_else(
     assert reasons[bad[0]].startswith("result: ")
     assert "no_such_module" in reasons[bad[1]]
     assert "ValidationError" in reasons[bad[2]]
-    assert "max_payload_bytes is 1000" in reasons[bad[3]]
+    assert "the limit is 1000" in reasons[bad[3]]
     assert "is not a UUID" in reasons["no UUID"]
     assert not any("\n" in reason for reason in reasons.values())
     for task_id in good:
@@ -176,18 +176,20 @@ async def test_a_fault_that_is_no_rows_ends_it(
     ours: Backend = await start_backend()
     await fill_plainly(old, 30)
     await database.fetch(
-        "CREATE FUNCTION fill_up() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$BEGIN RAISE disk_full USING MESSAGE = 'the disk is full'; END$$"
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN RAISE insufficient_privilege USING MESSAGE = 'the right is gone'; END$$"
     )
     await database.fetch(
-        "CREATE TRIGGER fill_up BEFORE INSERT ON taskiq_results FOR EACH ROW "
-        "WHEN (NEW.task_id > 'task-00019') EXECUTE FUNCTION fill_up()"
+        "CREATE TRIGGER refuse BEFORE INSERT ON taskiq_results FOR EACH ROW "
+        "WHEN (NEW.task_id > 'task-00019') EXECUTE FUNCTION refuse()"
     )
     left_out: list[Unreadable] = []
-    with pytest.raises(StorageError, match=r"import into table taskiq_results: .*the disk is full"):
+    with pytest.raises(
+        StorageError, match=r"import into table taskiq_results: .*the right is gone"
+    ):
         await import_results(ours, "old", batch_size=10, on_unreadable=left_out.append)
     assert left_out == []
-    await database.fetch("DROP TRIGGER fill_up ON taskiq_results")
+    await database.fetch("DROP TRIGGER refuse ON taskiq_results")
     report = await import_results(ours, "old")
     assert report == ImportReport(rows=30, results=10, already_there=20)
 
@@ -216,7 +218,7 @@ async def blocked_import(
     ours: Backend, database: Database
 ) -> AsyncIterator[asyncio.Task[ImportReport]]:
     """An import that waits for a worker's INSERT, which is committed at the end."""
-    worker = await asyncpg.connect(database.dsn)
+    worker = await asyncpg.connect(database.direct_dsn)
     transaction = worker.transaction()
     await transaction.start()
     await worker.execute(

@@ -191,8 +191,10 @@ async def test_arguments_that_cannot_work_are_refused(
     database: Database, start_backend: BackendFactory
 ) -> None:
     ours: Backend = await start_backend()
-    with pytest.raises(ConfigurationError, match="batch_size must be 1 or more, not 0"):
-        await import_results(ours, "old", batch_size=0)
+    unfit: dict[str, Any] = {"batch_size": "9", "dry_run": "no", "serializer": JSONSerializer}
+    for name, given in [("batch_size", 0), *unfit.items()]:
+        with pytest.raises(ConfigurationError, match=f"{name} must be .* not {given!r}"):
+            await import_results(ours, "old", **{name: given})
     unstarted = Backend(database.dsn)
     for call in (import_results, count_rows):
         with pytest.raises(NotStartedError):

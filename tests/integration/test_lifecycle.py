@@ -4,11 +4,14 @@ import asyncio
 import gc
 import inspect
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
+import asyncpg
 import pytest
+from sqlalchemy import NullPool
+from taskiq import AsyncBroker, BrokerMessage
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import (
@@ -221,12 +224,133 @@ async def test_a_callable_dsn_is_asked_for_every_new_connection(
     assert len(names) >= 4
 
 
+class Vault:
+    """A callable DSN that fails as often as it is told to."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self.failures = 0
+
+    def __call__(self) -> str:
+        if self.failures:
+            self.failures -= 1
+            raise LookupError("the vault is sealed")
+        return self.dsn
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_callable_dsn_that_fails_for_a_moment_is_asked_again(
+    driver: str, start_backend: BackendFactory, database: Database
+) -> None:
+    vault = Vault(database.dsn_of(driver))
+    vault.failures = 2
+    # Each statement opens a connection.
+    nothing_kept = Timings(keep_connection=0)
+    backend = await start_backend(vault, poolclass=NullPool, notify=False, timings=nothing_kept)
+    vault.failures = 2
+    await backend.set_result("task", result_of(1))
+    assert backend.stats().retries == 2
+    assert (await backend.get_result("task")).return_value == 1
+
+
+async def test_a_callable_dsn_that_goes_on_failing_is_an_error_that_says_so(
+    start_backend: BackendFactory, database: Database
+) -> None:
+    vault = Vault(database.dsn)
+    said = "the dsn callable failed: LookupError: the vault is sealed"
+    vault.failures = 1
+    with pytest.raises(StorageError, match=said):
+        await start_backend(vault, startup_timeout=0)
+    nothing_kept = Timings(keep_connection=0)
+    backend = await start_backend(
+        vault,
+        poolclass=NullPool,
+        retry_timeout=0,
+        prune_interval=0.01,
+        result_ttl=1,
+        timings=nothing_kept,
+    )
+    vault.failures = 10**9
+    with pytest.raises(StorageError, match=f"'task'.*{said}"):
+        await backend.set_result("task", result_of(1))
+    # What runs in the background takes no harm.
+    pruner = backend.runtime.pruner
+    assert pruner.is_running
+    vault.failures = 0
+    await backend.set_result("task", result_of(1))
+    assert pruner.is_running
+
+
+class Broker(AsyncBroker):
+    """One that carries nothing. taskiq 0.12's InMemoryBroker starts no result backend."""
+
+    async def kick(self, message: BrokerMessage) -> None: ...
+
+    async def listen(self) -> AsyncGenerator[bytes, None]:
+        yield b""
+
+
+async def test_two_brokers_may_share_a_backend(dsn: str, database: Database) -> None:
+    """The last of them ends it; further calls of shutdown() do nothing."""
+    backend = Backend(dsn, run_migrations=True)
+    brokers = [Broker().with_result_backend(backend) for _ in range(2)]
+    for broker in brokers:
+        await broker.startup()
+    waiting = asyncio.create_task(backend.wait_result("task"))
+    await brokers[0].shutdown()
+    await backend.set_result("task", result_of(1))
+    assert (await waiting).return_value == 1
+    await brokers[1].shutdown()
+    await assert_disconnected(database)
+    with pytest.raises(NotStartedError):
+        await backend.is_result_ready("task")
+    await brokers[0].shutdown()
+    await backend.startup()
+    await backend.shutdown()
+    await assert_disconnected(database)
+
+
+async def test_the_server_s_own_time_limit_is_a_reason_to_try_again(
+    start_backend: BackendFactory, database: Database
+) -> None:
+    """A whole batch would be lost with it."""
+    dsn = database.dsn + quote(" -c statement_timeout=200ms")
+    backend = await start_backend(dsn)
+    connection = await asyncpg.connect(database.direct_dsn)
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE taskiq_results")
+        storing = [
+            asyncio.create_task(backend.set_result(f"task {i}", result_of(i))) for i in range(20)
+        ]
+
+        async def is_repeated() -> bool:
+            return backend.stats().retries > 0
+
+        await eventually(is_repeated)
+    await asyncio.gather(*storing)
+    await connection.close()
+    assert len(await backend.get_results([f"task {i}" for i in range(20)])) == 20
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_statement_that_was_prepared_before_a_migration_is_prepared_again(
+    driver: str, start_backend: BackendFactory, database: Database
+) -> None:
+    backend = await start_backend(database.dsn_of(driver), max_connections=1)
+    await backend.set_result("task", result_of(1))
+    for _ in range(7):  # psycopg prepares what it has seen five times
+        await backend.get_result("task")
+    await database.fetch("ALTER TABLE taskiq_results ALTER log TYPE VARCHAR(500)")
+    assert (await backend.get_result("task")).return_value == 1
+    assert backend.stats().retries <= 1
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (("postgres@/postgres", "postgres:hunter2@/nowhere"), "nowhere"),
         (("postgres@/postgres", "nobody:hunter2@/postgres"), "nobody"),
-        (("port=5432", "port=1"), "connection"),
+        (("?host=", "?port=1&host="), "connection"),
         (("host=/", "host=/no/such/directory/"), "No such file"),
     ],
     ids=lambda change: change[1] if isinstance(change, tuple) else "",
@@ -258,10 +382,13 @@ async def test_a_startup_without_tables_leaves_nothing_open(dsn: str, database: 
     await assert_disconnected(database)
 
 
-async def test_engine_arguments_that_do_not_exist_are_refused_at_startup(
+async def test_engine_arguments_that_do_not_exist_are_refused_before_anything_connects(
     database: Database,
 ) -> None:
-    backend = Backend(database.dsn, no_such_argument=1)
+    with pytest.raises(ConfigurationError, match="no_such_argument"):
+        Backend(database.dsn, no_such_argument=1)
+    # Which driver a callable asks for is not known before.
+    backend = Backend(lambda: database.dsn, no_such_argument=1)
     with pytest.raises(ConfigurationError, match="no_such_argument"):
         await backend.startup()
 
@@ -322,11 +449,12 @@ async def test_without_permission_every_call_says_what_to_grant(
 ) -> None:
     await start_backend(database.dsn)
     dsn = database.dsn_of(driver) + quote(f" -c role={role}")
-    backend: Backend = await start_backend(dsn, run_migrations=False)
+    unchecked = {"run_migrations": False, "check_schema": "off"}
+    backend: Backend = await start_backend(dsn, **unchecked)
     for name, said in (await all_calls(backend)).items():
         assert said.startswith(f"42501 task 'task-7': cannot {name} in table taskiq_results")
         assert "grant the role SELECT, INSERT, UPDATE and DELETE" in said
-    taking: Backend = await start_backend(dsn, keep_results=False, run_migrations=False)
+    taking: Backend = await start_backend(dsn, keep_results=False, **unchecked)
     with pytest.raises(StorageError, match=r"task 't': cannot take results from table .*42501"):
         await taking.get_result("t")
     await database.fetch(
@@ -366,7 +494,9 @@ async def test_a_pool_without_a_free_connection_is_a_storage_error(
         retry_timeout=0,
     )
     async with engine_of(backend).connect():
-        with pytest.raises(StorageError, match=r"'task-7'.*no connection came free") as caught:
+        with pytest.raises(
+            StorageError, match=r"'task-7'.*all 1 connections of your engine's pool"
+        ) as caught:
             await backend.is_result_ready("task-7")
     assert caught.value.sqlstate is None
     assert await backend.is_result_ready("task-7") is False

@@ -86,7 +86,35 @@ async def test_a_result_that_is_too_large_becomes_an_error(
         assert (result.is_err, result.return_value) == (True, None)
         assert isinstance(result.error, PayloadTooLargeError)
         assert "the return value takes" in str(result.error)
-        assert "max_payload_bytes is 1000" in str(result.error)
+        assert "the limit is 1000" in str(result.error)
+
+
+@pytest.mark.parametrize("track", [None, "started"])
+async def test_what_postgresql_finds_too_large_becomes_an_error(
+    database: Database, start_backend: BackendFactory, track: str | None
+) -> None:
+    """As jsonb does with many numbers, each of which takes more than in JSON."""
+    backend = await start_backend(field_for_payload="Jsonb", track=track)
+    await database.fetch(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "RAISE 'exceeds the maximum' USING ERRCODE = '54000'; END $$"
+    )
+    await database.fetch(
+        "CREATE TRIGGER refuse BEFORE INSERT ON taskiq_results FOR EACH ROW "
+        "WHEN (length(NEW.return_value::text) > 100) EXECUTE FUNCTION refuse()"
+    )
+    values = {str(number): [7] * (100 if number == 5 else 1) for number in range(10)}
+    labels = {"queue": "a"}
+    await asyncio.gather(
+        *[backend.set_result(i, result_of(value, labels=labels)) for i, value in values.items()]
+    )
+    results = await backend.get_results(values)
+    assert {i: result.return_value for i, result in results.items()} == values | {"5": None}
+    assert [i for i, result in results.items() if result.is_err] == ["5"]
+    assert isinstance(results["5"].error, ResultSerializationError)
+    assert "type list: " in str(results["5"].error)
+    assert "exceeds the maximum" in str(results["5"].error)
+    assert results["5"].labels == labels
 
 
 async def test_an_exception_that_is_too_large_leaves_its_name(
@@ -98,7 +126,7 @@ async def test_an_exception_that_is_too_large_leaves_its_name(
     assert result.is_err
     assert isinstance(result.error, ResultSerializationError)
     assert "ValueError" in str(result.error)
-    assert "max_payload_bytes is 1000" in str(result.error)
+    assert "the limit is 1000" in str(result.error)
 
 
 async def test_progress_that_is_too_large_is_refused(start_backend: BackendFactory) -> None:

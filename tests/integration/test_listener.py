@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg
 import pytest
@@ -20,6 +20,7 @@ from tests.integration.waiters import (
     SOON,
     Backend,
     Backends,
+    channel_of,
     heard_by,
     insert,
     listener_of,
@@ -174,6 +175,13 @@ async def deaf_connection(opened: Connected) -> AsyncIterator[Any]:
 listening = Connected.listening
 
 
+@asynccontextmanager
+async def replaying_connection(opened: Connected) -> AsyncIterator[Any]:
+    """As of a transaction pooler whose servers still tell what others have listened for."""
+    async with listening(opened) as connection:
+        yield Replaying(connection)
+
+
 class Deaf:
     """Listens to other channels than it was asked to."""
 
@@ -192,10 +200,35 @@ class Deaf:
         await self._connection.execute("LISTEN nothing")
 
 
+class Replaying(Deaf):
+    """Tells what was sent before."""
+
+    sent: ClassVar[list[tuple[str, str]]] = []
+
+    async def _add_listener(self, channel: str, callback: Any) -> None:
+        await super()._add_listener(channel, callback)
+        for told_on, payload in self.sent:
+            callback(self._connection, 1, told_on, payload)
+
+    async def notifies(self) -> AsyncIterator[psycopg.Notify]:
+        for told_on, payload in self.sent:
+            yield psycopg.Notify(told_on, payload, 1)
+        async for notification in self._connection.notifies():
+            yield notification
+
+
+async def send_and_note(notifier: Notifier, channel: str, payloads: list[str]) -> None:
+    Replaying.sent += [(channel, payload) for payload in payloads]
+    await send(notifier, channel, payloads)
+
+
+send = Notifier.send
+
+
 async def send_nothing(*_: Any) -> None: ...
 
 
-@pytest.mark.parametrize("reason", ["pooler", "no probe"])
+@pytest.mark.parametrize("reason", ["pooler", "replay", "no probe"])
 async def test_a_connection_that_delivers_nothing_is_never_healthy(
     each_driver: Backends,
     monkeypatch: pytest.MonkeyPatch,
@@ -204,6 +237,10 @@ async def test_a_connection_that_delivers_nothing_is_never_healthy(
 ) -> None:
     if reason == "pooler":
         monkeypatch.setattr(Connected, "listening", deaf_connection)
+    elif reason == "replay":
+        monkeypatch.setattr(Connected, "listening", replaying_connection)
+        monkeypatch.setattr(Notifier, "send", send_and_note)
+        monkeypatch.setattr(Replaying, "sent", [])
     else:
         monkeypatch.setattr(Notifier, "send", send_nothing)
     caplog.set_level("DEBUG", "taskiq_sa_pg.waiting.listener")
@@ -254,7 +291,7 @@ async def test_an_event_loop_that_was_blocked_does_no_harm(each_driver: Backends
     """The probe then arrives together with the end of the time that it had."""
     backend = await each_driver.start(timings=Timings(between_probes=0.04))
     async with heard_by(backend):
-        channel, probe = table_of(each_driver.database), listener_of(backend).probe
+        channel, probe = channel_of(each_driver.database), listener_of(backend).probes[-1]
         with psycopg.connect(each_driver.database.direct_dsn, autocommit=True) as connection:
             for _ in range(2):
                 connection.execute("SELECT pg_notify(%s, %s)", [channel, probe])
@@ -269,7 +306,7 @@ async def test_several_backends_listen_each_for_themselves(each_driver: Backends
         assert len(await each_driver.listening()) == 2
         listener_of(other).is_healthy = False
         await one.runtime.notifier.send(
-            table_of(each_driver.database), [listener_of(one).probe, json.dumps(["last"])]
+            channel_of(each_driver.database), [listener_of(one).probes[-1], json.dumps(["last"])]
         )
         async with asyncio.timeout(SOON):
             await one.set_result("last", result_of(1))

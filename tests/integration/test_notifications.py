@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
 from taskiq_sa_pg import StorageError
+from taskiq_sa_pg.database.engine import keep_notifications
 from taskiq_sa_pg.timings import Timings
 from taskiq_sa_pg.waiting import Waiters
-from tests.conftest import eventually
+from tests.conftest import engine_of, eventually
 from tests.integration.waiters import (
     SOON,
     Backends,
+    channel_of,
     heard_by,
     listener_of,
     overheard,
@@ -40,35 +43,38 @@ async def test_results_and_progress_are_told_on_channels_named_after_their_table
     each_driver: Backends,
 ) -> None:
     backend = await each_driver.start()
-    table = table_of(each_driver.database)
+    channel = channel_of(each_driver.database)
     ids = [f"{new_id()}-ü\"'\n" for _ in range(2)]
-    async with overheard(each_driver.database, table, f"{table}_progress") as heard:
+    async with overheard(each_driver.database, channel, f"{channel}_progress") as heard:
         await backend.set_result(ids[0], result_of(1))
         await until_heard(heard, 1)
         await backend.set_progress(ids[1], progress_of(1))
         await until_heard(heard, 2)
     assert [(channel, json.loads(payload)) for channel, payload in heard] == [
-        (table, [ids[0]]),
-        (f"{table}_progress", [ids[1]]),
+        (channel, [ids[0]]),
+        (f"{channel}_progress", [ids[1]]),
     ]
 
 
-async def test_the_default_channel_is_taskiq_results(backends: Backends) -> None:
+async def test_the_default_channel_is_no_other_package_s(backends: Backends) -> None:
     backend = await backends.start(table_name="taskiq_results", run_migrations=True)
     task_id = new_id()
-    async with overheard(backends.database, "taskiq_results") as heard:
+    channel = "taskiq_sa_pg.taskiq_results"
+    async with overheard(backends.database, channel, "taskiq_results") as heard:
         await backend.set_result(task_id, result_of(1))
 
         async def is_told() -> bool:
-            return ("taskiq_results", f'["{task_id}"]') in heard
+            return (channel, f'["{task_id}"]') in heard
 
         await eventually(is_told)
+    # Of every other test's backends on this channel too.
+    assert {told_on for told_on, _ in heard} == {channel}
 
 
 async def test_uuids_are_told_in_their_usual_spelling(each_driver: Backends) -> None:
     backend = await each_driver.start(field_for_task_id="Uuid")
     spelling = "{A0EEBC99-9C0B4EF8BB6D6BB9BD380A11}"
-    async with overheard(each_driver.database, table_of(each_driver.database, "Uuid")) as heard:
+    async with overheard(each_driver.database, channel_of(each_driver.database, "Uuid")) as heard:
         await backend.set_result(spelling, result_of(1))
         assert await until_heard(heard, 1) == ["a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"]
 
@@ -78,7 +84,7 @@ async def test_many_results_share_few_notifications_and_each_is_told_once(
 ) -> None:
     backend = await each_driver.start()
     ids = [new_id() for _ in range(1_000)]
-    async with overheard(each_driver.database, table_of(each_driver.database)) as heard:
+    async with overheard(each_driver.database, channel_of(each_driver.database)) as heard:
         await asyncio.gather(*[backend.set_result(i, result_of(1)) for i in ids])
         assert sorted(await until_heard(heard, len(ids))) == sorted(ids)
     assert len(heard) < 20
@@ -91,11 +97,11 @@ async def test_the_pause_after_one_id_is_another_than_after_several(
     """The one in the way would last an hour."""
     timings = Timings(after_notification=pauses[0], after_notifications=pauses[1])
     notifier = (await backends.start(timings=timings)).runtime.notifier
-    table = table_of(backends.database)
+    channel = channel_of(backends.database)
     ids = [new_id() for _ in range(3 * at_once)]
-    async with overheard(backends.database, table) as heard:
+    async with overheard(backends.database, channel) as heard:
         for start in range(0, len(ids), at_once):
-            notifier.announce(table, ids[start : start + at_once])
+            notifier.announce(channel, ids[start : start + at_once])
             assert await until_heard(heard, start + at_once) == ids[: start + at_once]
 
 
@@ -127,7 +133,8 @@ async def test_what_is_not_stored_is_not_told(each_driver: Backends) -> None:
     for table in tables:
         await database.fetch(f"ALTER TABLE \"{table}\" ADD CHECK (task_id <> 'unwanted')")
     task_id = new_id()
-    async with overheard(database, *tables) as heard:
+    channel = channel_of(database)
+    async with overheard(database, channel, f"{channel}_progress") as heard:
         with pytest.raises(StorageError):
             await backend.set_result("unwanted", result_of(1))
         with pytest.raises(StorageError):
@@ -142,7 +149,7 @@ async def test_what_is_not_stored_is_not_told(each_driver: Backends) -> None:
 async def test_shutdown_tells_what_was_stored(each_driver: Backends) -> None:
     backend = await each_driver.start()
     task_id = new_id()
-    async with overheard(each_driver.database, table_of(each_driver.database)) as heard:
+    async with overheard(each_driver.database, channel_of(each_driver.database)) as heard:
         await backend.set_result(task_id, result_of(1))
         await backend.shutdown()
         assert await until_heard(heard, 1) == [task_id]
@@ -151,8 +158,8 @@ async def test_shutdown_tells_what_was_stored(each_driver: Backends) -> None:
 async def test_without_notify_nothing_is_told(each_driver: Backends) -> None:
     silent = await each_driver.start(notify=False)
     backend = await each_driver.start()
-    table = table_of(each_driver.database)
-    async with overheard(each_driver.database, table, f"{table}_progress") as heard:
+    channel = channel_of(each_driver.database)
+    async with overheard(each_driver.database, channel, f"{channel}_progress") as heard:
         await silent.set_result(new_id(), result_of(1))
         await silent.set_progress(new_id(), progress_of(1))
         await silent.shutdown()
@@ -165,14 +172,33 @@ async def test_without_notify_nothing_is_told(each_driver: Backends) -> None:
 async def test_of_too_many_at_once_everybody_is_told_to_look(each_driver: Backends) -> None:
     timings = Timings(max_pending_notifications=10)
     notifier = (await each_driver.start(timings=timings)).runtime.notifier
-    table = table_of(each_driver.database)
-    async with overheard(each_driver.database, table) as heard:
-        notifier.announce(table, [new_id() for _ in range(11)])
-        notifier.announce(table, ["later"])
+    channel = channel_of(each_driver.database)
+    async with overheard(each_driver.database, channel) as heard:
+        notifier.announce(channel, [new_id() for _ in range(11)])
+        notifier.announce(channel, ["later"])
         await notifier.close()
-        notifier.announce(table, ["last"])
+        notifier.announce(channel, ["last"])
         assert await until_heard(heard, 1) == ["last"]
     assert [payload for _, payload in heard] == ["[]", '["last"]']
+
+
+async def test_what_a_pooled_connection_is_told_does_not_pile_up(backends: Backends) -> None:
+    """As behind a pooler whose servers listen for clients that have gone."""
+    timings = Timings(keep_connection=0)
+    backend = await backends.start(driver="psycopg", pool_size=1, timings=timings)
+    channel, engine = channel_of(backends.database), engine_of(backend)
+    async with engine.connect() as connection:
+        await connection.exec_driver_sql(f'LISTEN "{channel}"')
+        await connection.commit()
+    async with overheard(backends.database, channel) as heard:
+        for number in range(1, 4):
+            await backend.set_result(new_id(), result_of(1))
+            await until_heard(heard, number)
+    async with engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        keep_notifications(driver)
+        assert [told async for told in driver.notifies(timeout=0)] == []
+        await connection.invalidate()
 
 
 async def test_failing_to_tell_is_warned_of_and_no_error_of_the_caller(
@@ -184,9 +210,22 @@ async def test_failing_to_tell_is_warned_of_and_no_error_of_the_caller(
         await backend.set_result("untold", result_of(1))
         await backend.runtime.notifier.close()
     assert "waiters will notice 1 results late: cannot send notifications" in caplog.text
-    async with overheard(each_driver.database, table_of(each_driver.database)) as heard:
+    async with overheard(each_driver.database, channel_of(each_driver.database)) as heard:
         await backend.set_result("told", result_of(1))
         assert await until_heard(heard, 1) == ["told"]
+
+
+async def test_what_cannot_be_told_does_not_pile_up(
+    backends: Backends, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While a batch is on its way, no more ids are kept than would be told one by one."""
+    timings = Timings(max_pending_notifications=10)
+    notifier = (await backends.start(timings=timings)).runtime.notifier
+    channel = "x" * 64  # which PostgreSQL refuses
+    for _ in range(100):
+        notifier.announce(channel, [new_id() for _ in range(6)])
+    await notifier.close()
+    assert "waiters will notice 12 results late" in caplog.text
 
 
 GARBAGE = {
@@ -212,7 +251,7 @@ GARBAGE = {
 
 async def test_whatever_anybody_sends_does_no_harm(each_driver: Backends) -> None:
     backend = await each_driver.start()
-    table = table_of(each_driver.database)
+    channel = channel_of(each_driver.database)
     async with heard_by(backend):
         [listening] = await each_driver.listening()
         for name, payload in GARBAGE.items():
@@ -221,9 +260,9 @@ async def test_whatever_anybody_sends_does_no_harm(each_driver: Backends) -> Non
             progress = asyncio.create_task(anext(backend.watch_progress(task_id, timeout=SOON)))
             await until_waiting(backend, 3)
             told = json.dumps([task_id])  # and what is true by no means
-            for channel in (table, f"{table}_progress"):
+            for told_on in (channel, f"{channel}_progress"):
                 await each_driver.database.fetch(
-                    "SELECT pg_notify($1, $2), pg_notify($1, $3)", channel, payload, told
+                    "SELECT pg_notify($1, $2), pg_notify($1, $3)", told_on, payload, told
                 )
             await backend.set_progress(task_id, progress_of(name))
             assert (await progress).meta == name

@@ -3,10 +3,13 @@
 import asyncio
 import random
 import uuid
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util import await_only
 from taskiq import TaskiqResult
 
 from taskiq_sa_pg import (
@@ -174,21 +177,35 @@ async def test_of_many_readers_of_what_cannot_be_decoded_none_deletes_it(
     assert await stored_ids(database) == {"task"}
 
 
-@pytest.mark.parametrize("position", [0, 449])
-async def test_one_result_that_cannot_be_decoded_keeps_all_of_its_call(
-    once: Backend, database: Database, position: int
+async def test_results_that_cannot_be_decoded_stay_and_the_others_are_taken(
+    once: Backend, database: Database
 ) -> None:
     task_ids = [f"{i:03}" for i in range(450)]
+    spoilt = {"000", "200", "449"}
     await asyncio.gather(*[store(once, i, progress=False) for i in task_ids])
-    await spoil(database, task_ids[position])
-    with pytest.raises(ResultDecodeError, match=repr(task_ids[position])):
-        await once.get_results(task_ids)
-    assert await stored_ids(database) == set(task_ids)
-    del task_ids[position]
-    assert set(await once.get_results(task_ids)) == set(task_ids)
+    for task_id in spoilt:
+        await spoil(database, task_id)
+    results = await once.get_results(task_ids)
+    assert set(results) == set(task_ids)
+    assert {i for i, result in results.items() if result.is_err} == spoilt
+    for task_id in spoilt:
+        assert isinstance(results[task_id].error, ResultDecodeError)
+        assert repr(task_id) in str(results[task_id].error)
+    assert await stored_ids(database) == spoilt
+    assert set(await once.get_results(task_ids)) == spoilt
 
 
-async def test_cancelling_a_reader_loses_nothing_by_half(once: Backend, database: Database) -> None:
+async def test_a_task_that_has_failed_to_decode_something_is_taken(
+    once: Backend, database: Database
+) -> None:
+    """It can be read back; its error is only of the same class."""
+    error = ResultDecodeError("a result", "other", "why")
+    await once.set_result("task", result_of(None, is_err=True, error=error))
+    assert str((await once.get_results(["task"]))["task"].error) == str(error)
+    assert await stored_ids(database) == set()
+
+
+async def test_cancelling_a_reader_loses_nothing(once: Backend, database: Database) -> None:
     outcomes = set()
     for turns in [*range(0, 80, 4), 10_000]:
         task_id = uuid.uuid4().hex
@@ -197,17 +214,148 @@ async def test_cancelling_a_reader_loses_nothing_by_half(once: Backend, database
         await turns_of_the_loop(turns)
         reading.cancel()
         [outcome] = await asyncio.gather(reading, return_exceptions=True)
-        is_there = await once.is_result_ready(task_id)
-        assert (await once.get_progress(task_id) is not None) == is_there
+        outcomes.add(type(outcome))
         if isinstance(outcome, TaskiqResult):
-            assert not is_there
+            assert not await once.is_result_ready(task_id)
+            assert await once.get_progress(task_id) is None
         else:
             assert isinstance(outcome, asyncio.CancelledError)
-        if is_there:
-            assert (await once.get_result(task_id)).return_value == task_id
-        outcomes.add((type(outcome), is_there))
-    assert outcomes >= {(TaskiqResult, False), (asyncio.CancelledError, True)}
+            # It may have been on its way back.
+            assert (await once.wait_result(task_id, timeout=10)).return_value == task_id
+    assert outcomes == {TaskiqResult, asyncio.CancelledError}
     await assert_at_rest(once, database)
+
+
+READINGS: dict[str, Callable[[Backend, str], Coroutine[Any, Any, Any]]] = {
+    "get_result": lambda backend, task_id: backend.get_result(task_id),
+    "get_results": lambda backend, task_id: backend.get_results([task_id, "unknown"]),
+    "wait_result": lambda backend, task_id: backend.wait_result(task_id),
+    "wait_results": lambda backend, task_id: backend.wait_results([task_id]),
+    "as_completed": lambda backend, task_id: anext(backend.as_completed([task_id])),  # type: ignore[arg-type,return-value]
+}
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+async def engine(request: pytest.FixtureRequest, database: Database) -> AsyncIterator[AsyncEngine]:
+    engine = make_engine(database.dsn_of(request.param))
+    yield engine
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("payload", ["Bytea", "Jsonb"])
+@pytest.mark.parametrize("reading", READINGS)
+async def test_what_is_taken_for_a_reader_who_has_gone_goes_back_whole(
+    reading: str,
+    payload: str,
+    engine: AsyncEngine,
+    database: Database,
+    start_backend: BackendFactory,
+) -> None:
+    """He is cancelled when it is too late to leave the result where it is: in the COMMIT."""
+    backend: Backend = await start_backend(
+        engine=engine, keep_results=False, field_for_payload=payload, result_ttl=3600
+    )
+    labels = {"a": "b", "c": [1, None]}
+    await backend.set_result("task", result_of({"x": [1]}, labels=labels, log="log", is_err=True))
+    await backend.set_progress("task", progress_of({"step": 1}))
+    await database.fetch(
+        "UPDATE taskiq_results SET traceback = 'traceback', error_type = 'E', task_name = 'name', "
+        "attempt = 3, args = '[1]', kwargs = '{\"k\": null}', worker = 'w', queued_at = now(), "
+        "started_at = now(), finished_at = now() - interval '1 hour'"
+    )
+    tables = "SELECT * FROM taskiq_results JOIN taskiq_results_progress USING (task_id)"
+    [before] = await database.fetch(tables)
+    tasks: list[asyncio.Task[Any]] = []
+
+    @event.listens_for(engine.sync_engine, "commit")
+    def cancel(_connection: Any) -> None:
+        for task in tasks:
+            task.cancel()
+
+    tasks.append(asyncio.create_task(READINGS[reading](backend, "task")))
+    [outcome] = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(outcome, asyncio.CancelledError)
+    tasks.clear()
+
+    async def is_back() -> bool:
+        return await database.fetch(tables) == [before]
+
+    await eventually(is_back)
+    taken = await backend.get_result("task", with_logs=True)
+    assert (taken.return_value, taken.labels, taken.log) == ({"x": [1]}, labels, "log")
+    with pytest.raises(ResultIsMissingError):
+        await backend.get_result("task")
+
+
+async def test_of_many_readers_who_are_cancelled_in_any_moment_none_loses_a_result(
+    once: Backend, database: Database
+) -> None:
+    chance = random.Random(3)
+    task_ids = [f"task {i}" for i in range(150)]
+    await asyncio.gather(*[store(once, i, progress=False) for i in task_ids])
+    readings = {i: asyncio.create_task(once.get_result(i)) for i in task_ids}
+    for task_id in chance.sample(task_ids, len(task_ids)):
+        await turns_of_the_loop(chance.randrange(4))
+        readings[task_id].cancel()
+    outcomes = await asyncio.gather(*readings.values(), return_exceptions=True)
+    got = {o.return_value for o in outcomes if isinstance(o, TaskiqResult)}
+    assert all(isinstance(o, TaskiqResult | asyncio.CancelledError) for o in outcomes)
+
+    async def is_nothing_lost() -> bool:
+        return got | await stored_ids(database) == set(task_ids)
+
+    await eventually(is_nothing_lost)
+    assert not got & await stored_ids(database)
+
+
+async def test_a_later_result_is_not_replaced_by_what_goes_back(
+    engine: AsyncEngine, database: Database, start_backend: BackendFactory
+) -> None:
+    backend: Backend = await start_backend(engine=engine, keep_results=False)
+    writer: Backend = await start_backend()
+    await writer.set_result("task", result_of("earlier"))
+    reading: list[asyncio.Task[Any]] = []
+
+    @event.listens_for(engine.sync_engine, "commit")
+    def cancel(_connection: Any) -> None:
+        for task in reading:
+            task.cancel()
+
+    @event.listens_for(engine.sync_engine, "before_cursor_execute")
+    def hold_back(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("INSERT"):
+            await_only(writer.set_result("task", result_of("later")))
+
+    reading.append(asyncio.create_task(backend.get_result("task")))
+    await asyncio.wait(reading)
+    reading.clear()
+    await assert_comes_to_rest(backend)
+    await backend.shutdown()  # which waits for what goes back
+    assert (await writer.get_result("task")).return_value == "later"
+
+
+async def test_waiting_for_several_takes_none_where_one_was_taken(
+    once: Backend, database: Database, start_backend: BackendFactory
+) -> None:
+    """Between the moment when all were there and the reading."""
+    await store(once, "a", "b")
+    both = once.wait_results(["a", "b"])
+    thief: Backend = await start_backend(keep_results=False)
+    find_ready = once.runtime.reader.find_ready
+
+    async def find_and_lose(column_ids: Collection[Any]) -> set[Any]:
+        found = await find_ready(column_ids)
+        await thief.get_result("b")
+        return found
+
+    once.runtime.reader.find_ready = find_and_lose  # type: ignore[method-assign]
+    with pytest.raises(ResultIsMissingError, match="'b'"):
+        await both
+
+    async def is_back() -> bool:
+        return await stored_ids(database) == {"a"} == await ids_with_progress(database)
+
+    await eventually(is_back)
 
 
 async def test_cancelling_callers_leaks_no_connection(once: Backend, database: Database) -> None:

@@ -181,7 +181,7 @@ async def test_prune_keeps_to_its_limits(
         await backend.set_progress(str(number), progress_of(number))
     await database.fetch("UPDATE taskiq_results_progress SET updated_at = now() - interval '1 h'")
     assert await backend.prune(limit=2) == Pruned(0, 2, 0, is_complete=False)
-    assert await backend.prune() == Pruned(0, 5, 0, is_complete=True)
+    assert await backend.prune(limit=2**40) == Pruned(0, 5, 0, is_complete=True)
 
 
 @pytest.mark.parametrize("limits", [{"limit": 0}, {"limit": True}, {"time_budget": 0}], ids=str)
@@ -250,6 +250,30 @@ async def test_what_is_locked_is_left_and_waited_for_by_none(
         await connection.execute(sa.text("SELECT FROM taskiq_results_progress FOR UPDATE"))
         assert await backend.prune() == Pruned(1, 0, 0, is_complete=True)
     assert await backend.prune() == Pruned(1, 1, 0, is_complete=True)
+
+
+@pytest.mark.parametrize("other", ["progress", "status"])
+async def test_a_result_stays_with_what_is_locked_of_its_task(
+    dsn: str, other: str, database: Database, start_backend: BackendFactory
+) -> None:
+    """Else what is left of it would stay for ever; and others would wait for the result."""
+    backend = await start_backend(
+        dsn, command_timeout=5, retry_timeout=0, timings=SMALL_SLICES, track="started"
+    )
+    ids = [str(number) for number in range(10)]
+    await store(backend, *ids)
+    for task_id in ids[:8]:
+        await backend.set_progress(task_id, progress_of(1))
+        await backend.set_status(TaskStatus(task_id, "started"))
+    await expire(database)
+    table = f"taskiq_results_{other}"
+    async with engine_of(backend).connect() as connection:
+        await connection.execute(sa.text(f"SELECT FROM {table} WHERE task_id < '5' FOR UPDATE"))
+        assert await backend.prune() == Pruned(5, 0, 0, is_complete=True)
+        assert await ids_in(database) == set(ids[:5])
+        assert await ids_in(database, "taskiq_results_progress") == set(ids[:5])
+    assert await backend.prune() == Pruned(5, 0, 0, is_complete=True)
+    assert await ids_in(database, table) == set()
 
 
 async def test_several_prune_at_once_and_each_row_goes_once(

@@ -184,7 +184,7 @@ def test_what_is_no_condition_on_results_is_refused(unfit: str) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, True])
 def test_a_batch_that_cannot_be_is_refused(size: int) -> None:
-    with pytest.raises(ConfigurationError, match=f"batch_size must be 1 or more, not {size}"):
+    with pytest.raises(ConfigurationError, match=f"batch_size must be .* not {size}"):
         Backend("postgresql://nowhere").iter_results(batch_size=size)
 
 

@@ -102,6 +102,25 @@ async def test_a_later_attempt_and_execution_stays(backend: Backend) -> None:
     assert await after("unknown", 2, None) == ("unknown", 0, None)
 
 
+@each_kind
+async def test_what_was_queued_later_counts_where_a_task_id_is_used_again(
+    backend: Backend,
+) -> None:
+    task_id = new_id()
+
+    async def after(state: Any, attempt: int, queued_at: datetime | None) -> tuple[Any, ...]:
+        await backend.set_status(TaskStatus(task_id, state, None, attempt, queued_at))
+        found = await backend.get_status(task_id)
+        return found.state, found.attempt, found.queued_at
+
+    assert await after("retrying", 1, AT) == ("retrying", 1, AT)
+    assert await after("queued", 0, None) == ("retrying", 1, AT)
+    assert await after("queued", 0, AT + MINUTE) == ("queued", 0, AT + MINUTE)
+    assert await after("started", 0, AT) == ("queued", 0, AT + MINUTE)
+    assert await after("unknown", 1, AT) == ("queued", 0, AT + MINUTE)
+    assert await after("unknown", 0, AT + MINUTE) == ("unknown", 0, None)
+
+
 async def test_of_calls_at_once_the_latest_attempt_counts(backend: Backend) -> None:
     task_id = new_id()
     await asyncio.gather(
@@ -270,9 +289,10 @@ async def test_the_longest_running_come_first_and_not_too_many(backend: Backend)
     for i, task_id in enumerate(ids):
         await backend.set_status(TaskStatus(task_id, "started", started_at=AT - i * MINUTE))
     assert await running(backend) == ids[::-1]
+    assert len(await backend.get_running(2**40)) == len(ids)
     first: Sequence[TaskStatus] = await backend.get_running(2)
     assert [UUID(status.task_id).hex for status in first] == [ids[4], ids[3]]
-    with pytest.raises(ConfigurationError, match="limit must be 1 or more"):
+    with pytest.raises(ConfigurationError, match="limit must be a whole number of 1 or more"):
         await backend.get_running(0)
 
 

@@ -21,6 +21,7 @@ from taskiq.exceptions import NoResultError
 from taskiq_sa_pg import (
     ConfigurationError,
     SQLAlchemyResultBackend,
+    StorageError,
     TaskMetadataMiddleware,
     TaskStatus,
 )
@@ -149,6 +150,47 @@ async def test_retries_count_the_attempts(backend: Backend, database: Database) 
         status = await backend.get_status(sent.task_id)
         seen.append((status.state, status.attempt, status.started_at is None))
     assert seen == [("retrying", 1, True), ("retrying", 2, True), ("succeeded", 2, False)]
+    assert await rows_of_status(database) == 0
+
+
+async def test_a_task_id_that_is_used_again_begins_anew(
+    backend: Backend, database: Database
+) -> None:
+    """Whatever the last attempt of the run before was, and if its result comes late."""
+    broker = broker_of(backend, SimpleRetryMiddleware())
+    fails = [True, False, False, True, False, False]
+    late = Step()
+
+    @broker.task(retry_on_error=True, task_name="nightly")
+    async def nightly(number: int) -> int:
+        if fails.pop(0):
+            raise ValueError(number)
+        if number == 2:
+            await late()
+        return number
+
+    async def send(number: int) -> None:
+        await nightly.kicker().with_task_id("nightly").kiq(number)
+
+    await send(0)
+    await broker.deliver()
+    await broker.deliver()
+    assert (await backend.get_status("nightly")).attempt == 1
+    await send(1)
+    assert await state_of(backend, "nightly") == "queued"
+    await broker.deliver()
+    assert (await backend.get_result("nightly")).return_value == 1
+    await send(2)
+    await broker.deliver()
+    execution = asyncio.create_task(broker.deliver())
+    await late.has_begun.wait()
+    await send(3)
+    late.may_end.set()
+    await execution
+    assert (await backend.get_result("nightly")).return_value == 2
+    assert await state_of(backend, "nightly") == "queued"
+    await broker.deliver()
+    assert (await backend.get_result("nightly")).return_value == 3
     assert await rows_of_status(database) == 0
 
 
@@ -282,6 +324,24 @@ async def test_a_status_that_cannot_be_stored_in_time_stops_no_task(
     ]
 
 
+async def test_a_status_has_a_retry_limit_of_its_own(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    """A task waits for it, and not for as long as a result is tried to be stored."""
+    backend = await start_backend(
+        track="started", command_timeout=0.2, timings=Timings(status_retry=0)
+    )
+    connection = await asyncpg.connect(database.direct_dsn)
+    try:
+        await connection.execute("BEGIN; LOCK TABLE taskiq_results_status")
+        for state in ("queued", "unknown"):
+            async with asyncio.timeout(5):
+                with pytest.raises(StorageError, match="did not answer in time"):
+                    await backend.set_status(TaskStatus(new_id(), state))
+    finally:
+        await connection.close()
+
+
 async def test_a_sender_that_was_not_started_sends(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -314,3 +374,19 @@ async def test_a_broker_without_the_middleware_is_told_once(
     assert [
         m.endswith("broker.add_middlewares(TaskMetadataMiddleware())") for m in caplog.messages
     ] == [True]
+
+
+async def test_a_result_that_another_middleware_stores_is_no_sign_of_a_missing_one(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    class StoresAnother(TaskiqMiddleware):
+        async def on_error(
+            self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException
+        ) -> None:
+            await backend.set_result(f"after {message.task_id}", result_of(None, is_err=True))
+
+    broker = broker_of(backend, StoresAnother())
+    sent = await broker.register_task(fail).kiq()
+    await broker.deliver()
+    assert await backend.is_result_ready(f"after {sent.task_id}")
+    assert "TaskMetadataMiddleware" not in caplog.text

@@ -400,7 +400,11 @@ def test_one_for_each_broker() -> None:
         ({"redact": refuse}, "redact is for record_args=True"),
         ({"redact": 7, "record_args": True}, "redact must be a callable"),
         ({"worker": "w", "record_worker": False}, "worker is for record_worker=True"),
-        ({"max_args_bytes": 0}, "max_args_bytes must be 1 or more, not 0"),
+        ({"max_args_bytes": 0}, "max_args_bytes must be a whole number of 1 or more, not 0"),
+        ({"max_args_bytes": "9"}, "max_args_bytes must be a whole number of 1 or more, not '9'"),
+        ({"record_args": "no"}, "record_args must be True or False, not 'no'"),
+        ({"record_worker": "no"}, "record_worker must be True or False, not 'no'"),
+        ({"worker": 7}, "worker must be a str or None, not 7"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:

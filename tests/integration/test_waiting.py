@@ -2,13 +2,13 @@
 
 import asyncio
 import uuid
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from taskiq import AsyncTaskiqTask
 
-from taskiq_sa_pg import InvalidTaskIdError
+from taskiq_sa_pg import InvalidTaskIdError, ResultIsMissingError, TaskStatus
 from taskiq_sa_pg.timings import Timings
 from tests.conftest import eventually
 from tests.integration.waiters import (
@@ -21,7 +21,7 @@ from tests.integration.waiters import (
     until_waiting,
     waiters_of,
 )
-from tests.tasks import new_id, result_of
+from tests.tasks import new_id, progress_of, result_of
 
 
 class Order(BaseModel):
@@ -147,6 +147,56 @@ async def test_all_spellings_of_a_uuid_wake(each_driver: Backends) -> None:
     assert [(await w).return_value for w in waiting] == [7] * len(spellings)
 
 
+class Id(str):
+    """One that prints itself in another way."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"Id({super().__str__()})"
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("waiter", [Id, str])
+async def test_an_id_of_a_subclass_wakes_as_a_plain_one(
+    backends: Backends, waiter: type[str]
+) -> None:
+    backend = await backends.start()
+    text = new_id()
+    async with heard_by(backend):
+        waiting = asyncio.create_task(backend.wait_result(waiter(text), timeout=SOON))
+        await until_waiting(backend, 2)
+        await backend.set_result(text if waiter is Id else Id(text), result_of(7))
+        assert (await waiting).return_value == 7
+
+
+@pytest.mark.usefixtures("blind")
+async def test_a_uuid_may_be_given_as_one(backends: Backends) -> None:
+    """As rows and asyncpg have it, whose class is another; every method takes it."""
+    backend = await backends.start(field_for_task_id="Uuid")
+    task_id = uuid.uuid4()
+    [row] = await backends.database.fetch("SELECT $1::uuid AS id", task_id)
+    assert await backend.get_status(task_id) == TaskStatus(str(task_id), "unknown")
+    async with heard_by(backend):
+        waiting = [
+            asyncio.create_task(backend.wait_result(task_id, timeout=SOON)),
+            asyncio.create_task(backend.wait_results([row["id"]], timeout=SOON)),
+        ]
+        await until_waiting(backend, 3)
+        await backend.set_progress(task_id, progress_of(5))
+        await backend.set_result(row["id"], result_of(7))
+        assert (await waiting[0]).return_value == (await waiting[1])[0].return_value == 7
+    assert await backend.is_result_ready(task_id)
+    assert (await backend.get_result(task_id.hex)).return_value == 7
+    assert (await backend.get_progress(task_id)).meta == 5
+    assert [meta async for meta in backend.watch_progress(task_id)] == [progress_of(5)]
+    assert list(await backend.get_results([task_id])) == [task_id]
+    assert [i async for i, _ in backend.as_completed([task_id])] == [task_id]
+    assert await backend.forget([task_id]) == 1
+    with pytest.raises(ResultIsMissingError):
+        await backend.get_result(task_id)
+
+
 async def test_ids_that_the_column_cannot_hold_are_refused(backends: Backends) -> None:
     for kind, task_id in (("Uuid", "no uuid"), ("Text", "a\x00b"), ("VarChar", "\ud800")):
         backend = await backends.start(field_for_task_id=kind)
@@ -269,6 +319,38 @@ async def test_a_task_gets_its_declared_return_type(backends: Backends) -> None:
     assert (result.is_err, result.return_value, result.error.args) == (True, None, error.args)
     with pytest.raises(ValueError, match="no"):
         result.raise_for_error()
+
+
+class Odd:
+    """pydantic has no schema for it."""
+
+
+def refuse(_: Any) -> None:
+    raise RuntimeError("refused")
+
+
+UNUSABLE = {
+    "no schema": Odd,
+    "a validator that raises": Annotated[Any, BeforeValidator(refuse)],
+    "no hash": Annotated[int, []],
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE.values(), ids=UNUSABLE)
+async def test_a_return_type_that_cannot_be_restored_loses_no_result(
+    backends: Backends, kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = await backends.start(keep_results=False)
+    tasks: list[AsyncTaskiqTask[Any]] = [AsyncTaskiqTask(new_id(), backend, kind) for _ in "ab"]
+    for wait in (
+        backend.wait_results,
+        lambda tasks: asyncio.gather(*map(backend.wait_result, tasks)),
+    ):
+        for task in tasks:
+            await backend.set_result(task.task_id, result_of(7))
+        assert [result.return_value for result in await wait(tasks)] == [7, 7]
+    said = [record.getMessage() for record in caplog.records]
+    assert len([text for text in said if tasks[0].task_id in text]) == 2
 
 
 @pytest.mark.parametrize("keep_results", [True, False], ids=["kept", "taken"])

@@ -13,6 +13,7 @@ from taskiq_sa_pg.timings import Timings
 from tests.integration.waiters import (
     SOON,
     Backends,
+    channel_of,
     listener_of,
     table_of,
     until_healthy,
@@ -166,7 +167,7 @@ async def test_a_slow_watcher_gets_the_last_of_what_he_missed(each_driver: Backe
             await backend.set_result(task_id, result_of("done"))
             await until_healthy(backend)
             # Its notifications come while nobody waits.
-            waiters_of(backend).hear(table_of(each_driver.database), f'["{task_id}"]')
+            waiters_of(backend).hear(channel_of(each_driver.database), f'["{task_id}"]')
     assert seen == [0, 5]
 
 

@@ -166,8 +166,13 @@ class Backends:
 
 
 def table_of(database: Database, kind: str = "VarChar") -> str:
-    """A name that is also a channel of nobody else's: channels belong to the whole database."""
+    """A name whose channel is nobody else's: channels belong to the whole database."""
     return f"{kind}_{database.schema[-20:]}"
+
+
+def channel_of(database: Database, kind: str = "VarChar") -> str:
+    """Where the results of that table are told of; of progress, with `_progress` after it."""
+    return f"taskiq_sa_pg.{table_of(database, kind)}"
 
 
 @lru_cache

@@ -14,8 +14,12 @@ import pytest
 from alembic.util import CommandError
 from sqlalchemy import make_url
 
+from taskiq_sa_pg import TableConfig
 from tests.commands import only_variables, run_alembic
 from tests.conftest import Database
+
+# PostgreSQL takes no longer one.
+LONG_NAME = f"{'x' * 58}ü表"
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,9 +100,10 @@ _INDEXES = """
     WHERE c.relnamespace = $1::text::regnamespace AND c.relname = ANY($2)
     ORDER BY 1, 2
 """
+# Without those for NOT NULL, which PostgreSQL 18 names itself; the columns have it.
 _CONSTRAINTS = """
     SELECT c.relname, n.conname, pg_get_constraintdef(n.oid)
-    FROM pg_class c JOIN pg_constraint n ON n.conrelid = c.oid
+    FROM pg_class c JOIN pg_constraint n ON n.conrelid = c.oid AND n.contype <> 'n'
     WHERE c.relnamespace = $1::text::regnamespace AND c.relname = ANY($2)
     ORDER BY 1, 2
 """
@@ -112,7 +117,7 @@ _TABLES = """
 
 async def catalogue(database: Database, table_name: str = "taskiq_results") -> list[Any]:
     """Everything that PostgreSQL knows of the tables, without the name of the schema."""
-    names = [table_name, f"{table_name}_progress", f"{table_name}_status"]
+    names = list(TableConfig(table_name).table_names)
     rows: list[Any] = []
     connection = await asyncpg.connect(database.direct_dsn)
     try:

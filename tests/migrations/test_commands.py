@@ -1,5 +1,6 @@
 """Alembic's commands on our own migrations."""
 
+import asyncio
 import io
 import shlex
 import uuid
@@ -10,11 +11,13 @@ import pytest
 from alembic.config import CommandLine
 from alembic.util import CommandError
 
+from taskiq_sa_pg import TableConfig
 from taskiq_sa_pg.schema.migrate import script_location
 from tests.commands import run_alembic
 from tests.conftest import BackendFactory, Database
 from tests.migrations.applications import execute_script
 from tests.migrations.conftest import (
+    LONG_NAME,
     PASSWORD,
     ROOT,
     alembic,
@@ -23,15 +26,17 @@ from tests.migrations.conftest import (
     tables,
     with_password,
 )
+from tests.tasks import result_of
 
 NAME = "taskiq_results"
 ODD_NAME = "Wéird \"Re-sults\" 'n' 100%(:x) \\n user"
 
-FOREIGN_TABLE = "(task_id VARCHAR UNIQUE, result BYTEA, progress BYTEA)"
+FOREIGN_TABLE = "(task_id VARCHAR UNIQUE, kept TEXT)"
 
 
 def all_of(table_name: str) -> list[str]:
-    return sorted(f"{table_name}{suffix}" for suffix in ("", "_progress", "_status", "_version"))
+    config = TableConfig(table_name)
+    return sorted([*config.table_names, config.version_table_name])
 
 
 async def test_upgrade_current_check_and_downgrade_work_on_the_database_of_the_variable(
@@ -53,29 +58,33 @@ async def test_heads_and_history_need_no_database() -> None:
     assert "<base> -> 0001 (head), " in await alembic("history")
 
 
+@pytest.mark.parametrize("name", [ODD_NAME, LONG_NAME], ids=["odd", "long"])
 async def test_odd_names_work_in_every_command_and_in_the_backend(
-    database: Database, other_database: Database, start_backend: BackendFactory
+    database: Database, other_database: Database, start_backend: BackendFactory, name: str
 ) -> None:
     """The printed SQL, applied by hand, makes the same tables as the command."""
-    options = ("-x", f"table_name={ODD_NAME}", "-x", "field_for_payload=Jsonb")
+    options = ("-x", f"table_name={name}", "-x", "field_for_payload=Jsonb")
     dsn = ("-x", f"dsn={database.dsn}")
     await alembic(*options, *dsn, "upgrade", "head")
     await execute_script(other_database, await alembic(*options, "upgrade", "head", "--sql"))
-    made = await catalogue(database, ODD_NAME)
+    made = await catalogue(database, name)
     assert made
-    assert made == await catalogue(other_database, ODD_NAME)
-    assert await tables(database) == await tables(other_database) == all_of(ODD_NAME)
+    assert made == await catalogue(other_database, name)
+    assert await tables(database) == await tables(other_database) == all_of(name)
     await alembic(*options, *dsn, "check")
     await alembic(*options, "check", TASKIQ_SA_PG_DSN=other_database.dsn)
-    backend = await start_backend(
-        table_name=ODD_NAME, field_for_payload="Jsonb", run_migrations=False
-    )
+    backend = await start_backend(table_name=name, field_for_payload="Jsonb", run_migrations=False)
     assert not await backend.is_result_ready("1")
     await alembic(*options, *dsn, "downgrade", "base")
     downgrade_sql = await alembic(*options, "downgrade", "head:base", "--sql")
     await execute_script(other_database, downgrade_sql)
     for left in (database, other_database):
-        assert await catalogue(left, ODD_NAME) == []
+        assert await catalogue(left, name) == []
+    again = await start_backend(table_name=name, field_for_payload="Jsonb", run_migrations=True)
+    assert await catalogue(database, name) == made
+    waiting = asyncio.create_task(again.wait_result("1", timeout=5))
+    await again.set_result("1", result_of(7))
+    assert (await waiting).return_value == 7
 
 
 async def test_options_win_over_variables_and_variables_over_the_ini_file(
@@ -105,7 +114,7 @@ async def test_an_option_that_cannot_work_is_named() -> None:
         "tabel_name=a": "unknown option -x tabel_name; the options are dsn, table_name",
         "field_for_task_id=Int": "field_for_task_id must be one of",
         "table_name=": "table_name must not be empty",
-        f"table_name={'x' * 48}": "64 bytes long",
+        f"table_name={'x' * 64}": "64 bytes long",
         "dsn=": "which database?",
         f"postgresql://u:{PASSWORD}@h/db?a=b": "unknown option -x postgresql;",
         f"dsn=postgresql://u:{PASSWORD}@h:port/db": "dsn is not an address",
@@ -199,7 +208,7 @@ async def test_a_foreign_table_of_the_same_name_is_left_untouched(
     database: Database, table: str
 ) -> None:
     await database.fetch(f"CREATE TABLE {table} {FOREIGN_TABLE}")
-    await database.fetch(f"INSERT INTO {table} VALUES ('1', 'result', 'progress')")
+    await database.fetch(f"INSERT INTO {table} VALUES ('1', 'kept')")
     before = await catalogue(database), await rows_of(database, table)
     message = await upgrade_error(with_password(database.dsn))
     assert f'"{table}" already exists' in message
@@ -221,6 +230,24 @@ async def test_tables_that_were_made_in_another_way_can_be_recorded(
     await alembic(*shlex.split(command)[1:], **environment)
     assert "0001 (head)" in await alembic("current", **environment)
     await alembic("check", **environment)
+
+
+async def test_an_upgrade_makes_tables_again_that_were_dropped(database: Database) -> None:
+    """Of all commands it alone."""
+    environment = {"TASKIQ_SA_PG_DSN": database.dsn}
+    await alembic("upgrade", "head", **environment)
+    before = await catalogue(database)
+    await database.fetch(f"DROP TABLE {NAME}, {NAME}_status")
+    assert "0001 (head)" in await alembic("current", **environment)
+    message = await alembic_error("downgrade", "base", **environment)
+    assert "make what is missing again first, with `alembic upgrade head`" in message
+    assert await tables(database) == [f"{NAME}_progress", f"{NAME}_version"]
+    assert await alembic("upgrade", "head", **environment) == (
+        f"{NAME}_version records version 0001, and there was no table {NAME}, {NAME}_status: made "
+        "again, empty\n"
+    )
+    assert await catalogue(database) == before
+    assert await alembic("upgrade", "head", **environment) == ""
 
 
 def test_the_checkouts_ini_file_says_where_its_migrations_are() -> None:

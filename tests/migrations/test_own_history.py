@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from alembic.util import CommandError
 
+from taskiq_sa_pg import TableConfig
 from taskiq_sa_pg.schema import LATEST_VERSION
 from taskiq_sa_pg.schema.migrate import script_location
 from tests.conftest import BackendFactory, Database
@@ -17,7 +18,7 @@ from tests.migrations.applications import (
     execute_script,
     operations_in,
 )
-from tests.migrations.conftest import alembic, catalogue, tables
+from tests.migrations.conftest import LONG_NAME, alembic, catalogue, tables
 from tests.migrations.test_steps import downgrade, upgrade_to_latest
 
 NAME = "taskiq_results"
@@ -58,6 +59,7 @@ def arguments_of(options: dict[str, Any]) -> str:
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},
     "odd": {"table_name": ODD_NAME, "field_for_task_id": "Uuid", "field_for_payload": "Jsonb"},
+    "long": {"table_name": LONG_NAME},
     "reserved": {"table_name": "Order", "field_for_task_id": "Text"},
 }
 
@@ -82,7 +84,7 @@ async def assert_history_goes_up_and_down(
 
     async def assert_is_up() -> None:
         assert {"alembic_version", "orders"} <= set(await tables(database))
-        assert {name, f"{name}_progress", f"{name}_status"} <= set(await tables(place))
+        assert set(TableConfig(name).table_names) <= set(await tables(place))
         assert await catalogue(place, name) == expected
         assert "No new upgrade operations" in await application.alembic("check")
 
@@ -104,7 +106,7 @@ async def assert_history_goes_up_and_down(
 MAKES_THREE_TABLES = {"create_table": 3, "create_index": 2, "drop_index": 2, "drop_table": 3}
 
 
-@of_kinds(default="generic", odd="async")
+@of_kinds(default="generic", odd="async", long="generic")
 async def test_autogenerate_makes_exactly_the_tables(
     new_application: ApplicationFactory,
     other_database: Database,

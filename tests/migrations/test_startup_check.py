@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import shlex
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from taskiq_sa_pg import (
 from taskiq_sa_pg.database import make_engine
 from tests.commands import run_taskiq_sa_pg
 from tests.conftest import BackendFactory, Database
+from tests.integration.old_tables import fill_plainly, old_backend
 from tests.migrations.conftest import alembic, catalogue, tables, with_password
 
 NAME = "taskiq_results"
@@ -95,7 +98,6 @@ async def test_the_command_that_is_printed_makes_the_tables(
             "ALTER TABLE {0} DROP CONSTRAINT {0}_pkey, ADD UNIQUE (task_id) DEFERRABLE",
             "column {0}.task_id is neither primary key nor unique",
         ),
-        ("ALTER TABLE {0} ADD tenant text NOT NULL", "column {0}.tenant is NOT NULL without"),
         ("ALTER TABLE {0} ALTER error SET NOT NULL", "column {0}.error is NOT NULL without"),
         ("ALTER TABLE {0} ALTER finished_at DROP DEFAULT", "column {0}.finished_at is NOT NULL"),
     ],
@@ -109,6 +111,19 @@ async def test_a_difference_is_named_with_what_mends_it(
     assert difference.format(NAME) in message
     assert message.count(";") == 1
     assert "`alembic upgrade head`" in message
+    assert "`taskiq-sa-pg sql`" in message
+
+
+async def test_what_an_upgrade_cannot_mend_is_told_with_what_can(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    await start_backend(run_migrations=True)
+    await database.fetch(f"ALTER TABLE {NAME} DROP COLUMN log")
+    message = await refusal(start_backend, run_migrations=True)
+    assert f"column {NAME}.log is missing. They are of the latest version" in message
+    assert "`taskiq-sa-pg sql` prints what they should be" in message
+    assert "run_migrations" not in message
+    assert "upgrade" not in message
 
 
 @pytest.mark.parametrize(
@@ -139,17 +154,13 @@ async def test_a_foreign_table_of_the_same_name_is_refused_and_left_untouched(
     database: Database, start_backend: BackendFactory
 ) -> None:
     """By startup() with and without run_migrations."""
-    await database.fetch(
-        f"CREATE TABLE {NAME} (task_id VARCHAR UNIQUE, result BYTEA, progress BYTEA)"
-    )
-    await database.fetch(f"INSERT INTO {NAME} VALUES ('1', 'result', 'progress')")
+    await database.fetch(f"CREATE TABLE {NAME} (task_id VARCHAR UNIQUE, kept TEXT)")
+    await database.fetch(f"INSERT INTO {NAME} VALUES ('1', 'result')")
     before = await catalogue(database)
-    message = await refusal(start_backend)
-    assert f"column {NAME}.return_value is missing" in message
-    assert "choose another table_name" in message
-    message = await refusal(start_backend, run_migrations=True)
+    for run_migrations in (False, True):
+        message = await refusal(start_backend, run_migrations=run_migrations)
+        assert "choose another table_name" in message
     assert f'"{NAME}" already exists' in message
-    assert "choose another table_name" in message
     assert await catalogue(database) == before
     assert await tables(database) == [NAME]
     assert len(await database.fetch(f"SELECT * FROM {NAME}")) == 1
@@ -211,15 +222,151 @@ async def test_a_role_that_may_only_read_and_write_rows_starts_stores_and_reads(
     database: Database, start_backend: BackendFactory, role: str
 ) -> None:
     await start_backend(run_migrations=True)
-    await database.fetch(
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {NAME}, {NAME}_progress TO {role}"
-    )
     dsn = with_password(database.dsn, username=role)
+    grant = f"GRANT SELECT, INSERT, UPDATE, DELETE ON {await names_of(database)} TO {role}"
+    message = await refusal(start_backend, dsn=dsn)
+    assert message.split("`")[1] == grant
+    assert "check_schema" not in message
+    await database.fetch(grant)
     backend = await start_backend(dsn, keep_results=False, run_migrations=False)
     for _ in range(2):
         await backend.set_result("1", RESULT)
     assert (await backend.get_result("1")).return_value == 7
     assert not await backend.is_result_ready("1")
+
+
+async def names_of(database: Database) -> str:
+    names = (NAME, f"{NAME}_progress", f"{NAME}_status")
+    return ", ".join(f"{database.schema}.{name}" for name in names)
+
+
+async def test_the_grant_that_is_printed_can_be_carried_out(
+    database: Database, start_backend: BackendFactory, role: str
+) -> None:
+    options = {"table_name": 'it\'s "odd" $(100%)', "run_migrations": False}
+    await start_backend(**{**options, "run_migrations": True})
+    dsn = with_password(database.dsn, username=role)
+    message = await refusal(start_backend, dsn=dsn, **options)
+    await database.fetch(message.split("`")[1])
+    await start_backend(dsn, **options)
+
+
+async def test_a_role_that_may_only_read_is_told_how_to_start_and_starts(
+    database: Database,
+    start_backend: BackendFactory,
+    role: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    writer = await start_backend(run_migrations=True)
+    await writer.set_result("1", RESULT)
+    await database.fetch(f"GRANT SELECT ON ALL TABLES IN SCHEMA {database.schema} TO {role}")
+    dsn = with_password(database.dsn, username=role)
+    message = await refusal(start_backend, dsn=dsn)
+    assert f"GRANT INSERT, UPDATE, DELETE ON {await names_of(database)} TO {role}`" in message
+    assert 'check_schema="warn"' in message
+    reader = await start_backend(dsn, run_migrations=False, check_schema="warn")
+    assert [record.getMessage() for record in caplog.records] == [message]
+    assert (await reader.wait_result("1", timeout=10)).return_value == 7
+
+
+@pytest.mark.parametrize("is_named", [True, False], ids=["named", "searched"])
+async def test_a_role_that_may_not_see_the_schema_is_told_what_to_grant(
+    database: Database, start_backend: BackendFactory, role: str, is_named: bool
+) -> None:
+    await start_backend(run_migrations=True)
+    names, schema = await names_of(database), database.schema
+    await database.fetch(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {names} TO {role}")
+    await database.fetch(f"REVOKE USAGE ON SCHEMA {schema} FROM {role}")
+    dsn = with_password(database.dsn, username=role)
+    message = await refusal(start_backend, dsn=dsn, schema=schema if is_named else None)
+    grant = f"GRANT USAGE ON SCHEMA {schema} TO {role}"
+    assert f"`{grant}`" in message
+    await database.fetch(grant)
+    await start_backend(dsn, run_migrations=False)
+
+
+async def test_rights_on_every_column_are_enough(
+    database: Database, start_backend: BackendFactory, role: str
+) -> None:
+    backend = await start_backend(run_migrations=True)
+    for table in (backend.models.results_table, backend.models.progress_table):
+        columns = ", ".join(table.c.keys())
+        rights = ", ".join(f"{right} ({columns})" for right in ("SELECT", "INSERT", "UPDATE"))
+        await database.fetch(f"GRANT {rights}, DELETE ON {table.name} TO {role}")
+    await database.fetch(f"GRANT ALL ON {NAME}_status TO {role}")
+    reader = await start_backend(with_password(database.dsn, username=role), run_migrations=False)
+    await reader.set_result("1", RESULT)
+    assert (await reader.get_result("1")).return_value == 7
+
+
+@pytest.mark.parametrize("run_migrations", [False, True])
+async def test_a_table_of_taskiq_postgres_is_told_with_the_commands_that_switch(
+    database: Database, start_backend: BackendFactory, run_migrations: bool
+) -> None:
+    async with old_backend(database.dsn, table_name=NAME) as old:
+        await fill_plainly(old, 2)
+    message = await refusal(start_backend, run_migrations=run_migrations)
+    assert "it is one of taskiq-postgres" in message
+    assert 'table_name="results"' in message
+    assert "stamp" not in message
+    upgrade, copy = message.split("`")[1::2]
+    for command in (upgrade, copy):
+        program, *arguments = shlex.split(command)
+        assert program == "taskiq-sa-pg"
+        dsn = {"TASKIQ_SA_PG_DSN": database.dsn}
+        outcome = await asyncio.to_thread(run_taskiq_sa_pg, *arguments, env=dsn)
+        assert outcome.exit_code == 0, outcome.output
+    backend = await start_backend(table_name="results", run_migrations=False)
+    assert (await backend.get_result("task-00001")).return_value == 1
+
+
+@pytest.mark.parametrize(
+    "dropped", [("", "_progress", "_status"), ("_progress",)], ids=["all", "one"]
+)
+async def test_tables_that_were_dropped_are_made_again(
+    database: Database,
+    start_backend: BackendFactory,
+    caplog: pytest.LogCaptureFixture,
+    dropped: tuple[str, ...],
+) -> None:
+    backend = await start_backend(run_migrations=True)
+    await backend.set_result("1", RESULT)
+    before = await catalogue(database)
+    names = ", ".join(f"{NAME}{suffix}" for suffix in dropped)
+    await database.fetch(f"DROP TABLE {names}")
+    again = await start_backend(run_migrations=True)
+    assert await catalogue(database) == before
+    assert await again.is_result_ready("1") == ("" not in dropped)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{NAME}_version records version 0001, and there was no table {names}: made again, empty"
+    ]
+
+
+async def test_the_log_has_one_line_of_tables_that_are_made_and_none_of_others(
+    start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        await start_backend(run_migrations=True)
+        await start_backend(run_migrations=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"table {NAME}: brought to version 0001"
+    ]
+
+
+def test_alembic_says_nothing_where_it_is_imported_by_startup(database: Database) -> None:
+    code = (
+        "import asyncio, logging, sys\n"
+        "from taskiq_sa_pg import SQLAlchemyResultBackend\n"
+        "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "backend = SQLAlchemyResultBackend(sys.argv[1], run_migrations=True)\n"
+        "async def main():\n"
+        "    await backend.startup()\n"
+        "    await backend.shutdown()\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-c", code, database.dsn]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert outcome.stderr == f"table {NAME}: brought to version 0001\n"
 
 
 async def test_a_role_that_may_not_create_tables_is_told_what_to_grant(
@@ -282,3 +429,8 @@ async def test_a_column_of_your_own_that_nothing_fills_is_refused(
     await create(database, models)
     message = await refusal(start_backend, models=models)
     assert f"column {NAME}.tenant is NOT NULL without a default" in message
+    assert message.endswith("in the results table extra_values can)")
+    await database.fetch(f"ALTER TABLE {NAME} DROP COLUMN tenant")
+    message = await refusal(start_backend, models=models)
+    assert f"column {NAME}.tenant is missing" in message
+    assert message.endswith("(one of your model's own, for a migration of your own)")

@@ -16,9 +16,9 @@ from taskiq_sa_pg.models import PayloadField, TaskIdField
 from taskiq_sa_pg.schema import LATEST_VERSION
 from taskiq_sa_pg.schema.migrate import script_location
 from tests.conftest import Database
-from tests.migrations.conftest import catalogue, tables
+from tests.migrations.conftest import LONG_NAME, catalogue, tables
 
-NAMES = ["taskiq_results", 'Wéird "Re-sults" 100%(:x) user']
+NAMES = ["taskiq_results", 'Wéird "Re-sults" 100%(:x) user', LONG_NAME]
 
 TYPES = [
     {"field_for_task_id": task_id, "field_for_payload": payload}
@@ -73,7 +73,7 @@ async def test_the_steps_build_what_the_models_describe(
     database: Database, other_database: Database, types: dict[str, Any]
 ) -> None:
     """And autogenerate finds nothing to do after them."""
-    options = {"table_name": NAMES[TYPES.index(types) % 2], **types}
+    options = {"table_name": NAMES[TYPES.index(types) % 3], **types}
     name = options["table_name"]
     states = [await catalogue(database, name)]
     assert states == [[]]

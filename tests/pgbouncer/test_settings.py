@@ -2,15 +2,18 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
-from taskiq_sa_pg import SQLAlchemyResultBackend, StorageError
+from taskiq_sa_pg import ConfigurationError, SQLAlchemyResultBackend, StorageError
 from tests.conftest import BackendFactory, Database
+from tests.integration.engines import make
 from tests.pooler import Pooler, pgbouncer
 from tests.tasks import new_id, progress_of, result_of
 
@@ -64,7 +67,7 @@ async def test_nothing_stays_prepared(old: Database, start_backend: BackendFacto
     backend: Backend = await start_backend(old.dsn, keep_results=False)
     await call_everything(backend)
     await backend.shutdown()
-    dsn = f"{old.dsn}".replace("&statement_cache_size=0", "")
+    dsn = unfitting(old, "asyncpg")
     clients = [await asyncpg.connect(dsn, statement_cache_size=0) for _ in range(2)]
     sessions = set()
     for client in clients:
@@ -77,14 +80,67 @@ async def test_nothing_stays_prepared(old: Database, start_backend: BackendFacto
         await client.close()
 
 
+def unfitting(old: Database, driver: str) -> str:
+    """The address without the setting that the driver needs."""
+    assert old.pooler is not None
+    return old.pooler.dsn(old.schema, driver, is_fitting=False)
+
+
+@each_driver
+@pytest.mark.parametrize("keep_results", [True, False])
+async def test_an_engine_of_the_backend_s_own_finds_out(
+    driver: str, keep_results: bool, old: Database, start_backend: BackendFactory
+) -> None:
+    dsn = unfitting(old, driver)
+    backends = [await start_backend(dsn, keep_results=keep_results) for _ in range(3)]
+    await asyncio.gather(*map(call_everything, backends))
+
+
+async def run(what: str, dsn: str, *task_ids: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, Path(__file__).with_name("client.py"), dsn, what, *task_ids
+    )
+    assert await process.wait() == 0
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "direct"])
+async def test_no_process_runs_another_s_statements(
+    driver: str, old: Database, start_backend: BackendFactory
+) -> None:
+    """The names of prepared statements are the same in each, and its servers are all theirs."""
+    backend: Backend = await start_backend(old.direct_dsn)
+    task_ids = [f"of others {number}" for number in range(500)]
+    await asyncio.gather(*[backend.set_result(i, result_of(i)) for i in task_ids])
+    dsn = old.direct_dsn if driver == "direct" else unfitting(old, driver)
+    await asyncio.gather(run("ask", dsn, *task_ids), run("forget", dsn))
+    assert len(await backend.get_results(task_ids)) == 500
+
+
+@each_driver
+async def test_an_engine_that_prepares_statements_is_refused_at_startup(
+    driver: str, old: Database, start_backend: BackendFactory
+) -> None:
+    engine = make(unfitting(old, driver))
+    with pytest.raises(ConfigurationError) as caught:
+        await start_backend(engine=engine)
+    assert REMEDIES[driver] in str(caught.value)
+    await engine.dispose()
+    engine = make(old.dsn_of(driver))
+    backend: Backend = await start_backend(engine=engine)
+    await call_everything(backend, times=3)
+    await backend.shutdown()
+    await engine.dispose()
+
+
 @each_driver
 async def test_prepared_statements_that_get_lost_are_an_error_that_says_what_to_set(
     driver: str, old: Database, start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """They are prepared where the address says so, whatever stands between."""
     caplog.set_level(logging.DEBUG, "taskiq_sa_pg")
-    assert old.pooler is not None
     await start_backend(old.dsn_of(driver))
-    dsn = old.pooler.dsn(old.schema, driver, is_fitting=False)
+    on = {"asyncpg": "statement_cache_size=100", "psycopg": "prepare_threshold=5"}
+    dsn = f"{unfitting(old, driver)}&{on[driver]}"
 
     async def use() -> None:
         backend: Backend = await start_backend(dsn, run_migrations=False)

@@ -8,6 +8,7 @@ import pytest
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.timings import Timings
 from tests.conftest import BackendFactory, Database, eventually
+from tests.integration.engines import make
 from tests.integration.waiters import SOON, heard_by, listener_of, until_waiting
 from tests.tasks import new_id, progress_of, result_of
 
@@ -74,6 +75,32 @@ async def test_without_it_the_probe_finds_out_and_waiting_looks(
     assert not listener_of(backend).is_healthy
     kept.cancel()
     await asyncio.wait([kept])
+
+
+@each_driver
+async def test_it_never_counts_as_heard(
+    driver: str,
+    database: Database,
+    start_backend: BackendFactory,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Though the servers tell the engine's connections of probes that were sent before."""
+    caplog.set_level("DEBUG", "taskiq_sa_pg.waiting.listener")
+    engine = make(database.dsn_of(driver), pool_size=2)
+    timings = Timings(between_probes=0.1, first_reconnect=0.001, last_reconnect=0.01)
+    backend: Backend = await start_backend(engine=engine, timings=timings)
+    kept = asyncio.create_task(backend.wait_result(new_id()))
+
+    async def is_given_up_often() -> bool:
+        assert not listener_of(backend).is_healthy
+        return caplog.text.count("delivers no notifications") >= 10
+
+    await eventually(is_given_up_often)
+    assert len(warnings_in(caplog)) == 1
+    kept.cancel()
+    await asyncio.wait([kept])
+    await backend.shutdown()
+    await engine.dispose()
 
 
 async def test_progress_is_followed_by_looks(

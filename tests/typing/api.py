@@ -3,6 +3,7 @@
 from contextlib import aclosing
 from datetime import timedelta
 from typing import Any, assert_type
+from uuid import UUID, uuid4
 
 from sqlalchemy import URL, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -69,6 +70,8 @@ async def reading(backend: SQLAlchemyResultBackend[int], session: AsyncSession) 
     assert_type(await backend.get_result("id"), TaskiqResult[int])
     assert_type(await backend.get_results(["id"]), dict[str, TaskiqResult[int]])
     assert_type(await backend.is_result_ready("id"), bool)
+    assert_type(await backend.get_result(uuid4()), TaskiqResult[int])
+    assert_type(await backend.get_results([uuid4()]), dict[UUID, TaskiqResult[int]])
     models = build_models("results", metadata=Base.metadata)
     await session.scalars(select(models.Result.task_name).where(models.Result.is_err))
 
@@ -84,6 +87,9 @@ async def waiting(backend: SQLAlchemyResultBackend[int], task: AsyncTaskiqTask[s
         assert_type(result, TaskiqResult[str])
     async for task_id, _ in backend.as_completed(["id"]):
         assert_type(task_id, str)
+    async for a_uuid, _ in backend.as_completed([uuid4()], 1):
+        assert_type(a_uuid, UUID)
+    assert_type(await backend.wait_results([uuid4()]), list[TaskiqResult[int]])
     async for progress in backend.watch_progress(task, timeout=1):
         assert_type(progress, TaskProgress[Any])
     async with aclosing(backend.watch_progress("id")), aclosing(backend.as_completed(["id"])):

@@ -7,9 +7,8 @@ from sqlalchemy.dialects.postgresql import asyncpg
 
 DIALECT = asyncpg.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's, bare
 
-# 47 bytes, and 16 for the longest name derived from it.
-names = st.text(min_size=1, max_size=47).filter(
-    lambda name: "\x00" not in name and len(name.encode()) <= 47
+names = st.text(min_size=1, max_size=63).filter(
+    lambda name: not {"\x00", "."} & set(name) and len(name.encode()) <= 63
 )
 
 

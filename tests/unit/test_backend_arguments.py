@@ -1,7 +1,10 @@
 """The constructor: what it refuses, the order of its arguments, and that it connects to nothing."""
 
 import inspect
+import math
+import re
 import socket
+import sys
 from functools import partial
 from typing import Any
 
@@ -55,13 +58,22 @@ def borrowed_engine() -> Any:
         ({"engine": borrowed_engine(), "pool_size": 3, "echo": True}, "echo, pool_size: .*dsn="),
         ({"dsn": DSN, "check_schema": "maybe"}, '"error", "warn" or "off", not \'maybe\''),
         ({"dsn": DSN, "check_schema": True}, "check_schema"),
-        ({"dsn": DSN, "max_connections": 0}, "max_connections must be 1 or more, not 0"),
+        (
+            {"dsn": DSN, "max_connections": 0},
+            "max_connections must be a whole number of 1 or more, not 0",
+        ),
         ({"engine": borrowed_engine(), "max_connections": -1}, "max_connections .* not -1"),
-        ({"dsn": DSN, "listen_dsn": 7}, "dsn must be a str"),
+        ({"dsn": DSN, "listen_dsn": 7}, "^listen_dsn must be a str"),
+        ({"dsn": DSN, "listen_dsn": "postgresql+psycopg2://h"}, "^listen_dsn names the driver"),
+        ({"dsn": DSN, "listen_dsn": "postgresql://h?connect_timeout=x"}, "^the listen_dsn's param"),
         ({"dsn": DSN, "listen_dsn": "postgresql://user:hunter2/d"}, "cannot|percent-encoded"),
         ({"dsn": DSN, "listen_dsn": DSN, "notify": False}, "listen_dsn is for notify=True"),
         ({"dsn": DSN, "table_name": ""}, "table_name must not be empty"),
-        ({"dsn": DSN, "table_name": "t" * 60}, "derived from table_name"),
+        ({"dsn": DSN, "table_name": "t" * 64}, "table_name is 64 bytes"),
+        (
+            {"dsn": DSN, "table_name": "app.results"},
+            "not have a dot: .* schema='app', table_name='results'",
+        ),
         ({"dsn": DSN, "schema": "s\x00"}, "schema"),
         ({"dsn": DSN, "field_for_task_id": "Integer"}, "field_for_task_id"),
         ({"dsn": DSN, "field_for_payload": "Json"}, "field_for_payload"),
@@ -69,6 +81,18 @@ def borrowed_engine() -> Any:
             {"dsn": DSN, "field_for_payload": "Jsonb", "serializer": PickleSerializer()},
             "PickleSerializer",
         ),
+        ({"dsn": DSN, "serializer": "json"}, "serializer must be an object with .* not 'json'"),
+        ({"dsn": DSN, "serializer": JSONSerializer}, "serializer must be an object .* not <class"),
+        ({"dsn": DSN, "serializer": object()}, "serializer must be an object with dumpb()"),
+        ({"dsn": DSN, "pool_size": -1}, "pool_size must be a whole number of 0 or more, not -1"),
+        ({"dsn": DSN, "pool_size": "5"}, "pool_size must be a whole number of 0 or more, not '5'"),
+        ({"dsn": DSN, "max_overflow": -2}, "max_overflow must be a whole number of -1 or more"),
+        ({"dsn": DSN, "connect_args": "x"}, "cannot make an engine"),
+        ({"dsn": DSN, "tabel_name": "jobs"}, "no argument tabel_name: did you mean table_name?"),
+        ({"dsn": lambda: DSN, "serialiser": 1}, "argument serialiser: did you mean serializer?"),
+        ({"engine": borrowed_engine(), "keep_result": 1}, "did you mean keep_results?"),
+        ({"dsn": DSN, "nonsense": 1}, "cannot make an engine: .*nonsense"),
+        ({"dsn": DSN, "track": ["started"]}, "track must be"),
         ({"dsn": DSN, "extra_values": {}}, "extra_values must be a callable, not {}"),
         ({"dsn": DSN, "extra_values": lambda *_: {}}, "the model has none: subclass ResultMixin"),
         ({"dsn": DSN, "extra_values": no_values}, "ordinary function, not an async one"),
@@ -91,6 +115,75 @@ def test_arguments_that_cannot_work_are_refused(arguments: dict[str, Any], said:
     with pytest.raises(ConfigurationError, match=said) as caught:
         Backend(**arguments)
     assert "hunter2" not in str(caught.value)
+
+
+FLAGS = "keep_results", "notify", "run_migrations"
+NUMBERS = {
+    "max_connections": "a whole number of 1 or more",
+    "max_payload_bytes": "a whole number of 1 or more, or None",
+    "retry_timeout": "a number of 0 or more",
+    "startup_timeout": "a number of 0 or more",
+    "command_timeout": "a number above 0",
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("value", ["no", "false", "", 1, None])
+def test_what_is_no_flag_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{name} must be True or False, not {value!r}$"):
+        Backend(DSN, **{name: value})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["4", True, math.nan, -1, [], None, 1.5])
+def test_what_is_no_number_is_refused(name: str, value: Any) -> None:
+    if (value is None and "None" in NUMBERS[name]) or (
+        value == 1.5 and "whole" not in NUMBERS[name]
+    ):
+        Backend(DSN, **{name: value})
+        return
+    said = f"{name} must be {NUMBERS[name]}, not {value!r}"
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(said)}$"):
+        Backend(DSN, **{name: value})
+
+
+def test_an_int_will_do_for_a_number_of_seconds() -> None:
+    Backend(DSN, retry_timeout=0, command_timeout=1, startup_timeout=math.inf)
+
+
+@pytest.mark.parametrize("name", ["dsn", "listen_dsn"])
+def test_a_driver_that_is_not_installed_is_named_with_its_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    arguments = {"dsn": DSN, name: "postgresql+psycopg://user:hunter2@h/d"}
+    said = rf"{name} needs the driver psycopg.*`pip install 'taskiq-sa-pg\[psycopg\]'`"
+    with pytest.raises(ConfigurationError, match=f"^{said}"):
+        Backend(**arguments)
+
+
+@pytest.mark.parametrize("timeout", ["5", math.nan, True, []])
+async def test_a_timeout_that_is_no_number_is_refused(timeout: Any) -> None:
+    backend = Backend(DSN)
+    said = re.escape(f"timeout must be a number, or None, not {timeout!r}")
+    for wait in (backend.wait_result, backend.wait_results):
+        with pytest.raises(ConfigurationError, match=said):
+            await wait(["t"], timeout=timeout)
+    for watch in (backend.as_completed, backend.watch_progress):
+        with pytest.raises(ConfigurationError, match=said):
+            watch(["t"], timeout=timeout)
+
+
+@pytest.mark.parametrize("number", ["5", 1.5, True, 0])
+async def test_a_number_of_rows_that_is_none_is_refused(number: Any) -> None:
+    backend = Backend(DSN)
+    said = f"must be a whole number of 1 or more.*, not {number!r}$"
+    with pytest.raises(ConfigurationError, match=f"^limit {said}"):
+        await backend.get_running(number)
+    with pytest.raises(ConfigurationError, match=f"^batch_size {said}"):
+        backend.iter_results(batch_size=number)
+    with pytest.raises(ConfigurationError, match=f"^limit {said}"):
+        await backend.prune(limit=number)
 
 
 def test_another_databases_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

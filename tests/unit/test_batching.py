@@ -213,15 +213,64 @@ async def test_of_the_calls_for_a_key_the_last_of_the_highest_rank_is_flushed(
 async def test_an_answer_that_is_not_shared_goes_to_the_first_who_is_there(
     flushes: Flushes,
 ) -> None:
-    batcher: AnyBatcher = Batcher(flushes, encode=same, is_shared=False)
-    calls = submit(batcher, ["blocker", "key", "key", "key"])
-    flush = await flushes.number(2)
-    calls[1].cancel()
+    unclaimed: list[Any] = []
+    batcher: AnyBatcher = Batcher(
+        flushes, encode=same, on_unclaimed=lambda *call: unclaimed.append(call)
+    )
+    calls = submit(batcher, ["key", "key", "key"])
+    flush = await flushes.number(1)
+    calls[0].cancel()
     flush.end({"key": "answer"})
-    flushes.begun[0].end()
-    [_, cancelled, *answers] = await outcomes_of(calls)
+    [cancelled, *answers] = await outcomes_of(calls)
     assert isinstance(cancelled, asyncio.CancelledError)
     assert answers == ["answer", None]
+    assert unclaimed == []
+
+
+@pytest.mark.parametrize("is_answered_first", [False, True])
+async def test_an_answer_that_nobody_takes_is_told_once(
+    flushes: Flushes, is_answered_first: bool
+) -> None:
+    """Be the callers cancelled before it comes, or in the turn in which it has come."""
+    unclaimed: list[Any] = []
+    batcher: AnyBatcher = Batcher(
+        flushes, encode=same, on_unclaimed=lambda *call: unclaimed.append(call)
+    )
+    calls = submit(batcher, ["key", "key"])
+    flush = await flushes.number(1)
+    if is_answered_first:
+        flush.end({"key": "answer"})
+        await turns_of_the_loop(1)  # the flush has it, and the callers do not yet
+    for caller in calls:
+        caller.cancel()
+    if not is_answered_first:
+        flush.end({"key": "answer"})
+    outcomes = await outcomes_of(calls)
+    await assert_at_rest(batcher)
+    assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 2
+    assert unclaimed == [("key", "answer")]
+
+
+async def test_what_interrupts_an_encoding_reaches_its_caller_alone(flushes: Flushes) -> None:
+    class Interruption(BaseException):
+        pass
+
+    def encode(key: Any, item: Any) -> Any:
+        if item == "bad":
+            raise Interruption
+        return item
+
+    batcher: AnyBatcher = Batcher(flushes, encode=encode)
+    blockers = submit(batcher, ["first", "second"])
+    await flushes.number(1)
+    calls = submit(batcher, ["good", "bad", "better"])
+    await turns_of_the_loop()
+    while flushes.begun:
+        flushes.begun.pop().end()
+        await turns_of_the_loop()
+    outcomes = await outcomes_of([*blockers, *calls])
+    assert [type(outcome) for outcome in outcomes[2:]] == [type(None), Interruption, type(None)]
+    await assert_at_rest(batcher)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -18,10 +18,17 @@ from taskiq.serializers import (
     PickleSerializer,
 )
 
-from taskiq_sa_pg import ConfigurationError, ResultDecodeError, ResultSerializationError
+from taskiq_sa_pg import (
+    ConfigurationError,
+    PayloadTooLargeError,
+    ResultDecodeError,
+    ResultSerializationError,
+    TableConfig,
+)
 from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.statements import StoredProgress
 from tests.unit.codecs import (
+    BYTEA,
     CODECS,
     JSONB,
     PICKLE,
@@ -130,6 +137,101 @@ def test_a_value_without_a_text_becomes_an_error_result(codec: Codec) -> None:
 def test_progress_that_cannot_be_stored_is_refused(codec: Codec) -> None:
     with pytest.raises(ResultSerializationError, match="the progress's meta of type function"):
         codec.encode_progress("t1", TaskProgress(state="x", meta=lambda: None))
+
+
+class Refused(Exception):
+    """pickle calls it with what it has left in `args`."""
+
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"refused with {code}")
+        self.code = code
+
+
+class RefusedByANameOfMoreThan32Characters(Refused): ...
+
+
+class Holder:
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+HOLDERS: dict[str, Callable[[Exception], Any]] = {
+    "itself": lambda error: error,
+    "list": lambda error: [error],
+    "key": lambda error: {error: 1},
+    "deep": lambda error: {"a": [(1, {"b": {2, frozenset([error])}})]},
+    "dataclass": Feed,
+    "object": Holder,
+    "model": lambda error: Envelope(content=error),
+    "chunks": lambda error: [*("x" * 70_000,) * 3, error],
+    "neighbours": lambda error: ["Refused", Holder.__module__, error, error],
+    "bytes": lambda error: [bytes(range(256)) * 10, b"\x94\x93\x94", error],
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_an_exception_that_pickle_cannot_load_becomes_an_error_result(
+    hold: Callable[[Exception], Any],
+) -> None:
+    result = through(PICKLE, hold(Refused(code=7)))
+    assert (result.is_err, result.return_value) == (True, None)
+    assert type(result.error) is ResultSerializationError
+    assert "Refused.__init__() takes 1 positional argument" in str(result.error)
+
+
+def test_a_name_that_was_written_before_hides_no_exception() -> None:
+    """Equal names of modules and classes are one text, which pickle writes once."""
+    name = Refused.__qualname__
+    for value in ([name, Refused(code=7)], {name: {name: Refused(code=7)}}):
+        assert type(through(PICKLE, value).error) is ResultSerializationError
+    # Here that number is the opcode of a text, which the name's length and the name might be.
+    long = RefusedByANameOfMoreThan32Characters(code=7)
+    value = [*map(str, range(139)), __name__, long]
+    assert b"h\x8c\x8c$Refused" in PickleSerializer().dumpb(value)
+    assert type(through(PICKLE, value).error) is ResultSerializationError
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_other_exceptions_in_values_come_back(hold: Callable[[Exception], Any]) -> None:
+    result = through(PICKLE, hold(KeyError("a")))
+    assert (result.is_err, type(result.return_value)) == (False, type(hold(KeyError())))
+
+
+class Loads:
+    """Counts how often it is loaded."""
+
+    number = 0
+
+    def __setstate__(self, state: Any) -> None:
+        Loads.number += 1
+
+
+def test_a_pickle_without_an_exception_is_not_loaded() -> None:
+    value = [Loads(), Feed(1), Path(), {"a": 1.5}, "Refused"]
+    value[0].some = 1  # type: ignore[attr-defined]  # a state, to be set
+    encode(PICKLE, return_value=value)
+    assert Loads.number == 0
+    encode(PICKLE, return_value=[*value, KeyError()])
+    assert Loads.number == 1
+
+
+@pytest.mark.parametrize("most", [None, 5_000])
+@pytest.mark.parametrize("config", [BYTEA, JSONB], ids=["bytea", "jsonb"])
+def test_what_no_column_holds_becomes_an_error_result(
+    config: TableConfig, most: int | None
+) -> None:
+    """Whatever max_payload_bytes says."""
+    codec = Codec(config, JSONSerializer(), most, column_bytes=1_000)
+    assert not through(codec, "x" * 998).is_err
+    result = through(codec, "x" * 999)
+    assert (result.is_err, result.return_value) == (True, None)
+    assert type(result.error) is PayloadTooLargeError
+    assert "the return value takes 1001 bytes, and the limit is 1000" in str(result.error)
+    with pytest.raises(PayloadTooLargeError):
+        codec.encode_progress("t1", TaskProgress(state="x", meta="x" * 999))
+    # What jsonb cannot hold is stored in a wrapper, which takes more.
+    wrapped = through(codec, "\x00" * 150)
+    assert wrapped.is_err == (config is JSONB)
 
 
 class ReversedSerializer(JSONSerializer):

@@ -16,7 +16,7 @@ from tests.unit.codecs import CODECS, PICKLE, decode, encode, every_codec
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
 JSON_LABELS = st.dictionaries(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"))
-    | st.sampled_from(["$serialized", "$bytes"]),
+    | st.sampled_from(["$serialized", "$bytes", "$surrogates"]),
     st.recursive(
         st.none() | st.booleans() | INTEGERS | st.text(st.characters(exclude_categories=["Cs"])),
         lambda inner: (
@@ -78,7 +78,7 @@ def test_a_datetime_comes_back_as_one_or_as_iso_text(codec: Codec) -> None:
 
 
 @every_codec
-@pytest.mark.parametrize("name", ["$serialized", "$bytes"])
+@pytest.mark.parametrize("name", ["$serialized", "$bytes", "$surrogates"])
 def test_a_label_that_looks_like_a_wrapper_comes_back(codec: Codec, name: str) -> None:
     for labels in ({name: "x"}, {"a": {name: "x"}}, {"a": [{name: 1}]}):
         assert through(codec, labels) == labels
@@ -143,6 +143,17 @@ def test_a_label_that_cannot_be_held_comes_back_as_its_repr(codec: Codec) -> Non
 @pytest.mark.parametrize("names", [("a\x00b", "c"), (1, "1"), ((1, 2), None)], ids=repr)
 def test_odd_label_names_do_not_prevent_storing(codec: Codec, names: tuple[Any, ...]) -> None:
     assert through(codec, dict.fromkeys(names, b"\xff"))
+
+
+@every_codec
+@pytest.mark.parametrize("name", ["a\x00b", "a\ud800b"], ids=ascii)
+def test_an_odd_label_name_leaves_its_neighbours_alone(codec: Codec, name: str) -> None:
+    labels = {name: 1, "queue": "a", "raw": b"\xff", "held": [1, {"b": None}]}
+    read = through(codec, labels | {"odd": [lambda: None]})
+    assert read.pop("odd").startswith("[<function ")
+    assert read.pop(name, None) or read.pop(ascii(name)[1:-1]) == 1
+    assert read == {name: value for name, value in labels.items() if name in read}
+    assert read.keys() == {"queue", "raw", "held"}
 
 
 class NoInteger:

@@ -1,6 +1,7 @@
 """TableConfig: the names and types it takes, and the rest refused before anything connects."""
 
 import dataclasses
+import enum
 import uuid
 from typing import Any
 
@@ -16,21 +17,25 @@ from taskiq_sa_pg import (
     build_models,
 )
 
-# The longest derived name is `<table_name>_finished_at_idx`.
-LONGEST = 63 - len("_finished_at_idx")
+# PostgreSQL's, for every name.
+LONGEST = 63
 
 # Any text that PostgreSQL could hold, and more than it could.
 any_name = st.text(max_size=70)
 
 
 def fits(name: str) -> bool:
-    return "\x00" not in name and 0 < len(name.encode()) <= LONGEST
+    return not {"\x00", "."} & set(name) and 0 < len(name.encode()) <= LONGEST
 
 
 @given(any_name)
 def test_a_name_is_kept_to_the_letter_or_refused(name: str) -> None:
     if fits(name):
-        assert TableConfig(name).table_name == name
+        config = TableConfig(name)
+        assert config.table_name == name
+        names = [name, *config.derived_names]
+        assert max(len(each.encode()) for each in names) <= LONGEST
+        assert len(set(names)) == len(names)
         return
     with pytest.raises(ConfigurationError):
         TableConfig(name)
@@ -40,15 +45,42 @@ def test_a_name_is_kept_to_the_letter_or_refused(name: str) -> None:
 def test_the_longest_name_is_counted_in_bytes(letter: str) -> None:
     size = len(letter.encode())
     longest = letter * (LONGEST // size) + "x" * (LONGEST % size)
-    assert max(len(name.encode()) for name in TableConfig(longest).derived_names) == 63
+    assert max(len(name.encode()) for name in TableConfig(longest).derived_names) <= 63
     with pytest.raises(ConfigurationError, match="64 bytes"):
         TableConfig(longest + "x")
 
 
-def test_every_derived_name_fits_and_starts_with_the_tables() -> None:
-    config = TableConfig("x" * LONGEST)
-    assert all(name.startswith(config.table_name) for name in config.derived_names)
-    assert len(set(config.derived_names)) == len(config.derived_names)
+@pytest.mark.parametrize(
+    ("length", "progress", "version"),
+    [
+        (51, "_progress", "_version"),
+        (52, "_progress", "_f43f0afc_version"),  # with room for Alembic's `_pkc`
+        (54, "_progress", "_45f316e1_version"),
+        (55, "_d5e28568_progress", "_d5e28568_version"),
+        (63, "_75220b47_progress", "_75220b47_version"),
+    ],
+)
+def test_derived_names_that_are_too_long_have_a_hash_for_ever(
+    length: int, progress: str, version: str
+) -> None:
+    """And the others stay what they are: tables are found by them."""
+    config = TableConfig("x" * length)
+    assert config.progress_table_name.strip("x") == progress
+    assert config.version_table_name.strip("x") == version
+    assert not set(config.derived_names) & set(TableConfig("x" * (length - 1) + "y").derived_names)
+
+
+@pytest.mark.parametrize("name", ["taskiq", "x" * LONGEST, "表" * (LONGEST // 3)])
+def test_channels_fit_and_are_no_table_s_name(name: str) -> None:
+    """They belong to the whole database: another package may listen to a plain name."""
+    config, other = TableConfig(name), TableConfig(f"y{name[1:]}")
+    channels = [
+        c for each in (config, other) for c in (each.results_channel, each.progress_channel)
+    ]
+    assert len(set(channels)) == 4
+    assert all(channel.startswith("taskiq_sa_pg.") for channel in channels)
+    assert all(len(channel.encode()) <= 63 for channel in channels)
+    assert TableConfig("taskiq").results_channel == "taskiq_sa_pg.taskiq"
 
 
 @pytest.mark.parametrize("parameter", ["table_name", "schema"])
@@ -112,6 +144,7 @@ def test_configurations_are_frozen_and_compare_by_value() -> None:
 def test_the_qualified_name_has_the_schema_if_there_is_one() -> None:
     assert TableConfig("results").qualified_name == "results"
     assert TableConfig("results", schema="app").qualified_name == "app.results"
+    assert TableConfig("results", schema="app").qualified("other") == "app.other"
 
 
 @given(st.uuids())
@@ -119,6 +152,20 @@ def test_a_uuid_column_takes_every_spelling_of_a_uuid(task_id: uuid.UUID) -> Non
     config = TableConfig(field_for_task_id="Uuid")
     for spelling in (str(task_id), task_id.hex, str(task_id).upper(), f"{{{task_id}}}"):
         assert config.to_column_task_id(spelling) == task_id
+    assert config.to_column_task_id(task_id) == task_id
+    with pytest.raises(InvalidTaskIdError, match=r"is not a str but UUID: pass str\(task_id\)"):
+        TableConfig().to_column_task_id(task_id)
+
+
+class Kind(str, enum.Enum):  # noqa: UP042 - it is about these
+    """Whose str() is "Kind.FIRST"."""
+
+    FIRST = "first"
+
+
+def test_an_id_of_a_subclass_becomes_a_plain_str() -> None:
+    column_id = TableConfig().to_column_task_id(Kind.FIRST)
+    assert (type(column_id), column_id) == (str, "first")
 
 
 @pytest.mark.parametrize("task_id", ["", "not-a-uuid", "\ud800", None, 7])

@@ -26,8 +26,7 @@ def connecting_with(engine: AsyncEngine) -> dict[str, Any]:
     """What a new connection of the engine would hand to the driver, without making one."""
     dialect = engine.dialect
     cargs, cparams = dialect.create_connect_args(engine.url)
-    for listener in dialect.dispatch.do_connect:
-        listener(dialect, None, cargs, cparams)
+    next(iter(dialect.dispatch.do_connect))(dialect, None, cargs, cparams)  # the other connects
     return dict(cparams)
 
 

@@ -268,6 +268,22 @@ def test_a_datetime_argument_comes_back_as_one_or_as_iso_text(codec: Codec) -> N
     assert arg in (at, "2024-02-29T00:00:00Z", "2024-02-29T00:00:00+00:00")
 
 
+SURROGATE = "\ud800"
+UNICODE = [
+    UnicodeEncodeError("utf-8", f"a{SURROGATE}b", 1, 2, "surrogates not allowed"),
+    UnicodeDecodeError("utf-8", b"a\xffb", 1, 2, "invalid start byte"),
+    UnicodeTranslateError(f"a{SURROGATE}b", 1, 2, "no reason"),
+    ValueError(f"a{SURROGATE}b", [1]),
+]
+
+
+@every_codec
+@pytest.mark.parametrize("error", UNICODE, ids=lambda error: type(error).__name__)
+def test_texts_with_lone_surrogates_come_back(codec: Codec, error: Exception) -> None:
+    read = through(codec, error)
+    assert (type(read), read.args, str(read)) == (type(error), error.args, str(error))
+
+
 OWN = [
     *(exceptions.TaskiqSaPgError("a", 1), exceptions.ConfigurationError("a")),
     *(exceptions.NotStartedError("a"), exceptions.InvalidTaskIdError("t1", "is bad")),

@@ -205,8 +205,20 @@ def test_a_name_that_is_no_exception_class_is_never_called(name: list[str], tmp_
     assert Recorder.made == []
 
 
+def test_a_class_that_is_no_exception_is_never_derived_from() -> None:
+    """To derive from it would run its code."""
+    mro = [["gone", "Gone"], [__name__, "Recorder"], *NODE["mro"]]
+    error = decode_document({"exceptions": [{**NODE, "mro": mro}]})
+    assert type(error).__bases__ == (ValueError,)
+    assert Recorder.derived == []
+
+
 class Recorder:
     made: list[Any] = []  # noqa: RUF012 - the record
+    derived: list[Any] = []  # noqa: RUF012 - the record
+
+    def __init_subclass__(cls) -> None:
+        Recorder.derived.append(cls)
 
     def __init__(self, *args: Any) -> None:
         self.made.append(args)

@@ -24,6 +24,11 @@ class Forged:
         return _load, ()
 
 
+class Unloadable(Exception):
+    def __init__(self, *, code: int) -> None:
+        super().__init__(code)
+
+
 def _load() -> None:
     raise Loaded
 
@@ -37,6 +42,18 @@ def signed(*keys: str | bytes) -> SignedSerializer:
 def test_what_was_signed_comes_back(inner: Any, value: Any) -> None:
     serializer = SignedSerializer(inner, [NEW])
     assert serializer.loadb(serializer.dumpb(value)) == value
+
+
+@pytest.mark.parametrize("inner", ["pickle", PickleSerializer])
+def test_what_is_no_serializer_is_refused(inner: Any) -> None:
+    with pytest.raises(ConfigurationError, match="serializer must be an object"):
+        SignedSerializer(inner, [NEW])
+
+
+def test_an_exception_that_signed_pickle_cannot_load_becomes_an_error_result() -> None:
+    codec = Codec(TableConfig(), signed(NEW))
+    assert decode(codec, encode(codec, return_value=[KeyError()])).is_err is False
+    assert decode(codec, encode(codec, return_value=[Unloadable(code=1)])).is_err is True
 
 
 def test_keys_rotate() -> None:

@@ -1,10 +1,11 @@
 """The work that takes its time. `taskiq worker shop.tasks:broker` does it."""
 
 import asyncio
+import logging
 from typing import Any
 
 from pydantic import BaseModel
-from taskiq import TaskiqDepends
+from taskiq import TaskiqDepends, TaskiqEvents, TaskiqState
 from taskiq.depends.progress_tracker import ProgressTracker, TaskState
 from taskiq_pg.asyncpg import AsyncpgBroker
 
@@ -17,6 +18,12 @@ SECONDS_PER_ITEM = 0.25
 
 backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(engine=engine, models=task_models)
 broker = AsyncpgBroker(DSN).with_result_backend(backend)
+
+
+@broker.on_event(TaskiqEvents.WORKER_STARTUP)
+async def set_up_log(state: TaskiqState) -> None:
+    # As taskiq does, except for workers that are not forked, as Python 3.14's.
+    logging.basicConfig(level=logging.INFO)
 
 
 class Parcel(BaseModel):

@@ -1,0 +1,184 @@
+"""Results that are deleted as they are read: each goes to one reader, and none to nobody."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+from sqlalchemy import Insert, Select
+from sqlalchemy.ext.asyncio import AsyncConnection
+from taskiq import TaskiqResult
+
+from taskiq_sa_pg.background import start_task
+from taskiq_sa_pg.batching import Batcher, Entry
+from taskiq_sa_pg.database import Database
+from taskiq_sa_pg.exceptions import StorageError
+from taskiq_sa_pg.results.settings import Settings
+from taskiq_sa_pg.statements import (
+    MAX_IDS,
+    StoredResult,
+    in_slices,
+    put_back,
+    take_results,
+    taken_columns,
+)
+from taskiq_sa_pg.telemetry import BatchMeter
+from taskiq_sa_pg.waiting import Notifier
+
+logger = logging.getLogger(__name__)
+
+
+_Failures = dict[Any, TaskiqResult[Any]]
+
+
+class Taken(NamedTuple):
+    """A result with its log, and the row that was deleted with it, by column."""
+
+    result: TaskiqResult[Any]
+    row: Mapping[str, Any]
+    progress: Mapping[str, Any] | None  # the row of the progress
+
+
+class Taker:
+    """Deletes results as they are read, in one transaction, and decodes them before its COMMIT.
+
+    A reader who goes away before the COMMIT leaves the result where it is. If he goes away later,
+    the result and its progress are stored again. Only where the process ends between the two is
+    the result lost.
+    """
+
+    def __init__(
+        self, settings: Settings, database: Database, meter: BatchMeter, notifier: Notifier | None
+    ) -> None:
+        self._settings = settings
+        self._models = settings.models
+        self._codec = settings.codec
+        self._database = database
+        self._notifier = notifier
+        self._returning: set[asyncio.Task[None]] = set()
+        self._batcher: Batcher[Any, None, None, Taken] = Batcher(
+            self._take_wanted,
+            encode=lambda *_: None,
+            max_rows=MAX_IDS,
+            on_unclaimed=lambda _, taken: self.put_back([taken]),
+            meter=meter,
+        )
+
+    async def one(self, column_id: Any) -> Taken | None:
+        """A result, None if there is none; of several callers one gets it."""
+        return await self._batcher.submit(column_id, None)
+
+    async def many(self, column_ids: Collection[Any]) -> tuple[dict[Any, Taken], _Failures]:
+        """The results that are there, all of which are taken or none, and what is left there.
+
+        That is what cannot be read back: failures with the ResultDecodeError.
+
+        Raises:
+            CancelledError: Of the caller; what was taken goes back.
+        """
+        has_caller = True
+        failures: _Failures = {}
+        decode = partial(self._codec.decode_any, failures=failures, with_logs=True)
+
+        def is_wanted(column_id: Any) -> bool:
+            return has_caller and column_id not in failures
+
+        # In a task of its own, which the caller's cancellation does not reach.
+        taking = start_task(self._take(column_ids, is_wanted, decode))
+        try:
+            return await asyncio.shield(taking), failures
+        except asyncio.CancelledError:
+            has_caller = False
+            taking.add_done_callback(self._put_back_all)
+            raise
+
+    def put_back(self, unclaimed: Collection[Taken]) -> None:
+        """Stores again what was taken for nobody, in the background."""
+        returning = start_task(self._store_again(unclaimed))
+        self._returning.add(returning)
+        returning.add_done_callback(self._returning.discard)
+
+    async def close(self) -> None:
+        """Refuses further calls, and returns when those before have been answered."""
+        await self._batcher.close()
+        while self._returning:
+            await asyncio.wait(self._returning)
+
+    @cached_property
+    def _take_results(self) -> Select[Any]:
+        return take_results(self._models, is_tracked=self._settings.is_tracked)
+
+    @cached_property
+    def _columns(self) -> tuple[Sequence[str], Sequence[str]]:
+        return taken_columns(self._models)
+
+    @cached_property
+    def _inserts(self) -> tuple[Insert, Insert]:
+        return put_back(self._models.results_table), put_back(self._models.progress_table)
+
+    async def _take_wanted(self, batch: Mapping[Any, Entry[None]]) -> Mapping[Any, Taken]:
+        decode = partial(self._codec.decode_result, with_logs=True)
+        return await self._take(batch, lambda column_id: batch[column_id].is_wanted, decode)
+
+    async def _take(
+        self,
+        column_ids: Collection[Any],
+        is_wanted: Callable[[Any], bool],
+        decode: Callable[[StoredResult], TaskiqResult[Any]],
+    ) -> dict[Any, Taken]:
+        async def take(connection: AsyncConnection) -> dict[Any, Taken] | None:
+            found: dict[Any, Taken] = {}
+            for some in in_slices([column_id for column_id in column_ids if is_wanted(column_id)]):
+                rows = await connection.execute(self._take_results, {"task_ids": some})
+                # Before the commit: what cannot be decoded is not deleted.
+                found |= {row[0]: self._taken(row, decode) for row in rows.all()}
+            if all(map(is_wanted, found)):
+                return found
+            # Such as one whose caller went away meanwhile: that result stays for another.
+            await connection.rollback()
+            return None
+
+        purpose = f"take results from table {self._settings.table}"
+        taken: dict[Any, Taken] | None = None
+        while taken is None and any(map(is_wanted, column_ids)):
+            # Where the COMMIT may have been carried out, a second reading might find nothing.
+            taken = await self._database.transact(take, purpose, is_answer_final=True)
+        return taken or {}
+
+    def _taken(
+        self, row: Sequence[Any], decode: Callable[[StoredResult], TaskiqResult[Any]]
+    ) -> Taken:
+        of_result, of_progress = self._columns
+        result = decode(StoredResult._make(row[: len(StoredResult._fields)]))
+        values, others = row[: len(of_result)], row[len(of_result) :]
+        progress = dict(zip(of_progress, others, strict=True))
+        return Taken(
+            result,
+            dict(zip(of_result, values, strict=True)),
+            None if progress["task_id"] is None else progress,
+        )
+
+    def _put_back_all(self, taking: asyncio.Task[dict[Any, Taken]]) -> None:
+        if not taking.cancelled() and taking.exception() is None:
+            self.put_back(taking.result().values())
+
+    async def _store_again(self, unclaimed: Collection[Taken]) -> None:
+        insert_result, insert_progress = self._inserts
+        for taken in unclaimed:
+            task_id = taken.row["task_id"]
+
+            async def insert(connection: AsyncConnection, taken: Taken = taken) -> None:
+                await connection.execute(insert_result, taken.row)
+                if taken.progress is not None:
+                    await connection.execute(insert_progress, taken.progress)
+
+            purpose = f"put the result of task {str(task_id)!r} back, whose reader went away"
+            try:
+                await self._database.transact(insert, purpose)
+            except StorageError:
+                logger.exception("task %s: its result is lost", task_id)
+            else:
+                if self._notifier is not None:
+                    channel = self._models.config.results_channel
+                    self._notifier.announce(channel, [task_id])
