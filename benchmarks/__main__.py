@@ -19,6 +19,7 @@ from benchmarks.servers import COUNTING, DURABLE, connected, redis_server
 from benchmarks.throughput import measure_throughput
 from benchmarks.waiters import measure_waiters
 from benchmarks.waiting import measure_waiting
+from benchmarks.worker import measure_worker
 from taskiq_sa_pg.embedded import postgres
 
 ROOT = Path(__file__).parent.parent
@@ -52,10 +53,13 @@ async def _measure(dsn: str, counting_dsn: str, redis_url: str | None, plan: Pla
         throughput = await measure_throughput(servers, plan)
         waiting = await measure_waiting(servers, plan)
         connections = await measure_connections(servers)
+        in_worker = await measure_worker(servers, plan)
     async with connected(counting_dsn, redis_url) as servers:
         waiters = await measure_waiters(servers, plan)
     contenders = servers.contenders
-    return Results(plan, contenders, environment, throughput, waiting, connections, waiters)
+    return Results(
+        plan, contenders, environment, throughput, waiting, connections, waiters, in_worker
+    )
 
 
 def write(results: Results, directory: Path) -> None:

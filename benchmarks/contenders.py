@@ -25,8 +25,14 @@ class Contender:
 
     name: str
     table: str
-    make: Callable[[str, str], Backend]
+    make: Callable[[str, str], Backend] | None
     uses_redis: bool = False
+    has_metadata: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it counts its statements."""
+        return self.table.startswith("sa_pg")
 
 
 OURS: Final = Contender(
@@ -51,12 +57,25 @@ REDIS_PEER: Final = Contender(
 )
 CONTENDERS: Final = (OURS, PEER, PSYCOPG_PEER, REDIS_PEER)
 
+# Inside a worker only.
+NO_BACKEND: Final = Contender("no result backend", "", None)
+OURS_TRACKED: Final = Contender(
+    "taskiq_sa_pg, metadata and track",
+    "sa_pg_tracked",
+    lambda dsn, table: SQLAlchemyResultBackend(
+        dsn, table_name=table, run_migrations=True, track="started"
+    ),
+    has_metadata=True,
+)
+IN_THE_WORKER: Final = (NO_BACKEND, OURS, OURS_TRACKED, PEER, REDIS_PEER)
+
 
 @asynccontextmanager
 async def started(contender: Contender, address: str, client: str) -> AsyncIterator[Backend]:
     """The backend between startup() and shutdown(); pg_stat_activity shows it as `client`."""
     if not contender.uses_redis:
         address = f"{address}&application_name={quote(client)}"
+    assert contender.make is not None
     backend = contender.make(address, contender.table)
     await backend.startup()
     try:

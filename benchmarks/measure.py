@@ -24,15 +24,17 @@ class Plan:
         seconds: How long one measurement of calls takes.
         waits: How often a task is waited for.
         window: Seconds for which the statements of waiters are counted.
+        worker_rounds: How often worker processes are measured.
     """
 
     rounds: int = 9
     seconds: float = 0.3
     waits: int = 40
     window: float = 10
+    worker_rounds: int = 6
 
 
-QUICK: Final = Plan(rounds=2, seconds=0.1, waits=5, window=2)
+QUICK: Final = Plan(rounds=2, seconds=0.1, waits=5, window=2, worker_rounds=1)
 
 
 class Sample(NamedTuple):

@@ -11,6 +11,8 @@ from benchmarks.results import Results, targets
 from benchmarks.throughput import OPERATIONS, SCENARIOS, TASKS, Scenario, compare
 from benchmarks.waiters import WAITERS
 from benchmarks.waiting import BACKEND_WAITS, TASK_WAITS, Way
+from benchmarks.worker import PROCESSES, WAITED_WITH, InWorker
+from benchmarks.worker import TASKS as TASKS_SENT
 
 _REDIS: Final = """Redis keeps all results in memory: its append-only file is off, as by default,
 and snapshots are off, because they would disturb the others. A crash loses the results."""
@@ -42,7 +44,7 @@ Servers and clients share the machine and talk through Unix sockets.
 
 {_targets(results)}
 
-## Calls per second
+{_in_worker(results)}## Calls per second
 
 {_compare(results, SCENARIOS, "per_second", lambda sample: number(sample.per_second))}
 
@@ -85,11 +87,14 @@ def readme_table(results: Results) -> str:
         return Way(contender, BACKEND_WAITS if contender == OURS else TASK_WAITS)
 
     calls, waiting, waiters = results.throughput, results.waiting, results.waiters
+    in_worker = results.in_worker
     lone, stored = Scenario("set_result", 1), Scenario("set_result", 100)
     read = Scenario("get_result", 100)
     statements = f"{WAITERS:,} waiters: statements/s"
     most = [str(max(results.most_connections(each))) for each in results.contenders]
+    executed = [] if in_worker is None else [_executed_row(results, in_worker)]
     rows = [
+        *executed,
         row("`set_result`, 1 caller: p50 ms", lambda each: calls[lone, each].p50_ms),
         row("`set_result`, 100 callers: calls/s", lambda each: calls[stored, each].per_second),
         row("`get_result`, 100 callers: calls/s", lambda each: calls[read, each].per_second),
@@ -98,6 +103,47 @@ def readme_table(results: Results) -> str:
         ["most connections", *most],
     ]
     return table(["", *_names(results)], rows)
+
+
+def _executed_row(results: Results, in_worker: InWorker) -> list[str]:
+    processes = PROCESSES[-1]
+    found = [in_worker.executed.get((processes, each)) for each in results.contenders]
+    rates = ["" if each is None else number(each.per_second) for each in found]
+    return [f"{processes} worker processes: tasks/s", *rates]
+
+
+def _in_worker(results: Results) -> str:
+    in_worker = results.in_worker
+    if in_worker is None:
+        return ""
+    contenders = list(dict.fromkeys(contender for _, contender in in_worker.executed))
+    rows = [
+        [
+            each.name,
+            *(number(in_worker.executed[count, each].per_second) for count in PROCESSES),
+            number(in_worker.executed[PROCESSES[-1], each].per_statement) if each.is_ours else "",
+        ]
+        for each in contenders
+    ]
+    awaited = [
+        [way.contender.name, f"`{WAITED_WITH[way.method]}`", number(rate.per_second)]
+        for way, rate in in_worker.awaited.items()
+    ]
+    processes = [f"{count} process{'es' if count > 1 else ''}:" for count in PROCESSES]
+    return f"""## Inside a worker
+
+Tasks a second of real `taskiq worker` processes. They empty a queue in Redis that was filled before
+with {TASKS_SENT:,} tasks that do nothing; medians of {results.plan.worker_rounds} rounds. Results a
+statement are those of {PROCESSES[-1]} processes.
+
+{table(["result backend", *processes, "results a statement:"], rows)}
+
+A client sends {TASKS_SENT:,} tasks to {PROCESSES[-1]} worker processes and waits for all results.
+Tasks a second, from sending the first to having the last result:
+
+{table(["result backend", "waiting in", "tasks/s:"], awaited)}
+
+"""
 
 
 def _targets(results: Results) -> str:

@@ -30,6 +30,7 @@ from taskiq_sa_pg.models import (
     build_models,
 )
 from taskiq_sa_pg.results import (
+    DEFAULT_GATHER_WINDOW,
     ExtraValues,
     ExtraValuesFunction,
     ResultMethods,
@@ -110,6 +111,9 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             long counts as lost.
         startup_timeout: For how many seconds startup() waits for a PostgreSQL that does not
             answer yet, in all.
+        gather_window: For how many seconds at most a write waits for others to share its
+            statement, while tasks of their own write in quick succession, as in a busy worker. A
+            caller that writes again and again, a slow stream and reads never wait. 0 turns it off.
         **engine_kwargs: With dsn: passed on to create_async_engine(). Where no pool is chosen,
             pool_size is 5 and max_overflow 0.
 
@@ -150,14 +154,13 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         retry_timeout: float = DEFAULT_RETRY_TIMEOUT,
         command_timeout: float = DEFAULT_COMMAND_TIMEOUT,
         startup_timeout: float = 30.0,
+        gather_window: float = DEFAULT_GATHER_WINDOW,
         **engine_kwargs: Any,
     ) -> None:
         super().__init__()
         config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
         self.models = models = _choose_models(models, config)
         self._config = models.config
-        if listen_dsn is not None and not notify:
-            raise ConfigurationError("listen_dsn is for notify=True; else leave it out")
         retention = Retention(result_ttl, failure_ttl)
         self.settings = Settings(
             models=models,
@@ -171,6 +174,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             check_schema=check_schema,
             run_migrations=run_migrations,
             startup_timeout=startup_timeout,
+            gather_window=gather_window,
         )
         self._telemetry = Telemetry(self.settings.table, self._listener_state, self._count_waiters)
         self._database = Database(
@@ -178,7 +182,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             engine=engine,
             engine_kwargs=_well_spelled(engine_kwargs),
             max_connections=max_connections,
-            listen_dsn=listen_dsn,
+            listen_dsn=_for_listening(listen_dsn, notify),
             retry_timeout=retry_timeout,
             command_timeout=command_timeout,
             on_retry=self._telemetry.note_retry,
@@ -342,6 +346,12 @@ def _well_spelled(engine_kwargs: dict[str, Any]) -> dict[str, Any]:
         for close in get_close_matches(name, ours, n=1, cutoff=0.85):
             raise ConfigurationError(f"there is no argument {name}: did you mean {close}?")
     return engine_kwargs
+
+
+def _for_listening(listen_dsn: DsnSource | None, notify: bool) -> DsnSource | None:
+    if listen_dsn is not None and not notify:
+        raise ConfigurationError("listen_dsn is for notify=True; else leave it out")
+    return listen_dsn
 
 
 def _choose_models(models: Models | None, config: TableConfig) -> Models:

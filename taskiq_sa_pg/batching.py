@@ -1,14 +1,16 @@
 """Group commit: many concurrent calls become few statements.
 
 A call that finds a lane free is flushed at once, together with those of the same turn of the event
-loop; calls that come while all lanes are busy gather and go with the next flush. There is no timer:
-a lone call waits for nobody, and a busy backend sends ever larger batches.
+loop; calls that come while all lanes are busy gather and go with the next flush. A lone call waits
+for nobody, and a busy backend sends ever larger batches. Only in a stream of tasks that call once
+each, as a worker has them, a write waits some milliseconds for the next ones: see Window.
 """
 
 import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
+from contextvars import Context
 from functools import partial
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
@@ -17,6 +19,7 @@ from taskiq_sa_pg.background import start_task
 from taskiq_sa_pg.database import is_unfit_value
 from taskiq_sa_pg.exceptions import NotStartedError, ResultDecodeError, StorageError
 from taskiq_sa_pg.telemetry import BatchMeter
+from taskiq_sa_pg.window import Window
 
 _Key = TypeVar("_Key", bound=Hashable)
 _Item = TypeVar("_Item")
@@ -84,6 +87,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         lanes: The most flushes at a time.
         on_unclaimed: Makes an answer something that one caller gets: the first of a key, and the
             others get None. Called with the key and an answer whose caller went away.
+        window: Tells which calls wait for others to come; without one none does.
         meter: Counts calls and batches.
     """
 
@@ -97,6 +101,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         max_rows: int = MAX_ROWS,
         lanes: int = 2,
         on_unclaimed: Callable[[_Key, _Answer], None] | None = None,
+        window: Window | None = None,
         meter: BatchMeter | None = None,
     ) -> None:
         self._flush = flush
@@ -115,6 +120,8 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         self._lanes: set[asyncio.Future[None]] = set()
         self._lone = _LonePath(self._carry_out, self._begin_lane, self._end_lane)
         self._is_opening = False
+        self._window = window
+        self._timer: asyncio.TimerHandle | None = None  # while the window is open
         self._loop = asyncio.get_running_loop()
         self._is_closed = False
         self._meter.queues.append(self)
@@ -143,8 +150,12 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         meter.calls += 1
         future: asyncio.Future[_Answer | None] = self._loop.create_future()
         call = (item, future, meter.caller() if meter.is_tracing else None)
+        if self._window is not None and self._window.is_worth_waiting():
+            self._open_window(self._window)
+        elif self._timer is not None:
+            self._close_window()
         # Not where the answer must survive its caller, whose task a lone call is flushed in.
-        if self._lone.is_quiet and self.is_idle and self._on_unclaimed is None:
+        elif self._lone.is_quiet and self.is_idle and self._on_unclaimed is None:
             alone: _Answer | None = await self._lone.flush(key, self._encode(key, item), call)
             return alone
         entries = self._held if key in self._in_flight else self._pending
@@ -165,6 +176,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     async def close(self) -> None:
         """Refuses further calls, and returns when all earlier ones have been flushed."""
         self._is_closed = True
+        self._close_window()
         while not self.is_idle:
             self._open_lanes()
             if self._lanes:
@@ -172,8 +184,31 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         if self in self._meter.queues:
             self._meter.queues.remove(self)
 
+    def _open_window(self, window: Window) -> None:
+        if self._timer is None:
+            window.open()
+            self._wait_for_more(window)
+        elif len(self._pending) >= self._max_rows:
+            self._close_window()
+
+    def _wait_for_more(self, window: Window) -> None:
+        seconds = window.seconds_left
+        if seconds > 0:
+            again, nobody = self._wait_for_more, Context()
+            self._timer = self._loop.call_later(seconds, again, window, context=nobody)
+        else:
+            self._close_window()
+
+    def _close_window(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._open_lanes_soon()
+
     def _open_lanes_soon(self) -> None:
-        # Once the calls of this turn are all there.
+        # Once the calls of this turn are all there, or the window has closed.
+        if self._timer is not None:
+            return
         if not self._is_opening and len(self._lanes) < self._max_lanes:
             self._is_opening = True
             self._loop.call_soon(self._open_lanes)

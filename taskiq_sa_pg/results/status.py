@@ -24,6 +24,7 @@ from taskiq_sa_pg.statements import (
     upsert_status,
 )
 from taskiq_sa_pg.telemetry import Telemetry
+from taskiq_sa_pg.window import Window
 
 Unfinished = Literal["queued", "started", "retrying"]
 State = Literal["unknown", Unfinished, "succeeded", "failed", "expired"]
@@ -73,6 +74,7 @@ class Statuses:
             self._write,
             encode=lambda _, row: row,
             rank=lambda row: row.attempt,
+            window=Window(settings.gather_window),
             meter=telemetry.meters["set_status"],
         )
         self._lookup: Lookup[StoredStatus] = Lookup(

@@ -27,6 +27,7 @@ from taskiq_sa_pg.statements import (
 )
 from taskiq_sa_pg.telemetry import Telemetry
 from taskiq_sa_pg.waiting import Notifier
+from taskiq_sa_pg.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Writer:
             encode=codec.encode_result,
             size=_size_of,
             rank=_attempt_of,
+            window=Window(settings.gather_window),
             meter=meters["set_result"],
         )
         self._extended: Batcher[Any, _Extended, ExtendedRow, None] = Batcher(
@@ -75,12 +77,14 @@ class Writer:
             encode=self._encode_extended,
             size=lambda row: sum(len(v) for v in row.values() if isinstance(v, bytes | str)),
             rank=lambda item: _attempt_of(item[0]),
+            window=Window(settings.gather_window),
             meter=meters["set_result"],
         )
         self._progress: Batcher[Any, TaskProgress[Any], ProgressRow, None] = Batcher(
             self._store_progress,
             encode=codec.encode_progress,
             size=lambda row: len(row.meta or ""),
+            window=Window(settings.gather_window),
             meter=meters["set_progress"],
         )
 

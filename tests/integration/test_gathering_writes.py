@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 import asyncpg
@@ -15,6 +15,7 @@ from taskiq_sa_pg import (
     ResultSerializationError,
     SQLAlchemyResultBackend,
     StorageError,
+    TaskStatus,
 )
 from tests.conftest import BackendFactory, Database, assert_nothing_in_use, eventually
 from tests.integration.databases import Log
@@ -73,6 +74,31 @@ async def test_concurrent_writes_are_few_statements(backend: Backend, log: Log) 
     assert await values_of(backend, MANY) == {i: i for i in MANY}
     for task_id in MANY:
         assert await backend.get_progress(task_id) == progress_of(task_id)
+
+
+WRITES: dict[str, Callable[[Backend, str], Coroutine[Any, Any, None]]] = {
+    "set_result": lambda backend, task_id: backend.set_result(task_id, result_of(task_id)),
+    "set_progress": lambda backend, task_id: backend.set_progress(task_id, progress_of(task_id)),
+    "set_status": lambda backend, task_id: backend.set_status(TaskStatus(task_id, "queued")),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+async def test_a_quick_stream_of_tasks_that_write_once_shares_statements(
+    name: str, start_backend: BackendFactory
+) -> None:
+    """As in a worker. The window lasts as long as they come."""
+    backend: Backend = await start_backend(track="started", gather_window=60, notify=False)
+    writing = []
+    for task_id in MANY:
+        writing.append(asyncio.create_task(WRITES[name](backend, task_id)))
+        await turns_of_the_loop(2)
+    # Who reads does not wait for it.
+    assert await backend.is_result_ready("unknown") is False
+    await asyncio.gather(*writing)
+    counts = backend.stats().operations[name]
+    assert counts.calls == len(MANY)
+    assert counts.batches < len(MANY) / 10
 
 
 async def test_large_results_go_in_several_statements(backend: Backend, log: Log) -> None:

@@ -123,6 +123,7 @@ NUMBERS = {
     "max_payload_bytes": "a whole number of 1 or more, or None",
     "retry_timeout": "a number of 0 or more",
     "startup_timeout": "a number of 0 or more",
+    "gather_window": "a number of 0 or more",
     "command_timeout": "a number above 0",
 }
 
