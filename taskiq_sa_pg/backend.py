@@ -105,15 +105,15 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             answer; None sets no limit but PostgreSQL's own.
         max_connections: The most connections that are in use at once, the listening one aside.
         retry_timeout: For how many seconds a statement is tried again after a fault that passes:
-            a lost connection, a restart, a failover, a deadlock. 0 tries once. No attempt begins
-            later, or lasts longer.
+            a lost connection, a restart, a failover, a deadlock. 0 tries once. No repetition
+            begins later, or lasts longer.
         command_timeout: How many seconds one attempt may take; a server that is silent for so
             long counts as lost.
         startup_timeout: For how many seconds startup() waits for a PostgreSQL that does not
             answer yet, in all.
         gather_window: For how many seconds at most a write waits for others to share its
             statement, while tasks of their own write in quick succession, as in a busy worker. A
-            caller that writes again and again, a slow stream and reads never wait. 0 turns it off.
+            task that writes again and again, a slow stream and reads never wait. 0 turns it off.
         **engine_kwargs: With dsn: passed on to create_async_engine(). Where no pool is chosen,
             pool_size is 5 and max_overflow 0.
 

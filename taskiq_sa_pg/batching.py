@@ -97,7 +97,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         *,
         encode: Callable[[_Key, _Item], _Row],
         size: Callable[[_Row], int] = lambda _: 0,
-        rank: Callable[[_Item], int] = lambda _: 0,
+        rank: Callable[[_Item], Any] = lambda _: 0,
         max_rows: int = MAX_ROWS,
         lanes: int = 2,
         on_unclaimed: Callable[[_Key, _Answer], None] | None = None,
@@ -197,6 +197,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             again, nobody = self._wait_for_more, Context()
             self._timer = self._loop.call_later(seconds, again, window, context=nobody)
         else:
+            window.close()
             self._close_window()
 
     def _close_window(self) -> None:

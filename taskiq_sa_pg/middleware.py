@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -18,7 +19,13 @@ from taskiq.utils import maybe_awaitable
 
 from taskiq_sa_pg import codec
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError, check_flag, check_whole
+from taskiq_sa_pg.exceptions import (
+    ConfigurationError,
+    NotStartedError,
+    TaskiqSaPgError,
+    check_flag,
+    check_whole,
+)
 from taskiq_sa_pg.results import State, TaskStatus
 
 logger = logging.getLogger(__name__)
@@ -193,7 +200,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
     def _backend(self) -> _Backend | None:
         backend = self.broker.result_backend
         if isinstance(backend, SQLAlchemyResultBackend):
-            if backend.is_started:
+            with suppress(NotStartedError):  # on this event loop
                 backend.runtime.writer.awaits_middleware = False
             return backend
         if not self._has_warned:

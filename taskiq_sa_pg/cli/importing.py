@@ -51,7 +51,7 @@ async def import_old_results(
         backend = await stack.enter_async_context(target.backend())
         engine = None
         if from_dsn is not None:
-            engine = make_engine(from_dsn, poolclass=NullPool)
+            engine = make_engine(from_dsn, "--from-dsn", poolclass=NullPool)
             stack.push_async_callback(engine.dispose)
         total = await count_rows(backend, from_table, from_engine=engine, from_schema=from_schema)
         report = await import_results(

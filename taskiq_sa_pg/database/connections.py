@@ -107,9 +107,10 @@ class Connections:
             NoPlaceError: Others have all connections of the pool.
             TimeoutError: It took longer.
         """
-        has_connection = False
+        has_connection = has_place = False
         try:
             async with time_limit(seconds) as lift_limit, self._places:
+                has_place = True
                 await self._make_room()
                 async with self.engine.connect() as connection:
                     has_connection = True
@@ -122,7 +123,7 @@ class Connections:
                         yield connection
                     _note_answer(connection, self.loop.time())
         except (TimeoutError, PoolTimeoutError) as exc:
-            if not has_connection:
+            if has_place and not has_connection:
                 self._check_pool(exc)
             raise
 

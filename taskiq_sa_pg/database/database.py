@@ -292,8 +292,8 @@ class Database:
         """
 
         async def attempt(seconds: float) -> tuple[Stream, Sequence[Any]]:
-            stream = Stream(self._running(purpose), size, seconds)
-            return stream, await stream.open(statement)
+            stream = Stream(self._running(purpose), size, self._command_timeout)
+            return stream, await stream.open(statement, seconds)
 
         try:
             stream, rows = await self._retry.run(attempt)

@@ -61,7 +61,7 @@ def make_engine(source: DsnSource, name: str = "dsn", /, **engine_kwargs: Any) -
             f"{name} needs the driver {driver}, which is not installed: {exc}. "
             f"`pip install 'taskiq-sa-pg{'[psycopg]' if driver == 'psycopg' else ''}'` installs it"
         ) from exc
-    except (TypeError, ValueError, ArgumentError) as exc:
+    except (TypeError, ValueError, LookupError, ArgumentError) as exc:
         raise ConfigurationError(f"cannot make an engine: {exc}") from exc
 
     @event.listens_for(engine.sync_engine, "do_connect")

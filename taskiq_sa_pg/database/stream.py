@@ -17,8 +17,8 @@ from taskiq_sa_pg.exceptions import NotStartedError
 class Stream:
     """A statement's rows, in batches, on a connection and in a transaction of its own.
 
-    A batch has at most `size` rows, and takes at most `timeout` seconds, as does the way to the
-    connection. The next one after the end is empty.
+    A batch has at most `size` rows, and takes at most `timeout` seconds. The next one after the end
+    is empty.
     """
 
     def __init__(self, connections: Connections, size: int, timeout: float) -> None:
@@ -30,14 +30,17 @@ class Stream:
         # A driver's connection cannot be closed safely while another task waits for its answer.
         self._lock = asyncio.Lock()
 
-    async def open(self, statement: Select[Any]) -> Sequence[Any]:
-        """Runs the statement, and returns the first rows."""
+    async def open(self, statement: Select[Any], seconds: float) -> Sequence[Any]:
+        """Runs the statement, and returns the first rows.
+
+        The way to the connection may take so many seconds, and so may the statement.
+        """
         async with AsyncExitStack() as stack:
             # Explicitly: there are no cursors in AUTOCOMMIT, which may be the engine's default.
             connection, _ = await stack.enter_async_context(
-                self._connections.detached("READ COMMITTED", self._timeout)
+                self._connections.detached("READ COMMITTED", seconds)
             )
-            async with time_limit(self._timeout):
+            async with time_limit(seconds):
                 options = {"yield_per": self._size}
                 result = await connection.stream(statement, execution_options=options)
                 stack.push_async_callback(_close, result)

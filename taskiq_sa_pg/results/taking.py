@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import Insert, Select
+from sqlalchemy import CursorResult, Insert, Select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 
 from taskiq_sa_pg.background import start_task
 from taskiq_sa_pg.batching import Batcher, Entry
-from taskiq_sa_pg.database import Database
-from taskiq_sa_pg.exceptions import StorageError
+from taskiq_sa_pg.database import CONVERSION_ERRORS, Database
+from taskiq_sa_pg.exceptions import TaskiqSaPgError
 from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
     MAX_IDS,
@@ -56,7 +56,7 @@ class Taker:
         self._codec = settings.codec
         self._database = database
         self._notifier = notifier
-        self._returning: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[Any]] = set()
         self._batcher: Batcher[Any, None, None, Taken] = Batcher(
             self._take_wanted,
             encode=lambda *_: None,
@@ -86,6 +86,8 @@ class Taker:
 
         # In a task of its own, which the caller's cancellation does not reach.
         taking = start_task(self._take(column_ids, is_wanted, decode))
+        self._under_way.add(taking)
+        taking.add_done_callback(self._under_way.discard)
         try:
             return await asyncio.shield(taking), failures
         except asyncio.CancelledError:
@@ -96,14 +98,15 @@ class Taker:
     def put_back(self, unclaimed: Collection[Taken]) -> None:
         """Stores again what was taken for nobody, in the background."""
         returning = start_task(self._store_again(unclaimed))
-        self._returning.add(returning)
-        returning.add_done_callback(self._returning.discard)
+        self._under_way.add(returning)
+        returning.add_done_callback(self._under_way.discard)
 
     async def close(self) -> None:
         """Refuses further calls, and returns when those before have been answered."""
         await self._batcher.close()
-        while self._returning:
-            await asyncio.wait(self._returning)
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+            await asyncio.sleep(0)  # what has ended may begin to put back
 
     @cached_property
     def _take_results(self) -> Select[Any]:
@@ -132,7 +135,7 @@ class Taker:
             for some in in_slices([column_id for column_id in column_ids if is_wanted(column_id)]):
                 rows = await connection.execute(self._take_results, {"task_ids": some})
                 # Before the commit: what cannot be decoded is not deleted.
-                found |= {row[0]: self._taken(row, decode) for row in rows.all()}
+                found |= {row[0]: self._taken(row, decode) for row in self._read(rows, some)}
             if all(map(is_wanted, found)):
                 return found
             # Such as one whose caller went away meanwhile: that result stays for another.
@@ -145,6 +148,13 @@ class Taker:
             # Where the COMMIT may have been carried out, a second reading might find nothing.
             taken = await self._database.transact(take, purpose, is_answer_final=True)
         return taken or {}
+
+    def _read(self, rows: CursorResult[Any], column_ids: Sequence[Any]) -> Sequence[Any]:
+        try:
+            return rows.all()
+        except CONVERSION_ERRORS as exc:  # of the type of a column of the application's own
+            task_id = column_ids[0] if len(column_ids) == 1 else None
+            raise self._codec.decode_error(task_id, exc) from exc
 
     def _taken(
         self, row: Sequence[Any], decode: Callable[[StoredResult], TaskiqResult[Any]]
@@ -165,20 +175,20 @@ class Taker:
 
     async def _store_again(self, unclaimed: Collection[Taken]) -> None:
         insert_result, insert_progress = self._inserts
-        for taken in unclaimed:
-            task_id = taken.row["task_id"]
+        # In the order of the others' locks.
+        rows = sorted(unclaimed, key=lambda taken: taken.row["task_id"])
+        task_ids = [taken.row["task_id"] for taken in rows]
 
-            async def insert(connection: AsyncConnection, taken: Taken = taken) -> None:
+        async def insert(connection: AsyncConnection) -> None:
+            for taken in rows:
                 await connection.execute(insert_result, taken.row)
                 if taken.progress is not None:
                     await connection.execute(insert_progress, taken.progress)
 
-            purpose = f"put the result of task {str(task_id)!r} back, whose reader went away"
-            try:
-                await self._database.transact(insert, purpose)
-            except StorageError:
-                logger.exception("task %s: its result is lost", task_id)
-            else:
-                if self._notifier is not None:
-                    channel = self._models.config.results_channel
-                    self._notifier.announce(channel, [task_id])
+        try:
+            await self._database.transact(insert, "put back results whose readers went away")
+        except TaskiqSaPgError:
+            logger.exception("the results of tasks %s are lost", ", ".join(map(str, task_ids)))
+        else:
+            if self._notifier is not None:
+                self._notifier.announce(self._models.config.results_channel, task_ids)

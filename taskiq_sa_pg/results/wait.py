@@ -170,7 +170,11 @@ class _TimeLimit:
 
 
 def _id_of(task: Task[Any]) -> str | UUID:
-    return task if isinstance(task, str | UUID) else task.task_id
+    if isinstance(task, str | UUID):
+        return task
+    given: Any = task  # what is neither is refused as an id
+    task_id: str | UUID = getattr(given, "task_id", given)
+    return task_id
 
 
 def _restored(task: Task[Any], result: TaskiqResult[Any]) -> TaskiqResult[Any]:

@@ -11,7 +11,7 @@ from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg.batching import Batcher, Entry, blames_a_row
-from taskiq_sa_pg.codec import attempt_of, qualified_name, reason_of
+from taskiq_sa_pg.codec import attempt_of, qualified_name, reason_of, task_metadata_of
 from taskiq_sa_pg.database import CONVERSION_ERRORS, Database, describe, is_transient
 from taskiq_sa_pg.exceptions import ResultSerializationError, StorageError, TaskiqSaPgError
 from taskiq_sa_pg.results.settings import Settings
@@ -68,7 +68,7 @@ class Writer:
             self._store_results,
             encode=codec.encode_result,
             size=_size_of,
-            rank=_attempt_of,
+            rank=_rank_of,
             window=Window(settings.gather_window),
             meter=meters["set_result"],
         )
@@ -76,7 +76,7 @@ class Writer:
             self._store_extended,
             encode=self._encode_extended,
             size=lambda row: sum(len(v) for v in row.values() if isinstance(v, bytes | str)),
-            rank=lambda item: _attempt_of(item[0]),
+            rank=lambda item: _rank_of(item[0]),
             window=Window(settings.gather_window),
             meter=meters["set_result"],
         )
@@ -233,8 +233,12 @@ class Writer:
             self._notifier.announce(channel, batch)
 
 
-def _attempt_of(result: TaskiqResult[Any]) -> int:
-    return attempt_of(getattr(result, "labels", None))
+def _rank_of(result: TaskiqResult[Any]) -> tuple[float, int]:
+    """Of several results of a task: the later message, and of one message the later attempt."""
+    if not isinstance(result, TaskiqResult):
+        return 0.0, 0  # which the encoding refuses
+    queued_at = task_metadata_of(result).queued_at
+    return 0.0 if queued_at is None else queued_at.timestamp(), attempt_of(result.labels)
 
 
 def _size_of(row: ResultRow) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     CTE,
+    JSON,
     BigInteger,
     Boolean,
     ColumnElement,
@@ -35,7 +36,7 @@ from sqlalchemy import (
     select,
     true,
 )
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import insert
 
 from taskiq_sa_pg.models import Models, as_interval
 from taskiq_sa_pg.statements.rows import StoredResult
@@ -115,8 +116,8 @@ def put_back(source: Table) -> Insert:
     Its parameters are called like the columns.
     """
     values = {
-        c: cast(bindparam(c.name, type_=Text), JSONB)
-        if isinstance(c.type, JSONB)
+        c: cast(bindparam(c.name, type_=Text), c.type)
+        if isinstance(c.type, JSON)
         else bindparam(c.name, type_=c.type)
         for c in map(source.c.__getitem__, _stored_columns(source))
     }

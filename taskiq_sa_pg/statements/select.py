@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Select, Table, Text, any_, bindparam, cast, func, select
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy import JSON, Select, Table, Text, any_, bindparam, cast, func, select
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql.elements import ColumnElement
 
 from taskiq_sa_pg.models import Models
@@ -121,7 +121,7 @@ def notify() -> Select[Any]:
 def readable(source: Table, names: Sequence[str]) -> list[ColumnElement[Any]]:
     """Columns as the codec reads them: JSON as text."""
     columns = [source.c[name] for name in names]
-    return [cast(c, Text).label(c.name) if isinstance(c.type, JSONB) else c for c in columns]
+    return [cast(c, Text).label(c.name) if isinstance(c.type, JSON) else c for c in columns]
 
 
 def is_live(results: Table) -> ColumnElement[bool]:

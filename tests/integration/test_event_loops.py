@@ -10,8 +10,14 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event
+from taskiq import InMemoryBroker, TaskiqMessage
 
-from taskiq_sa_pg import NotStartedError, SQLAlchemyResultBackend, TaskStatus
+from taskiq_sa_pg import (
+    NotStartedError,
+    SQLAlchemyResultBackend,
+    TaskMetadataMiddleware,
+    TaskStatus,
+)
 from taskiq_sa_pg.database import make_engine
 from tests.conftest import BackendFactory, Database, eventually
 from tests.tasks import new_id, progress_of, result_of
@@ -99,6 +105,23 @@ async def test_a_thread_s_event_loop_is_refused_and_cannot_take_the_backend_over
     await asyncio.to_thread(thread.join)
     assert set(outcome[0]) == set(CALLS)
     assert (await backend.get_result("a")).return_value == 1
+
+
+def test_a_task_may_be_sent_from_another_event_loop(database: Database) -> None:
+    """By a broker that bears it: the middleware asks the backend nothing without track=."""
+    backend = Backend(database.dsn, run_migrations=True)
+    broker = InMemoryBroker().with_result_backend(backend)
+    broker.add_middlewares(TaskMetadataMiddleware())
+    message = TaskiqMessage(task_id="a", task_name="task", labels={}, args=[], kwargs={})
+
+    async def start() -> None:
+        await backend.startup()
+        await end_as_asyncio_run_does()
+
+    asyncio.run(start())
+    sent = asyncio.run(broker.middlewares[0].pre_send(message))  # type: ignore[arg-type]
+    assert sent is message
+    asyncio.run(backend.shutdown())
 
 
 async def cancel_all_others() -> None:

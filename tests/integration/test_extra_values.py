@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from taskiq_sa_pg import (
     Models,
     ProgressMixin,
+    ResultDecodeError,
     ResultMixin,
     StorageError,
 )
@@ -264,3 +265,52 @@ async def test_values_of_every_type_go_back_with_a_result_that_was_taken_for_nob
 
     await eventually(is_back)
     assert (await backend.get_result("task")).return_value == "task"
+
+
+@each_driver
+async def test_a_value_that_a_type_of_your_own_cannot_read_holds_up_no_other_result(
+    application: Application,
+) -> None:
+    backend = await application.start(lambda *_: VALUES, keep_results=False)
+    await store(backend, "good", "bad", "other")
+    await application.execute(
+        "ALTER TABLE taskiq_results ALTER colour TYPE TEXT USING colour::text",
+        "UPDATE taskiq_results SET colour = 'PURPLE' WHERE task_id = 'bad'",
+    )
+    outcomes = await asyncio.gather(
+        *[backend.get_result(i) for i in ("good", "bad", "other")], return_exceptions=True
+    )
+    assert [getattr(o, "return_value", type(o)) for o in outcomes] == [
+        "good",
+        ResultDecodeError,
+        "other",
+    ]
+    with pytest.raises(ResultDecodeError):
+        await backend.get_results(["bad"])
+    assert await backend.is_result_ready("bad")
+
+
+async def test_json_of_your_own_goes_back_to_the_letter(
+    application: Application,
+) -> None:
+    backend = await application.start(lambda *_: {}, keep_results=False)
+    await store(backend, "task")
+    odd = '{"b" :1,  "a":[]}'
+    await application.execute(f"UPDATE taskiq_results SET plain_json = '{odd}'".replace(":", "\\:"))
+    query = "SELECT CAST(plain_json AS TEXT) FROM taskiq_results"
+    reading: list[asyncio.Task[Any]] = []
+
+    @sa.event.listens_for(application.engine.sync_engine, "commit")
+    def cancel(_connection: Any) -> None:
+        for task in reading:
+            task.cancel()
+
+    reading.append(asyncio.create_task(backend.get_result("task")))
+    await asyncio.wait(reading)
+    reading.clear()
+
+    async def is_back() -> bool:
+        async with application.engine.connect() as connection:
+            return (await connection.execute(sa.text(query))).scalars().all() == [odd]
+
+    await eventually(is_back)

@@ -5,13 +5,14 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from taskiq.exceptions import TaskiqResultTimeoutError
 
 from taskiq_sa_pg import SQLAlchemyResultBackend, StorageError
-from tests.conftest import BackendFactory, Database
+from tests.conftest import BackendFactory, Database, eventually
 from tests.integration.engines import make
 from tests.tasks import progress_of, result_of
 
@@ -113,3 +114,37 @@ async def test_whoever_gets_a_connection_in_time_stores_his_result(
         await asyncio.sleep(0)
     await storing
     assert (await backend.get_result("a")).return_value == "in time"
+
+
+async def test_a_pool_that_is_full_of_the_backend_s_own_statements_is_no_one_else_s_fault(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    """What waits for them is tried again, like they themselves."""
+    backend: Backend = await start_backend(
+        pool_size=2, command_timeout=0.5, retry_timeout=LONG, notify=False
+    )
+    blocker = await asyncpg.connect(database.direct_dsn)
+    transaction = blocker.transaction()
+    await transaction.start()
+    await blocker.execute("LOCK TABLE taskiq_results")
+    calls = [
+        asyncio.create_task(call)
+        for call in (
+            backend.get_results(["a"]),
+            backend.is_result_ready("a"),
+            backend.set_result("b", result_of(1)),
+            backend.runtime.database.transact(count_results, "count"),
+        )
+    ]
+
+    async def is_repeated() -> bool:
+        return backend.stats().retries >= len(calls)
+
+    await eventually(is_repeated)
+    await transaction.rollback()
+    await blocker.close()
+    await asyncio.gather(*calls)
+
+
+async def count_results(connection: AsyncConnection) -> int:
+    return int((await connection.execute(text("SELECT count(*) FROM taskiq_results"))).scalar_one())

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -285,6 +286,39 @@ async def test_what_is_taken_for_a_reader_who_has_gone_goes_back_whole(
     assert (taken.return_value, taken.labels, taken.log) == ({"x": [1]}, labels, "log")
     with pytest.raises(ResultIsMissingError):
         await backend.get_result("task")
+
+
+@pytest.mark.parametrize("reading", ["get_result", "get_results"])
+async def test_a_shutdown_after_the_reader_has_gone_loses_nothing(
+    reading: str, database: Database, start_backend: BackendFactory
+) -> None:
+    """It waits for the COMMIT in which he has gone, and for what goes back."""
+    backend: Backend = await start_backend(keep_results=False)
+    await store(backend, "task")
+    await database.fetch(
+        "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql "
+        "AS $$ BEGIN PERFORM pg_advisory_xact_lock(7); RETURN NULL; END $$"
+    )
+    await database.fetch(
+        "CREATE CONSTRAINT TRIGGER dawdle AFTER DELETE ON taskiq_results "
+        "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION dawdle()"
+    )
+    blocker = await asyncpg.connect(database.direct_dsn)
+    await blocker.execute("SELECT pg_advisory_lock(7)")
+    task = asyncio.create_task(READINGS[reading](backend, "task"))
+
+    async def is_committing() -> bool:
+        query = "SELECT FROM pg_stat_activity WHERE wait_event = 'advisory' AND query = 'COMMIT;'"
+        return bool(await database.fetch(query))
+
+    await eventually(is_committing)
+    task.cancel()
+    await asyncio.wait([task])
+    ending = asyncio.create_task(backend.shutdown())
+    await turns_of_the_loop(20)
+    await blocker.close()
+    await ending
+    assert await stored_ids(database) == {"task"} == await ids_with_progress(database)
 
 
 async def test_of_many_readers_who_are_cancelled_in_any_moment_none_loses_a_result(

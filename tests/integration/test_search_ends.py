@@ -34,9 +34,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Stream]:
     opened: list[Stream] = []
     real = Stream.open
 
-    async def open_and_keep(stream: Stream, statement: Any) -> Any:
+    async def open_and_keep(stream: Stream, statement: Any, seconds: float) -> Any:
         opened.append(stream)
-        return await real(stream, statement)
+        return await real(stream, statement, seconds)
 
     monkeypatch.setattr(Stream, "open", open_and_keep)
     return opened
@@ -163,8 +163,8 @@ async def test_before_the_first_result_it_is_tried_again(
 ) -> None:
     real = Stream.open
 
-    async def cut_once(stream: Stream, statement: Any) -> Any:
-        rows = await real(stream, statement)
+    async def cut_once(stream: Stream, statement: Any, seconds: float) -> Any:
+        rows = await real(stream, statement, seconds)
         if len(opened) == 1:
             await stream.close()
             raise ConnectionResetError("cut")

@@ -362,3 +362,12 @@ async def test_the_log_comes_only_with_logs(backends: Backends, keep_results: bo
         result = await backend.wait_result(task_id, SOON, with_logs)
         assert result.log == log
         assert await backend.is_result_ready(task_id) is keep_results
+
+
+@pytest.mark.parametrize("task", [None, 5, b"x"])
+async def test_what_is_neither_a_task_nor_an_id_is_refused(backends: Backends, task: Any) -> None:
+    backend = await backends.start()
+    with pytest.raises(InvalidTaskIdError):
+        await backend.wait_result(task)
+    with pytest.raises(InvalidTaskIdError):
+        await backend.wait_results([task])

@@ -88,6 +88,7 @@ def borrowed_engine() -> Any:
         ({"dsn": DSN, "pool_size": "5"}, "pool_size must be a whole number of 0 or more, not '5'"),
         ({"dsn": DSN, "max_overflow": -2}, "max_overflow must be a whole number of -1 or more"),
         ({"dsn": DSN, "connect_args": "x"}, "cannot make an engine"),
+        ({"dsn": DSN, "echo": "false"}, "cannot make an engine"),
         ({"dsn": DSN, "tabel_name": "jobs"}, "no argument tabel_name: did you mean table_name?"),
         ({"dsn": lambda: DSN, "serialiser": 1}, "argument serialiser: did you mean serializer?"),
         ({"engine": borrowed_engine(), "keep_result": 1}, "did you mean keep_results?"),

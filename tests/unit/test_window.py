@@ -88,6 +88,40 @@ async def test_a_window_of_no_length_is_none(clock: Clock) -> None:
     assert await stream(Window(0, clock), clock, 0.1 * MS) is False
 
 
+@pytest.mark.parametrize("seconds", [10 * MS, 5 * MS])
+@pytest.mark.parametrize("places", [1, 4])
+async def test_a_worker_with_few_places_is_not_held_up_for_long(
+    clock: Clock, places: int, seconds: float
+) -> None:
+    """Its next task begins when a result is stored: nobody else comes into the window."""
+    window = Window(seconds, clock)
+    await stream(window, clock, 0.2 * MS)
+    windows = 0
+    for _ in range(50):
+        clock.now += 0.2 * MS
+        if await asked_by_a_new_task(window):
+            windows += 1
+            window.open()
+            for _ in range(places - 1):
+                await stream(window, clock, 0.2 * MS, number=1)
+            clock.now += max(window.seconds_left, 0)
+            window.close()
+    assert windows == 4
+    clock.now += 1
+    assert await stream(window, clock, 0.2 * MS) is True  # it tries again
+
+
+async def test_windows_in_which_calls_go_on_coming_are_opened_again(clock: Clock) -> None:
+    window = Window(10 * MS, clock)
+    await stream(window, clock, 0.5 * MS)
+    for number in range(50):
+        assert await asked_by_a_new_task(window), number
+        window.open()
+        await stream(window, clock, 0.5 * MS, number=20)
+        window.close()
+        clock.now += 0.5 * MS
+
+
 async def test_it_ends_after_twice_the_usual_gap_or_its_length(clock: Clock) -> None:
     window = Window(10 * MS, clock)
     await stream(window, clock, 1 * MS)
