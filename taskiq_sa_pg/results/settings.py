@@ -9,8 +9,7 @@ from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.results.extra_values import ExtraValues
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
-# Seconds. Inside a worker 0.005 was measured to gather less, and nobody waits longer for a result
-# than for its task's turn.
+# Seconds. So much later a waiter may hear of a result, under load only.
 DEFAULT_GATHER_WINDOW: Final = 0.01
 
 SchemaCheck = Literal["error", "warn", "off"]

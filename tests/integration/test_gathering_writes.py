@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -17,6 +18,7 @@ from taskiq_sa_pg import (
     StorageError,
     TaskStatus,
 )
+from taskiq_sa_pg.codec import TaskMetadata, attach
 from tests.conftest import BackendFactory, Database, assert_nothing_in_use, eventually
 from tests.integration.databases import Log
 from tests.tasks import progress_of, result_of
@@ -130,6 +132,23 @@ async def test_the_last_of_the_latest_attempt_is_stored(backend: Backend) -> Non
     )
     assert await values_of(backend, ["x", "y", "z"]) == {"x": "d", "y": "d", "z": "d"}
     assert await backend.get_progress("x") == progress_of("f")
+
+
+async def test_in_one_batch_a_later_message_goes_before_a_later_attempt(backend: Backend) -> None:
+    """Of a task id that is used again, as in the table."""
+    before, now = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
+    earlier_run = result_of("earlier run", labels={"_retries": 2})
+    later_run = result_of("later run")
+    attach(earlier_run, TaskMetadata(queued_at=before))
+    attach(later_run, TaskMetadata(queued_at=now))
+    await store(backend, "abc")  # from now on none goes alone
+    await asyncio.gather(
+        backend.set_result("x", later_run),
+        backend.set_result("x", earlier_run),
+        backend.set_result("y", earlier_run),
+        backend.set_result("y", later_run),
+    )
+    assert await values_of(backend, ["x", "y"]) == {"x": "later run", "y": "later run"}
 
 
 REFUSALS = {
