@@ -81,9 +81,17 @@ bench: .venv/.bench  ## compare the speed with taskiq-postgres and taskiq-redis;
 bench-large: .venv/.bench  ## measure on a million rows, and prune them; ARGS=--quick for a short look
 	.venv/bin/python -m benchmarks.large $(ARGS)
 
+.PHONY: bench-broker
+bench-broker: .venv/.bench  ## compare sending and executing tasks with other brokers; ARGS=--quick for a short look
+	.venv/bin/python -m benchmarks.broker $(ARGS)
+
 .PHONY: soak
 soak: .venv/.test  ## ten minutes of load with a fault every few seconds; ARGS="--seconds 60"
 	.venv/bin/python -m tests.faults.soak $(ARGS)
+
+.PHONY: chaos
+chaos: .venv/.test  ## send 100,000 tasks to workers that are killed all the time; ARGS="--tasks 20000"
+	.venv/bin/python -m tests.faults.chaos $(ARGS)
 
 .PHONY: test-matrix
 test-matrix: .venv/.test  ## run the tests on every PostgreSQL and Python at hand; ARGS=--full

@@ -38,8 +38,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(asyncio|collections|datetime|pathlib|sqlalchemy|taskiq|typing|uuid)(\..+)?"),
     (r"py:class", r"ColumnElement|LambdaElement|SQLCoreOperations"),  # as SQLAlchemy abbreviates
-    (r"py:exc", r"TaskiqResultTimeoutError"),
-    (r"py:class", r".*\b_(T|Id|ReturnType)"),
+    (r"py:exc", r"TaskiqResultTimeoutError|SendTaskError|UnknownTaskError"),
+    (r"py:class", r".*\b_(T|P|R|Id|ReturnType)"),
     (r"py:class", r"taskiq_sa_pg\.results\.settings\.Settings"),  # the package's own
 ]
 

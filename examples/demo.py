@@ -5,7 +5,6 @@ quickstart.py, progress.py and rows.py beside this file, and stops everything, h
 With TASKIQ_SA_PG_DSN set it uses that database instead of an embedded one.
 """
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -16,8 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-
-from taskiq_pg.asyncpg import AsyncpgBroker
 
 from taskiq_sa_pg.embedded import postgres
 
@@ -34,13 +31,11 @@ def main() -> None:
     # So that the `with` blocks below end as they do at Ctrl-C.
     signal.signal(signal.SIGTERM, interrupt)
     with ExitStack() as stack:
-        dsn = os.environ.get("TASKIQ_SA_PG_DSN")
-        if dsn is None:
+        if "TASKIQ_SA_PG_DSN" not in os.environ:
             say("Starting an embedded PostgreSQL")
-            os.environ["TASKIQ_SA_PG_DSN"] = dsn = stack.enter_context(postgres()).dsn
-        say("Making the tables: alembic upgrade head")
-        run("-m", "alembic", "upgrade", "head", cwd=ROOT)
-        asyncio.run(make_broker_table(dsn))
+            os.environ["TASKIQ_SA_PG_DSN"] = stack.enter_context(postgres()).dsn
+        say("Making the tables: alembic -x queue=true upgrade head")
+        run("-m", "alembic", "-x", "queue=true", "upgrade", "head", cwd=ROOT)
         say(f"Starting {WORKERS} worker processes: taskiq worker quickstart:broker progress")
         stack.enter_context(workers("quickstart:broker", "progress", cwd=EXAMPLES))
         for example in ("quickstart.py", "progress.py", "rows.py"):
@@ -59,13 +54,6 @@ def say(text: str) -> None:
 
 def run(*command: str, cwd: Path) -> None:
     subprocess.run([sys.executable, *command], cwd=cwd, check=True, stdin=subprocess.DEVNULL)
-
-
-async def make_broker_table(dsn: str) -> None:
-    # The broker makes its table as it starts; two workers at once would trip over each other.
-    broker = AsyncpgBroker(dsn)
-    await broker.startup()
-    await broker.shutdown()
 
 
 @contextmanager

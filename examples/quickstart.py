@@ -7,12 +7,10 @@ TASKIQ_SA_PG_DSN says which. Start a worker with `taskiq worker quickstart:broke
 import asyncio
 import os
 
-from taskiq_pg.asyncpg import AsyncpgBroker
-
-from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg import SQLAlchemyBroker, SQLAlchemyResultBackend
 
 dsn = os.environ["TASKIQ_SA_PG_DSN"]
-broker = AsyncpgBroker(dsn).with_result_backend(SQLAlchemyResultBackend(dsn))
+broker = SQLAlchemyBroker(dsn).with_result_backend(SQLAlchemyResultBackend(dsn))
 
 
 @broker.task

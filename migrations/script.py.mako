@@ -6,8 +6,8 @@ Revises: ${down_revision | comma,n}
 
 from alembic import op
 
-from taskiq_sa_pg import schema
-from taskiq_sa_pg.schema.migrate import environment_options
+from taskiq_sa_pg.models import TableConfig
+from taskiq_sa_pg.schema import Family
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
@@ -15,11 +15,11 @@ branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 
 
-def upgrade() -> None:
-    """Takes the tables one version up."""
-    schema.upgrade(op, version=${int(up_revision)}, **environment_options())
+def upgrade(config: TableConfig, family: Family) -> None:
+    """Takes the tables of the family one version up."""
+    family.step(${int(up_revision)}).upgrade(op, config, family.table_names(config))
 
 
-def downgrade() -> None:
-    """Takes the tables one version down."""
-    schema.downgrade(op, version=${int(up_revision)}, **environment_options())
+def downgrade(config: TableConfig, family: Family) -> None:
+    """Takes the tables of the family one version down."""
+    family.step(${int(up_revision)}).downgrade(op, config)

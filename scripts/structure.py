@@ -123,15 +123,15 @@ def measure(root: Path) -> Iterator[Figure]:
         if isinstance(node, Function)
     }
     yield Figure("files", len(lines))
-    yield Figure("lines", sum(lines.values()), 11_600)
+    yield Figure("lines", sum(lines.values()), 16_200)
     for what, sizes, bound in (("file", lines, 450), ("function", lengths, 60)):
         longest = max(sizes, key=sizes.__getitem__)
         yield Figure(f"lines of the longest {what}", sizes[longest], bound, longest)
 
     yield floors("rooms", package.arrows({"", "function"}, room_of), 9)
-    yield floors("modules", package.arrows({"", "function"}, str), 15)
+    yield floors("modules", package.arrows({"", "function"}, str), 19)
     modules = len(package.modules)
-    yield Figure("arrows a module", round(len(package.arrows_seen()) / modules, 2), 3.75)
+    yield Figure("arrows a module", round(len(package.arrows_seen()) / modules, 2), 4.2)
     arrows = package.arrows({"", "function", "types"}, str)
     yield Figure("the same through faces", round(sum(map(len, arrows.values())) / modules, 2))
     imports = package.imports

@@ -1,6 +1,7 @@
 """A SQLAlchemy result backend for taskiq on PostgreSQL."""
 
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
+from taskiq_sa_pg.broker import SQLAlchemyBroker, SQLAlchemyScheduleSource
 from taskiq_sa_pg.codec import SignedSerializer
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
@@ -13,13 +14,16 @@ from taskiq_sa_pg.exceptions import (
     ResultSerializationError,
     SchemaError,
     StorageError,
+    TaskAbandonedError,
     TaskiqSaPgError,
 )
 from taskiq_sa_pg.middleware import TaskMetadataMiddleware
 from taskiq_sa_pg.models import (
     Models,
     ProgressMixin,
+    QueueMixin,
     ResultMixin,
+    ScheduleMixin,
     StatusMixin,
     TableConfig,
     build_models,
@@ -37,17 +41,22 @@ __all__ = [
     "PayloadTooLargeError",
     "ProgressMixin",
     "Pruned",
+    "QueueMixin",
     "ResultDecodeError",
     "ResultIsMissingError",
     "ResultMixin",
     "ResultSerializationError",
+    "SQLAlchemyBroker",
     "SQLAlchemyResultBackend",
+    "SQLAlchemyScheduleSource",
+    "ScheduleMixin",
     "SchemaError",
     "SignedSerializer",
     "Stats",
     "StatusMixin",
     "StorageError",
     "TableConfig",
+    "TaskAbandonedError",
     "TaskMetadataMiddleware",
     "TaskStatus",
     "TaskiqSaPgError",

@@ -35,10 +35,10 @@ from taskiq_sa_pg.results import (
     ExtraValuesFunction,
     ResultMethods,
     Runtime,
-    SchemaCheck,
     Settings,
     Track,
 )
+from taskiq_sa_pg.schema import SchemaCheck
 from taskiq_sa_pg.telemetry import ListenerState, Stats, Telemetry
 
 _ReturnType = TypeVar("_ReturnType")
@@ -202,6 +202,11 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
     def is_started(self) -> bool:
         """Whether it is between startup() and shutdown()."""
         return self._runtime is not None
+
+    @property
+    def database(self) -> Database:
+        """Where it stores; the package's own."""
+        return self._database
 
     @property
     def runtime(self) -> Runtime:

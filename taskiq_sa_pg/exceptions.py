@@ -55,6 +55,19 @@ class InvalidTaskIdError(TaskiqSaPgError, ValueError):
     _text = "task id {!r} {}"
 
 
+class TaskAbandonedError(TaskiqSaPgError):
+    """No worker acknowledged a task, often as it was delivered. Its args: the task id, how often.
+
+    It is the error of the result that SQLAlchemyBroker stores for such a task.
+    """
+
+    _text = (
+        "task {!r} was delivered {} times and never acknowledged: its workers died, or it blocked "
+        "their event loop for longer than the lease. It is parked, and `taskiq-sa-pg release` or "
+        "`discard` decides what becomes of it"
+    )
+
+
 class SchemaError(TaskiqSaPgError):
     """The tables are absent, unfit or out of reach, or could not be made; names the remedy."""
 

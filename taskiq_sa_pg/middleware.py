@@ -19,6 +19,7 @@ from taskiq.utils import maybe_awaitable
 
 from taskiq_sa_pg import codec
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
+from taskiq_sa_pg.broker import is_for_tick
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
     NotStartedError,
@@ -109,6 +110,8 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
 
     async def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
         """Notes when the task is queued, by the sender's clock."""
+        if is_for_tick(message):  # of several schedulers, one sends it, by a statement of its own
+            return self.pre_send_in_session(message)
         backend = self._backend()
         if backend is not None:
             try:
@@ -120,6 +123,12 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
                 await _note(backend, status)
             except Exception:
                 logger.exception("task %s: its metadata are not recorded", message.task_id)
+        return message
+
+    def pre_send_in_session(self, message: TaskiqMessage) -> TaskiqMessage:
+        """The same of a task that is sent in a transaction, and of which nothing is told yet."""
+        if self._backend() is not None:
+            message.labels[QUEUED_AT_LABEL] = datetime.now(UTC).isoformat()
         return message
 
     async def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:

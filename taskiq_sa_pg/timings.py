@@ -20,9 +20,17 @@ class Timings:
         after_notification: The pause after a notification of one task. It takes a lock of the whole
             database, so under load the ids of several batches share one.
         after_notifications: The pause after one of several tasks.
+        after_hint: The pause after workers were told of new tasks. Only idle ones need it.
         lock: For how long a step of the schema waits for a lock: whoever comes meanwhile waits
             behind it, so better to give way and to try again.
         status_retry: For how long a status is tried to be stored: a task waits for it.
+        between_polls: How late a worker notices a task whose notification was lost at most.
+        between_unheard_polls: The same where nothing can be heard.
+        between_busy_polls: The pause before tasks that another worker is claiming are looked at.
+        unused_claim: For how long a worker keeps tasks that it has claimed and not begun with;
+            then others may have them.
+        end_of_claim: How long a worker that stops waits for the answer to its last claim, and then
+            tries to give back what it has: in an outage, that comes back when its lease ends.
         max_pending_notifications: Beyond so many ids nobody is told one by one: a look is cheaper.
         pruned_at_once: Rows that a pruning statement deletes at most. Those who store results
             hardly notice so few; with ten times as many their slowest calls took thrice as long.
@@ -37,8 +45,14 @@ class Timings:
     last_reconnect: float = 30.0
     after_notification: float = 0.005
     after_notifications: float = 0.01
+    after_hint: float = 0.02
     lock: float = 3.0
     status_retry: float = 5.0
+    between_polls: float = 5.0
+    between_unheard_polls: float = 1.0
+    between_busy_polls: float = 0.1
+    unused_claim: float = 0.1
+    end_of_claim: float = 5.0
     max_pending_notifications: int = 100_000
     pruned_at_once: int = 100
 

@@ -89,7 +89,8 @@ def server_dsn() -> Iterator[str]:
     if given:
         yield given
         return
-    with postgres(settings={"max_connections": "200"}) as server:
+    settings = {"max_connections": "200", "max_prepared_transactions": "10"}
+    with postgres(settings=settings) as server:
         yield server.dsn
 
 

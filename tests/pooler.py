@@ -44,6 +44,9 @@ NOT_THROUGH_A_POOLER: Final[Mapping[str, str]] = {
     "own_time_limit_is_a_reason_to_try_again": "sets what PgBouncer refuses",
     "test_the_next_user_of_a_connection": "its settings are those of whichever server it meets",
     "test_only_a_deleting_read_opens_a_transaction": "gives a driver the other's settings",
+    "test_broker_outages.py": "ends sessions of the server's, or sees what runs in each",
+    "test_broker_sharing.py": "counts the server's sessions, or listens without a listen_dsn",
+    "test_a_broker_that_is_shut_down_ends": "sees what runs in the server's sessions",
     "settings of the server's": "PgBouncer refuses those settings, which tests/pgbouncer shows",
 }
 

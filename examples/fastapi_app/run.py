@@ -35,10 +35,7 @@ def main() -> None:
 
 @contextmanager
 def workers() -> Iterator[None]:
-    """Runs `taskiq worker`; it listens when the block is entered.
-
-    Before that no order may come: the broker tells only those who listen already.
-    """
+    """Runs `taskiq worker`; it listens when the block is entered."""
     command = [sys.executable, "-m", "taskiq", "worker", "shop.tasks:broker", "--workers", "2"]
     with (
         tempfile.TemporaryDirectory(prefix="w-") as folder,  # for what they leave when killed

@@ -1,4 +1,4 @@
-"""The tables: results, progress and status.
+"""The tables: those of results, or the broker's.
 
 Revision ID: 0001
 Revises:
@@ -6,8 +6,8 @@ Revises:
 
 from alembic import op
 
-from taskiq_sa_pg import schema
-from taskiq_sa_pg.schema.migrate import environment_options
+from taskiq_sa_pg.models import TableConfig
+from taskiq_sa_pg.schema import Family
 
 revision = "0001"
 down_revision = None
@@ -15,11 +15,11 @@ branch_labels = None
 depends_on = None
 
 
-def upgrade() -> None:
-    """Makes the tables."""
-    schema.upgrade(op, version=1, **environment_options())
+def upgrade(config: TableConfig, family: Family) -> None:
+    """Makes the tables of the family."""
+    family.step(1).upgrade(op, config, family.table_names(config))
 
 
-def downgrade() -> None:
-    """Drops the tables."""
-    schema.downgrade(op, version=1, **environment_options())
+def downgrade(config: TableConfig, family: Family) -> None:
+    """Drops the tables of the family."""
+    family.step(1).downgrade(op, config)

@@ -2,7 +2,15 @@
 
 import typer
 
-from taskiq_sa_pg.cli import importing, listing, provisioning, pruning, tracking, watching
+from taskiq_sa_pg.cli import (
+    importing,
+    listing,
+    provisioning,
+    pruning,
+    queue,
+    tracking,
+    watching,
+)
 from taskiq_sa_pg.cli.target import command
 
 _HELP = """Provisions and shows the tables in which taskiq_sa_pg keeps task results.
@@ -34,3 +42,8 @@ app.command("running")(command(tracking.running))
 app.command("prune")(command(pruning.prune))
 app.command("watch")(command(watching.watch))
 app.command("import-results")(command(importing.import_old_results))
+app.command("queue")(command(queue.queue))
+app.command("parked")(command(queue.parked))
+app.command("release")(command(queue.release))
+app.command("discard")(command(queue.discard))
+app.command("import-queue")(command(queue.import_old_queue))

@@ -1,20 +1,18 @@
 """The commands that show what is stored."""
 
 import json
-import re
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from datetime import datetime
+from typing import Annotated, Any
 
 import typer
 
 from taskiq_sa_pg import statements as sql
 from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_lines, say_table
+from taskiq_sa_pg.cli.since import parse_since
 from taskiq_sa_pg.cli.target import Target
-from taskiq_sa_pg.exceptions import ConfigurationError, ResultDecodeError, ResultIsMissingError
+from taskiq_sa_pg.exceptions import ResultDecodeError, ResultIsMissingError
 from taskiq_sa_pg.schema import select_sizes
-
-_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 async def show(
@@ -177,18 +175,6 @@ async def stats(target: Target, json: JsonOption = False) -> None:
     _say_fields(shown)
     for name, size in sizes:
         say(f"{'size:':<16}{size / 1024:,.0f} kB  {name}")
-
-
-def parse_since(text: str) -> datetime:
-    """The moment that "2h", "7d", "2026-11-23" or "2026-11-23T08:30+01:00" means."""
-    try:
-        if match := re.fullmatch(r"(\d+)([smhdw])", text):
-            return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
-        return datetime.fromisoformat(text).astimezone()
-    except (ValueError, OverflowError):
-        raise ConfigurationError(
-            f"--since {text}: say 30s, 15m, 2h, 7d, 1w or a date such as 2026-11-23T08:30"
-        ) from None
 
 
 def _outcome(is_err: bool) -> str:

@@ -24,8 +24,8 @@ from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError, InvalidTaskIdError, TaskiqSaPgError
 from taskiq_sa_pg.models import DEFAULT_TABLE_NAME, Models, PayloadField, TaskIdField, build_models
-from taskiq_sa_pg.results import Runtime, SchemaCheck, Settings
-from taskiq_sa_pg.schema import select_sizes
+from taskiq_sa_pg.results import Runtime, Settings
+from taskiq_sa_pg.schema import SchemaCheck, select_sizes
 from taskiq_sa_pg.telemetry import Telemetry
 
 _SERIALIZERS: Final[dict[str, Callable[[], TaskiqSerializer]]] = {

@@ -12,13 +12,14 @@ from collections.abc import (
 )
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final, TypeVar
+from weakref import WeakSet
 
-from sqlalchemy import Executable, NullPool, Select
+from sqlalchemy import Engine, Executable, NullPool, Select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskiq_sa_pg.database.connections import Connections
 from taskiq_sa_pg.database.dsn import DsnSource, parse_dsn
-from taskiq_sa_pg.database.engine import keep_notifications, make_engine, refuse_pooler
+from taskiq_sa_pg.database.engine import keep_notifications, make_engine, may_be_of, refuse_pooler
 from taskiq_sa_pg.database.errors import (
     NoAddressError,
     describe,
@@ -85,8 +86,8 @@ class Database:
     ) -> None:
         if (dsn is None) == (engine is None):
             raise ConfigurationError(
-                "give either dsn= (the backend makes an engine of its own) or engine= (it uses "
-                "yours and never disposes it)"
+                "give either dsn= (it gets an engine of its own) or engine= (which is used, "
+                "and never disposed)"
             )
         if engine is not None:
             _check_engine(engine, engine_kwargs)
@@ -117,6 +118,7 @@ class Database:
         self._errors: tuple[type[Exception], ...] = ()
         self._disposal: AsyncGenerator[None, None] | None = None
         self._streams: set[Stream] = set()
+        self._alike: WeakSet[Engine] = WeakSet()  # those that may_be_of() has found to be
 
     @property
     def is_open(self) -> bool:
@@ -149,6 +151,21 @@ class Database:
     def streams(self) -> int:
         """How many server-side cursors are open."""
         return len(self._streams)
+
+    def leads_where(self, other: "Database") -> bool:
+        """Whether the other one's connections would do as well as its own."""
+        if self._listen_dsn not in (None, other._listen_dsn):
+            return False
+        if self._borrowed is not None:
+            return self._borrowed is other._borrowed
+        return self._dsn == other._dsn and self._engine_kwargs in ({}, other._engine_kwargs)
+
+    def may_be_of(self, engine: Engine) -> bool:
+        """Whether an engine of the application's leads here, as far as its URL tells."""
+        own = self._borrowed or self._dsn
+        if engine not in self._alike and (callable(own) or may_be_of(own, engine)):
+            self._alike.add(engine)
+        return engine in self._alike
 
     def schema_of(self, schema: str | None) -> str | None:
         """Where a schema's tables really are: a `schema_translate_map` may lead elsewhere.
@@ -246,6 +263,23 @@ class Database:
             return await self._retry.run(attempt, retry_timeout)
         except self._errors as exc:
             raise self._told(exc, purpose) from exc
+
+    async def fetch_all(
+        self, calls: Sequence[tuple[Executable, Mapping[str, Any]]], purpose: str
+    ) -> Sequence[Any]:
+        """Runs statements with their parameters, all or none, and returns the rows of all."""
+        if len(calls) == 1:
+            [(statement, parameters)] = calls
+            return await self.fetch(statement, parameters, purpose)
+
+        async def execute(connection: AsyncConnection) -> list[Any]:
+            rows: list[Any] = []
+            for call in calls:
+                result = await connection.execute(*call)
+                rows += result.all() if result.returns_rows else ()
+            return rows
+
+        return await self.transact(execute, purpose)
 
     async def transact(
         self,
@@ -356,7 +390,7 @@ class Database:
 
 
 def check_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Refuses a call on another event loop than the one that a backend was started on.
+    """Refuses a call on another event loop than the one of startup().
 
     Raises:
         NotStartedError: It is another one.
@@ -367,9 +401,8 @@ def check_loop(loop: asyncio.AbstractEventLoop) -> None:
         is_another = False
     if is_another:
         raise NotStartedError(
-            f"the result backend was started on another event loop ({loop!r}): call `await "
-            "startup()` on the one that uses it, when the other has ended, or make a backend for "
-            "each event loop"
+            f"startup() was on another event loop ({loop!r}): call `await startup()` on the one "
+            "that uses it, when the other has ended, or make a broker or result backend for each"
         )
 
 

@@ -35,6 +35,9 @@ _SEVERAL_HOSTS: Final = re.compile(
     r"(?P<head>[\w+]+://(?:[^@]*@)?)(?P<hosts>[^/?@]*,[^/?@]*)(?P<tail>[/?].*)?", re.DOTALL
 )
 
+# The names of this machine: none, those of the loopback, and the directory of a Unix socket.
+_LOCAL: Final = re.compile(r"$|/|localhost$|127\.|::1$")
+
 # What asyncpg.connect() and SQLAlchemy's asyncpg dialect take as arguments and not from a DSN.
 _ASYNCPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
     "timeout": float,
@@ -104,6 +107,20 @@ class Address:
     def place(self) -> str:
         """The hosts with their ports, for messages; empty where the driver chooses."""
         return ", ".join(f"{host}:{port or 5432}" for host, port in self.hosts if host)
+
+    def may_be(self, other: "Address") -> bool:
+        """Whether both can lead to the same database, as far as their names tell.
+
+        One without a host tells nothing of the server: PGHOST, or a function, may know it.
+        """
+        databases = {self.database, other.database} - {None}
+        is_told = all(any(host for host, _ in each.hosts) for each in (self, other))
+        return len(databases) < 2 and (not is_told or bool(self._servers & other._servers))
+
+    @property
+    def _servers(self) -> set[tuple[str, int]]:
+        is_local = _LOCAL.match
+        return {("" if is_local(host) else host, port or 5432) for host, port in self.hosts}
 
     def connect_arguments(self) -> dict[str, Any]:
         """Keyword arguments for the driver's connect()."""

@@ -5,11 +5,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import event
+from sqlalchemy import URL, Engine, event
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from taskiq_sa_pg.database.dsn import TCP_OPTIONS, Address, DsnSource, parse_dsn
+from taskiq_sa_pg.database.dsn import TCP_OPTIONS, Address, Dsn, DsnSource, parse_dsn
 from taskiq_sa_pg.database.errors import NoAddressError
 from taskiq_sa_pg.exceptions import ConfigurationError, check_whole
 
@@ -82,6 +82,24 @@ def make_engine(source: DsnSource, name: str = "dsn", /, **engine_kwargs: Any) -
     is_asyncpg = address.drivername == "postgresql+asyncpg"
     event.listen(engine.sync_engine, "connect", _notice_silence if is_asyncpg else _drop_all)
     return engine
+
+
+def may_be_of(own: Dsn | AsyncEngine | None, engine: Engine) -> bool:
+    """Whether an engine leads where a DSN or another engine does, as far as their names tell."""
+    if isinstance(own, AsyncEngine):
+        if own.sync_engine is engine:
+            return True
+        own = own.url
+    try:
+        return own is None or _plain(parse_dsn(own).url).may_be(_plain(engine.url))
+    except ConfigurationError:  # one of a kind that we do not know
+        return True
+
+
+def _plain(url: URL) -> Address:
+    """An address without what only the driver of its URL knows."""
+    places = {name: value for name, value in url.query.items() if name in {"host", "port"}}
+    return parse_dsn(url.set(drivername="postgresql+psycopg", query=places))
 
 
 async def refuse_pooler(driver: Any) -> None:

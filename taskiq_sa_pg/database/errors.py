@@ -14,9 +14,10 @@ _READ_ONLY: Final = "25006"
 
 # What a person can do about an SQLSTATE.
 _REMEDIES: Final[Mapping[str, str]] = {
-    "42P01": "make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`",
-    "42703": "`taskiq-sa-pg check` says which columns differ",
-    "42804": "`taskiq-sa-pg check` says which columns differ",
+    "42P01": "make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`; the broker's "
+    "with `alembic -x queue=true upgrade head` or `taskiq-sa-pg upgrade --queue`",
+    "42703": "`taskiq-sa-pg check` (of the broker's, with --queue) says which columns differ",
+    "42804": "`taskiq-sa-pg check` (of the broker's, with --queue) says which columns differ",
     "42501": "grant the role SELECT, INSERT, UPDATE and DELETE on the table, "
     "and USAGE on its schema",
     "3D000": "create the database, or correct the dsn",
@@ -91,8 +92,8 @@ class NoPlaceError(Exception):
     def __str__(self) -> str:
         return (
             f"all {self.args[0]}connections of your engine's pool are checked out, and none came "
-            "back in time: end the session first, give the pool more places, or give the backend "
-            "a dsn= of its own"
+            "back in time: end the session first, give the pool more places, or give the backend, "
+            "or the broker, a dsn= of its own"
         )
 
 

@@ -10,3 +10,5 @@ from taskiq_sa_pg.importing.copy import ImportReport as ImportReport
 from taskiq_sa_pg.importing.copy import Unreadable as Unreadable
 from taskiq_sa_pg.importing.copy import count_rows as count_rows
 from taskiq_sa_pg.importing.copy import import_results as import_results
+from taskiq_sa_pg.importing.queue import QueueImportReport as QueueImportReport
+from taskiq_sa_pg.importing.queue import import_queue as import_queue

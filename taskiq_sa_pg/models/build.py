@@ -8,12 +8,15 @@ from sqlalchemy import Column, MetaData, Table, inspect
 from sqlalchemy.orm import MappedColumn, declared_attr, registry
 from sqlalchemy.types import TypeEngine
 
-from taskiq_sa_pg.exceptions import ConfigurationError
+from taskiq_sa_pg.exceptions import ConfigurationError, check_flag
 from taskiq_sa_pg.models.config import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
 from taskiq_sa_pg.models.mixins import (
     ProgressMixin,
+    QueueMixin,
     ResultMixin,
+    ScheduleMixin,
     StatusMixin,
+    TableMixin,
     payload_type,
     task_id_type,
 )
@@ -28,6 +31,8 @@ class Models:
         Progress: The progress rows' model.
         Status: The model of tasks that have not finished; None does without, and then no task
             can be tracked.
+        Queue: The model of the tasks that SQLAlchemyBroker has sent; None where there is none.
+        Schedule: The model of the schedules of SQLAlchemyScheduleSource; None where there is none.
 
     Raises:
         ConfigurationError: The classes were not made from one TableConfig, or their tables
@@ -38,17 +43,20 @@ class Models:
     Result: type[ResultMixin]
     Progress: type[ProgressMixin]
     Status: type[StatusMixin] | None = None
+    Queue: type[QueueMixin] | None = None
+    Schedule: type[ScheduleMixin] | None = None
 
     def __post_init__(self) -> None:
         config = self.config
-        models = self.Result, self.Progress, self.Status
-        mixins = ResultMixin, ProgressMixin, StatusMixin
-        for model, mixin, name in zip(models, mixins, config.table_names, strict=True):
+        models = self.Result, self.Progress, self.Status, self.Queue, self.Schedule
+        mixins = ResultMixin, ProgressMixin, StatusMixin, QueueMixin, ScheduleMixin
+        names = *config.table_names, *config.queue_table_names
+        for model, mixin, name in zip(models, mixins, names, strict=True):
             if model is None:
                 continue
             if model.__table_config__ != config:
                 raise ConfigurationError(
-                    "Result, Progress and Status must share one __table_config__, not "
+                    "all models must share one __table_config__, not "
                     f"{config} and {model.__table_config__}"
                 )
             table = _table_of(model)
@@ -83,6 +91,16 @@ class Models:
     def status_table(self) -> Table | None:
         """The Core table of Status."""
         return None if self.Status is None else _table_of(self.Status)
+
+    @property
+    def queue_table(self) -> Table | None:
+        """The Core table of Queue."""
+        return None if self.Queue is None else _table_of(self.Queue)
+
+    @property
+    def schedules_table(self) -> Table | None:
+        """The Core table of Schedule."""
+        return None if self.Schedule is None else _table_of(self.Schedule)
 
     @property
     def other_tables(self) -> list[Table]:
@@ -130,7 +148,8 @@ def _is_alike(found: TypeEngine[Any], wanted: TypeEngine[Any]) -> bool:
 
 
 def _columns_of(mixin: type[Any], config: TableConfig) -> Iterator[tuple[str, TypeEngine[Any]]]:
-    yield "task_id", task_id_type(config.field_for_task_id)
+    if issubclass(mixin, TableMixin):
+        yield "task_id", task_id_type(config.field_for_task_id)
     for name, value in vars(mixin).items():
         if isinstance(value, MappedColumn):
             yield name, value.column.type
@@ -150,6 +169,7 @@ def build_models(
     field_for_payload: PayloadField = "Bytea",
     schema: str | None = None,
     metadata: MetaData | None = None,
+    queue: bool = False,
 ) -> Models:
     """Fresh declarative classes for one results table and the tables that go with it.
 
@@ -162,6 +182,8 @@ def build_models(
             none, leaves it to the search_path.
         metadata: Your application's (`Base.metadata`), so that its autogenerate sees the
             tables; None makes one of their own.
+        queue: Whether to make the models of SQLAlchemyBroker, too: Queue and Schedule, of
+            `<table_name>_queue` and `<table_name>_schedules`.
 
     Returns:
         The classes. They are on a registry of their own; two calls never share a class.
@@ -170,13 +192,14 @@ def build_models(
         ConfigurationError: A name or type that cannot work, or a table that this metadata
             already has.
     """
+    check_flag("queue", queue)
     if schema is None and metadata is not None:
         schema = metadata.schema
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
     mapper_registry = registry(metadata=metadata)
     tables = mapper_registry.metadata.tables.values()
     present = {(table.schema, table.name) for table in tables}
-    for name in config.table_names:
+    for name in (*config.table_names, *(config.queue_table_names if queue else ())):
         if (schema, name) in present:
             raise ConfigurationError(
                 f"the metadata already has a table {name!r}: build the models of a table once "
@@ -186,6 +209,8 @@ def build_models(
         Result=_map("Result", ResultMixin, config, mapper_registry),
         Progress=_map("Progress", ProgressMixin, config, mapper_registry),
         Status=_map("Status", StatusMixin, config, mapper_registry),
+        Queue=_map("Queue", QueueMixin, config, mapper_registry) if queue else None,
+        Schedule=_map("Schedule", ScheduleMixin, config, mapper_registry) if queue else None,
     )
 
 

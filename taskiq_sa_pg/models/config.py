@@ -68,9 +68,24 @@ class TableConfig:
         return _derive(self.table_name, "_status")
 
     @property
+    def queue_table_name(self) -> str:
+        """The broker's table of tasks that have been sent and not finished."""
+        return _derive(self.table_name, "_queue")
+
+    @property
+    def schedules_table_name(self) -> str:
+        """The broker's table of schedules."""
+        return _derive(self.table_name, "_schedules")
+
+    @property
     def version_table_name(self) -> str:
         """The Alembic version table; each results table has its own."""
         return _derive(self.table_name, "_version", _MAX_IDENTIFIER_BYTES - len(_VERSION_KEY))
+
+    @property
+    def queue_version_table_name(self) -> str:
+        """The Alembic version table of the broker's tables."""
+        return _derive(self.table_name, "_queue_version", _MAX_IDENTIFIER_BYTES - len(_VERSION_KEY))
 
     @property
     def results_channel(self) -> str:
@@ -86,6 +101,11 @@ class TableConfig:
         return _channel_of(self.progress_table_name)
 
     @property
+    def queue_channel(self) -> str:
+        """Where notifications tell of tasks that were sent."""
+        return _channel_of(self.queue_table_name)
+
+    @property
     def finished_at_index_name(self) -> str:
         """The BRIN index on finished_at."""
         return _derive(self.table_name, "_finished_at_idx")
@@ -96,9 +116,19 @@ class TableConfig:
         return _derive(self.table_name, "_expires_at_idx")
 
     @property
+    def available_at_index_name(self) -> str:
+        """The index in whose order the queue's tasks are claimed."""
+        return _derive(self.queue_table_name, "_available_at_idx")
+
+    @property
     def table_names(self) -> tuple[str, str, str]:
-        """All tables but the version table."""
+        """The tables of results, without their version table."""
         return self.table_name, self.progress_table_name, self.status_table_name
+
+    @property
+    def queue_table_names(self) -> tuple[str, str]:
+        """The tables of the broker, without their version table."""
+        return self.queue_table_name, self.schedules_table_name
 
     @property
     def derived_names(self) -> tuple[str, ...]:
@@ -108,9 +138,13 @@ class TableConfig:
             self.status_table_name,
             self.version_table_name,
             self.version_table_name + _VERSION_KEY,
-            *map(primary_key_name, self.table_names),
+            *self.queue_table_names,
+            self.queue_version_table_name,
+            self.queue_version_table_name + _VERSION_KEY,
+            *map(primary_key_name, (*self.table_names, *self.queue_table_names)),
             self.finished_at_index_name,
             self.expires_at_index_name,
+            self.available_at_index_name,
         )
 
     @property
@@ -148,16 +182,27 @@ class TableConfig:
             task_id = str.__str__(task_id)  # past a __str__ of its own, such as that of an Enum
         if len(task_id) <= _MAX_TASK_ID_BYTES and task_id.isascii() and "\x00" not in task_id:
             return task_id  # nearly every id, on the way of every call
-        flaw = _flaw_of_text(task_id)
+        flaw = flaw_of_key(task_id)
         if flaw:
-            raise InvalidTaskIdError(task_id, f"{flaw}, which PostgreSQL cannot store")
-        if len(task_id) > _MAX_TASK_ID_BYTES // 4 and len(task_id.encode()) > _MAX_TASK_ID_BYTES:
-            raise InvalidTaskIdError(
-                f"{task_id[:50]}...",
-                f"is longer than the {_MAX_TASK_ID_BYTES} bytes that fit into the primary key's "
-                "index",
-            )
+            raise InvalidTaskIdError(shortened(task_id), flaw)
         return task_id
+
+
+def flaw_of_key(key: str) -> str | None:
+    """Why a primary key of text cannot hold this one; None when it can."""
+    flaw = _flaw_of_text(key)
+    if flaw:
+        return f"{flaw}, which PostgreSQL cannot store"
+    if len(key.encode()) > _MAX_TASK_ID_BYTES:
+        return (
+            f"is longer than the {_MAX_TASK_ID_BYTES} bytes that fit into the primary key's index"
+        )
+    return None
+
+
+def shortened(key: str) -> str:
+    """A key as messages name it, which may be of any length."""
+    return key if len(key) <= _MAX_TASK_ID_BYTES // 4 else f"{key[:50]}..."
 
 
 def primary_key_name(table_name: str) -> str:

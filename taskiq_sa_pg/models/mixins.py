@@ -13,11 +13,13 @@ from sqlalchemy import (
     Interval,
     LargeBinary,
     PrimaryKeyConstraint,
+    SmallInteger,
     SQLColumnExpression,
     String,
     Text,
     Uuid,
     column,
+    false,
     func,
     literal_column,
     text,
@@ -40,6 +42,16 @@ _A_SECOND: Final = literal_column("interval '1 second'", Interval())
 # Half-empty pages and no index beside the key keep the frequent updates HOT. `postgresql_with`
 # would say it better, and came with SQLAlchemy 2.1.
 HALF_FULL: Final = "heap WITH (fillfactor = 50)"
+
+# Rows come and go by the thousand, however few there are at a time: the usual thresholds, a part of
+# what is there, would leave the dead ones to whoever claims next.
+QUICKLY_VACUUMED: Final = (
+    "heap WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, "
+    "autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 1000, "
+    "autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 1000)"
+)
+
+DEFAULT_QUEUE: Final = "default"
 
 
 def task_id_type(field: TaskIdField) -> TypeEngine[Any]:
@@ -78,26 +90,31 @@ def _payload(cls: Any, position: int, *, nullable: bool) -> Mapped[Any]:
     return _column(position, column_type, nullable=nullable)
 
 
-class TableMixin:
-    """What the three tables share: a configuration, and the task id as their primary key."""
+class _ConfiguredMixin:
+    """What all tables share: a configuration, and the schema that it names."""
 
     __table_config__: ClassVar[TableConfig] = TableConfig()
+
+    @classmethod
+    def _table_args(cls: Any, *indexes: Index, key: str = "task_id", **options: Any) -> Any:
+        config = cls.__table_config__
+        schema = None if config.schema is None else quoted(config.schema)
+        primary_key = PrimaryKeyConstraint(key, name=final(primary_key_name(cls.__tablename__)))
+        return primary_key, *indexes, {"schema": schema, **options}
+
+
+class TableMixin(_ConfiguredMixin):
+    """What the tables of tasks share: the task id as their primary key."""
 
     @declared_attr
     def task_id(cls) -> Mapped[Any]:
         """A str, or a uuid.UUID where the column is UUID."""
         return _column(0, task_id_type(cls.__table_config__.field_for_task_id))
 
-    @classmethod
-    def _table_args(cls: Any, *indexes: Index, **options: Any) -> tuple[Any, ...]:
-        config = cls.__table_config__
-        schema = None if config.schema is None else quoted(config.schema)
-        key = PrimaryKeyConstraint("task_id", name=final(primary_key_name(cls.__tablename__)))
-        return key, *indexes, {"schema": schema, **options}
-
     @declared_attr.directive
     def __table_args__(cls) -> tuple[Any, ...]:
-        return cls._table_args(postgresql_using=HALF_FULL)
+        args: tuple[Any, ...] = cls._table_args(postgresql_using=HALF_FULL)
+        return args
 
 
 class ResultMixin(TableMixin):
@@ -119,10 +136,11 @@ class ResultMixin(TableMixin):
     def __table_args__(cls) -> tuple[Any, ...]:
         config = cls.__table_config__
         is_set = column("expires_at").is_not(None)
-        return cls._table_args(
+        args: tuple[Any, ...] = cls._table_args(
             Index(final(config.finished_at_index_name), "finished_at", postgresql_using="brin"),
             Index(final(config.expires_at_index_name), "expires_at", postgresql_where=is_set),
         )
+        return args
 
     is_err: Mapped[bool] = _column(1, Boolean)
 
@@ -225,3 +243,67 @@ class StatusMixin(TableMixin):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(task_id={self.task_id!r}, state={self.state!r})"
+
+
+class QueueMixin(TableMixin):
+    """The columns and the index of the broker's queue; subclass it as you subclass ResultMixin.
+
+    A row is a task that was sent and is not acknowledged. `available_at` is when a worker may take
+    it: the delay of one that waits, the end of the lease of one that a worker has, and infinity of
+    one that is parked.
+    """
+
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return quoted(cls.__table_config__.queue_table_name)
+
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[Any, ...]:
+        name = final(cls.__table_config__.available_at_index_name)
+        index = Index(name, "queue_name", column("priority").desc(), "available_at")
+        args: tuple[Any, ...] = cls._table_args(index, postgresql_using=QUICKLY_VACUUMED)
+        return args
+
+    queue_name: Mapped[str] = _column(1, Text, server_default=text(f"'{DEFAULT_QUEUE}'"))
+    priority: Mapped[int] = _column(2, SmallInteger, server_default=text("0"))
+    available_at: Mapped[datetime] = _column(3, _TIME, server_default=func.now())
+    claim: Mapped[int] = _column(4, Integer, server_default=text("0"))
+    deliveries: Mapped[int] = _column(5, SmallInteger, server_default=text("0"))
+    worker: Mapped[str | None] = _column(6, Text)
+    task_name: Mapped[str] = _column(7, Text)
+    message: Mapped[bytes] = _column(8, LargeBinary)
+    queued_at: Mapped[datetime] = _column(9, _TIME, server_default=func.now())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(task_id={self.task_id!r}, task_name={self.task_name!r})"
+
+
+class ScheduleMixin(_ConfiguredMixin):
+    """The columns of the table of schedules; subclass it as you subclass ResultMixin.
+
+    `cron`, `interval` or `time` says when the task is sent, `last_tick` when it was due the last
+    time. A schedule that was in a task's labels is `is_labelled`, and goes when they lose it.
+    """
+
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return quoted(cls.__table_config__.schedules_table_name)
+
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[Any, ...]:
+        args: tuple[Any, ...] = cls._table_args(key="schedule_id", postgresql_using=HALF_FULL)
+        return args
+
+    schedule_id: Mapped[str] = _column(0, Text)
+    task_name: Mapped[str] = _column(1, Text)
+    cron: Mapped[str | None] = _column(2, Text)
+    interval: Mapped[timedelta | None] = _column(3, Interval)
+    time: Mapped[datetime | None] = _column(4, _TIME)
+    message: Mapped[bytes] = _column(5, LargeBinary)
+    last_tick: Mapped[datetime | None] = _column(6, _TIME)
+    created_at: Mapped[datetime] = _column(7, _TIME, server_default=func.now())
+    is_labelled: Mapped[bool] = _column(8, Boolean, server_default=false())
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return f"{name}(schedule_id={self.schedule_id!r}, task_name={self.task_name!r})"

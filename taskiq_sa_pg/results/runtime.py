@@ -1,11 +1,9 @@
 """What a backend works with between startup() and shutdown(), made from what it was told."""
 
 import asyncio
-import logging
 from typing import Final
 
 from taskiq_sa_pg.database import Database
-from taskiq_sa_pg.exceptions import SchemaError
 from taskiq_sa_pg.results.pruner import Pruner
 from taskiq_sa_pg.results.reader import Reader
 from taskiq_sa_pg.results.search import Search
@@ -13,11 +11,9 @@ from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.results.status import Statuses
 from taskiq_sa_pg.results.wait import Wait
 from taskiq_sa_pg.results.writer import Writer
-from taskiq_sa_pg.schema import check, quiet_alembic
+from taskiq_sa_pg.schema import RESULTS, check, prepare
 from taskiq_sa_pg.telemetry import Telemetry
-from taskiq_sa_pg.waiting import Notifier, Waiters
-
-logger = logging.getLogger(__name__)
+from taskiq_sa_pg.waiting import Listener, Notifier, Waiters
 
 
 class Runtime:
@@ -38,9 +34,12 @@ class Runtime:
         self.notifier: Final = Notifier(database, timings) if settings.notify else None
         self.writer: Final = Writer(settings, database, telemetry, self.notifier)
         self.reader: Final = Reader(settings, database, telemetry, self.notifier)
-        self.waiters: Final = Waiters(
-            config, self.reader.find_ready, database.listening, self.notifier, timings
+        self.listener: Final = (
+            None
+            if self.notifier is None
+            else Listener(database.listening, send=self.notifier.send, timings=timings)
         )
+        self.waiters: Final = Waiters(config, self.reader.find_ready, self.listener, timings)
         self.wait: Final = Wait(config, self.reader, self.waiters)
         self.search: Final = Search(settings, database)
         self.statuses: Final = Statuses(settings, database, telemetry)
@@ -53,32 +52,30 @@ class Runtime:
             SchemaError: The tables are absent or unfit, or cannot be made.
             StorageError: PostgreSQL could not be reached.
         """
-        settings, timeout = self.settings, self.settings.startup_timeout
-        if settings.run_migrations:
-            with quiet_alembic():
-                # Here, because Alembic is slow to import and only this needs it.
-                from taskiq_sa_pg.schema.migrate import provision  # noqa: PLC0415
-
-            await provision(self.database, settings.models.config, timeout, settings.timings)
-        if settings.check_schema == "off":
-            return
+        settings, database = self.settings, self.database
         extra = {} if settings.extra_values is None else settings.extra_values.columns
-        try:
-            await check(
-                self.database,
+        await prepare(
+            database,
+            settings.models.config,
+            RESULTS,
+            lambda: check(
+                database,
                 settings.models,
-                timeout,
+                settings.startup_timeout,
                 extra_columns=extra,
                 is_provisioned=settings.run_migrations,
-            )
-        except SchemaError as exc:
-            if settings.check_schema == "error":
-                raise
-            logger.warning("%s", exc)
+            ),
+            run_migrations=settings.run_migrations,
+            check_schema=settings.check_schema,
+            timeout=settings.startup_timeout,
+            timings=settings.timings,
+        )
 
     async def close(self) -> None:
         """Ends all waiting, and returns when everything else that was asked for is done."""
         await self.waiters.close()
+        if self.listener is not None:
+            await self.listener.stop()
         await self.pruner.close()
         await self.writer.close()
         await self.reader.close()

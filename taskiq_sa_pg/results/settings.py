@@ -7,12 +7,12 @@ from taskiq_sa_pg.codec import Codec
 from taskiq_sa_pg.exceptions import ConfigurationError, check_flag, check_number
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.results.extra_values import ExtraValues
+from taskiq_sa_pg.schema import SchemaCheck, check_schema_check
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
 # Seconds. So much later a waiter may hear of a result, under load only.
 DEFAULT_GATHER_WINDOW: Final = 0.01
 
-SchemaCheck = Literal["error", "warn", "off"]
 Track = Literal["started"]
 
 
@@ -39,10 +39,7 @@ class Settings:
     timings: Timings = DEFAULT_TIMINGS
 
     def __post_init__(self) -> None:
-        if self.check_schema not in get_args(SchemaCheck):
-            raise ConfigurationError(
-                f'check_schema must be "error", "warn" or "off", not {self.check_schema!r}'
-            )
+        check_schema_check(self.check_schema)
         for name in ("keep_results", "notify", "run_migrations"):
             check_flag(name, getattr(self, name))
         check_number("startup_timeout", self.startup_timeout, 0)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
-from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
@@ -16,7 +15,6 @@ from taskiq_sa_pg.database import CONVERSION_ERRORS, Database, describe, is_tran
 from taskiq_sa_pg.exceptions import ResultSerializationError, StorageError, TaskiqSaPgError
 from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
-    Call,
     ExtendedRow,
     ExtendedUpserts,
     ProgressRow,
@@ -150,7 +148,7 @@ class Writer:
 
     async def _store_results(self, batch: Mapping[Any, Entry[ResultRow]]) -> Mapping[Any, None]:
         rows = [entry.row for entry in batch.values()]
-        stored = await self._upsert(self._upsert_results.of(rows), self._purpose)
+        stored = await self._database.fetch_all(self._upsert_results.of(rows), self._purpose)
         if len(stored) < len(batch):
             self._tell_of_others(batch, stored)
         self._announce(self._models.config.results_channel, batch)
@@ -169,7 +167,7 @@ class Writer:
         rows = [entry.row for entry in batch.values()]
         config = self._models.config
         purpose = f"store its progress in table {config.qualified(config.progress_table_name)}"
-        await self._upsert(self._upsert_progress.of(rows), purpose)
+        _ = await self._database.fetch_all(self._upsert_progress.of(rows), purpose)
         self._announce(config.progress_channel, batch)
         return {}
 
@@ -192,7 +190,8 @@ class Writer:
 
     async def _upsert_rows(self, rows: Sequence[ExtendedRow]) -> Sequence[Any]:
         try:
-            return await self._upsert(self._upsert_extended.of(rows), self._purpose)
+            # All or none: those that are tried again may have been read and deleted meanwhile.
+            return await self._database.fetch_all(self._upsert_extended.of(rows), self._purpose)
         except TaskiqSaPgError:
             raise
         except CONVERSION_ERRORS as exc:
@@ -212,21 +211,6 @@ class Writer:
         for task_id in extended:
             logger.error("task %s: its result goes without its extra_values: %s", task_id, refusal)
         return stored
-
-    async def _upsert(self, calls: Sequence[Call], purpose: str) -> Sequence[Any]:
-        if len(calls) == 1:
-            [(statement, parameters)] = calls
-            return await self._database.fetch(statement, parameters, purpose)
-
-        async def upsert(connection: AsyncConnection) -> list[Any]:
-            stored: list[Any] = []
-            for call in calls:
-                result = await connection.execute(*call)
-                stored += result.all() if result.returns_rows else ()
-            return stored
-
-        # All or none: those that are tried again may have been read and deleted meanwhile.
-        return await self._database.transact(upsert, purpose)
 
     def _announce(self, channel: str, batch: Mapping[Any, Any]) -> None:
         if self._notifier is not None:

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
@@ -18,6 +18,7 @@ from taskiq_sa_pg.schema.catalogue import (
     is_of_taskiq_postgres,
     select_closed_schemas,
 )
+from taskiq_sa_pg.schema.families import QUEUE, RESULTS, Family
 from taskiq_sa_pg.statements import ProgressRow, ResultRow, StatusRow
 
 _ONLY_ASKS: Final = (
@@ -26,9 +27,26 @@ _ONLY_ASKS: Final = (
 )
 
 
-def alembic_command(config: TableConfig, *command: str) -> str:
-    """The command line of an Alembic command for these tables."""
-    options = [part for name, value in _chosen(config) for part in ("-x", f"{name}={value}")]
+class _Expected(NamedTuple):
+    """A table of the models, and what is done with its columns.
+
+    Attributes:
+        table: As the models describe it.
+        written: Our columns that get a value in every INSERT, though it may be NULL; the key first.
+        defaulted: Our other columns.
+        fillable: Columns of the application's own that can get a value.
+    """
+
+    table: sa.Table
+    written: Sequence[str]
+    defaulted: Sequence[str] = ()
+    fillable: Collection[str] = ()
+
+
+def alembic_command(config: TableConfig, *command: str, queue: str | None = None) -> str:
+    """The command line of an Alembic command for these tables, with a choice of families."""
+    chosen = [*_chosen(config), *([("queue", queue)] if queue else [])]
+    options = [part for name, value in chosen for part in ("-x", f"{name}={value}")]
     return shlex.join(["alembic", *options, *command])
 
 
@@ -38,10 +56,13 @@ def own_command(config: TableConfig, *command: str) -> str:
     return shlex.join(["taskiq-sa-pg", *command, *options])
 
 
-def upgrade_commands(config: TableConfig) -> str:
+def upgrade_commands(config: TableConfig, family: Family) -> str:
     """The command lines that bring these tables to the latest version, for a message."""
+    # The broker's with those of the results, of which it stores some.
+    queue, flags = ("true", ["--queue"]) if family is QUEUE else (None, [])
+    alembic = alembic_command(config, "upgrade", "head", queue=queue)
     # The second is at hand where the package is installed, and there is no alembic.ini.
-    return f"`{alembic_command(config, 'upgrade', 'head')}`, `{own_command(config, 'upgrade')}`"
+    return f"`{alembic}`, `{own_command(config, 'upgrade', *flags)}`"
 
 
 def _chosen(config: TableConfig) -> list[tuple[str, str]]:
@@ -67,29 +88,68 @@ async def check(
         SchemaError: A table is absent or unfit, or the role lacks a right; names the differences
             and what mends them.
     """
+    filled = {each.name for each in extra_columns.values()}
+    expected = [
+        _Expected(models.results_table, ResultRow._fields, ["finished_at"], filled),
+        _Expected(models.progress_table, ProgressRow._fields, ["updated_at"]),
+    ]
+    if models.status_table is not None:
+        expected.append(_Expected(models.status_table, StatusRow._fields, ["updated_at"]))
+    await _check(database, models, RESULTS, expected, timeout, is_provisioned=is_provisioned)
+
+
+async def check_queue(
+    database: Database,
+    models: Models,
+    timeout: float | None = None,
+    *,
+    is_provisioned: bool = False,
+) -> None:
+    """Compares the broker's tables with the models, as check() does those of the results.
+
+    The table of schedules counts where there is a model of it.
+
+    Raises:
+        SchemaError: As check().
+    """
+    ours = {table.name: table for table in QUEUE.metadata(models.config).tables.values()}
+    used = (models.queue_table, models.schedules_table)
+    expected = [_Expected(t, ours[t.name].c.keys()) for t in used if t is not None]
+    await _check(database, models, QUEUE, expected, timeout, is_provisioned=is_provisioned)
+
+
+async def _check(
+    database: Database,
+    models: Models,
+    family: Family,
+    expected: Sequence[_Expected],
+    timeout: float | None,
+    *,
+    is_provisioned: bool,
+) -> None:
     config = located(database, models.config)
-    purpose = f"check the schema of table {config.qualified_name}"
-    rows = await _fetch(
-        database, describe_columns(config.table_names, config.schema), purpose, timeout
-    )
+    place = family.place(config)
+    purpose = f"check the schema of table {place}"
+    described = describe_columns(family.table_names(config), config.schema)
+    rows = await _fetch(database, described, purpose, timeout)
     if not rows:
-        hidden = "" if config.schema else await _tell_hidden(database, config, purpose, timeout)
+        hidden = ""
+        if config.schema is None:
+            hidden = await _tell_hidden(database, family.table_names(config)[0], purpose, timeout)
         raise SchemaError(
-            f"table {config.qualified_name} and those that go with it do not exist; make them "
-            f"with {upgrade_commands(config)} or run_migrations=True{hidden}"
+            f"table {place} and those that go with it do not exist; make them "
+            f"with {upgrade_commands(config, family)} or run_migrations=True{hidden}"
         )
-    if _is_old(rows, config):
-        raise SchemaError(f"cannot use table {config.qualified_name}: {old_table_remedy(config)}")
-    differences, flaws_of_own = _compare(
-        models, rows, {each.name for each in extra_columns.values()}
-    )
-    remedy = _remedy(config, is_provisioned=is_provisioned) if differences else ""
+    if family is RESULTS and _is_old(rows, config):
+        raise SchemaError(f"cannot use table {place}: {old_table_remedy(config)}")
+    differences, flaws_of_own = _compare(family, expected, rows)
+    remedy = _remedy(config, family, is_provisioned=is_provisioned) if differences else ""
     if differences or flaws_of_own:
         raise SchemaError(
-            "the results backend cannot use its tables: "
+            f"the {family.user} cannot use its tables: "
             f"{'; '.join((*differences, *flaws_of_own))}{remedy}"
         )
-    _check_rights(models, rows)
+    _check_rights(family, place, {each.table.name for each in expected}, rows)
 
 
 async def _fetch(
@@ -114,10 +174,10 @@ def _is_old(rows: Sequence[sa.Row[Any]], config: TableConfig) -> bool:
 
 
 async def _tell_hidden(
-    database: Database, config: TableConfig, purpose: str, timeout: float | None
+    database: Database, table_name: str, purpose: str, timeout: float | None
 ) -> str:
     """What to grant where the search_path leads to the table, and the role may not go there."""
-    rows = await _fetch(database, select_closed_schemas(config.table_name), purpose, timeout)
+    rows = await _fetch(database, select_closed_schemas(table_name), purpose, timeout)
     for schema, role, search_path in map(tuple, rows):
         path = [part.strip().strip('"') for part in search_path.split(",")]
         if schema in path or (schema == role and "$user" in path):
@@ -141,16 +201,17 @@ def old_table_remedy(config: TableConfig) -> str:
     )
 
 
-def _remedy(config: TableConfig, *, is_provisioned: bool) -> str:
+def _remedy(config: TableConfig, family: Family, *, is_provisioned: bool) -> str:
     """What mends tables that are not as a version makes them."""
-    as_made = f"`{own_command(config, 'sql')}` prints what they should be"
+    flags = ["--queue-only"] if family is QUEUE else []
+    as_made = f"`{own_command(config, 'sql', *flags)}` prints what they should be"
     if is_provisioned:
         remedy = f"They are of the latest version, and were changed since: {as_made}"
     else:
         remedy = (
-            f"Make them, or bring them up to date, with {upgrade_commands(config)} or "
+            f"Make them, or bring them up to date, with {upgrade_commands(config, family)} or "
             "run_migrations=True. If they are of the latest version "
-            f"(`{own_command(config, 'current')}`), they were changed since: {as_made}"
+            f"(`{own_command(config, 'current', *flags)}`), they were changed since: {as_made}"
         )
     return (
         f". {remedy}. If a table belongs to something else, choose another table_name; if only a "
@@ -158,9 +219,9 @@ def _remedy(config: TableConfig, *, is_provisioned: bool) -> str:
     )
 
 
-def _check_rights(models: Models, rows: Sequence[sa.Row[Any]]) -> None:
-    used = [models.results_table, models.progress_table, models.status_table]
-    names = {table.name for table in used if table is not None}
+def _check_rights(
+    family: Family, place: str, names: Collection[str], rows: Sequence[sa.Row[Any]]
+) -> None:
     found = {row.table_name: row for row in rows if row.table_name in names}.values()
     grants = [
         f"GRANT USAGE ON SCHEMA {_quote(schema)}"
@@ -174,11 +235,12 @@ def _check_rights(models: Models, rows: Sequence[sa.Row[Any]]) -> None:
         return
     role = rows[0].role_name
     statements = "; ".join(f"{grant} TO {_quote(role)}" for grant in grants)
-    may_ask = all(row.is_open and "SELECT" not in row.missing_rights for row in found)
+    may_ask = family is RESULTS and all(
+        row.is_open and "SELECT" not in row.missing_rights for row in found
+    )
     raise SchemaError(
-        f"role {role} lacks rights that the results backend needs on table "
-        f"{models.config.qualified_name} and those that go with it: run `{statements}` as their "
-        f"owner{_ONLY_ASKS if may_ask else ''}"
+        f"role {role} lacks rights that the {family.user} needs on table {place} and those that "
+        f"go with it: run `{statements}` as their owner{_ONLY_ASKS if may_ask else ''}"
     )
 
 
@@ -195,69 +257,66 @@ def located(database: Database, config: TableConfig) -> TableConfig:
 
 
 def _compare(
-    models: Models, rows: Sequence[sa.Row[Any]], may_fill: Collection[str]
+    family: Family, expected: Sequence[_Expected], rows: Sequence[sa.Row[Any]]
 ) -> tuple[list[str], list[str]]:
     """How tables differ from ours, and what is wrong with columns of the application's own."""
-    tables: list[tuple[sa.Table | None, Sequence[str], str, Collection[str]]] = [
-        (models.results_table, ResultRow._fields, "finished_at", may_fill),
-        (models.progress_table, ProgressRow._fields, "updated_at", ()),
-        (models.status_table, StatusRow._fields, "updated_at", ()),
-    ]
     differences: list[str] = []
     flaws_of_own: list[str] = []
-    for table, written, stamp, fillable in tables:
-        if table is None:
-            continue
-        found = {row.column_name: row for row in rows if row.table_name == table.name}
+    for each in expected:
+        found = {row.column_name: row for row in rows if row.table_name == each.table.name}
         if not found:
-            differences.append(f"table {table.fullname} does not exist")
+            differences.append(f"table {each.table.fullname} does not exist")
             continue
-        differences += _differences(table, written, stamp, found)
-        flaws_of_own += _flaws_of_own(table, {*written, stamp}, found, fillable)
+        differences += _differences(family, each, found)
+        flaws_of_own += _flaws_of_own(family, each, found)
     return differences, flaws_of_own
 
 
 def _differences(
-    expected: sa.Table, written: Sequence[str], stamp: str, found: Mapping[str, sa.Row[Any]]
+    family: Family, expected: _Expected, found: Mapping[str, sa.Row[Any]]
 ) -> list[str]:
-    table, differences = expected.name, []
-    for name in (*written, stamp):
-        wanted = _type_name(expected.c[name].type)
+    table, written, differences = expected.table.name, expected.written, []
+    for name in (*written, *expected.defaulted):
+        wanted = _type_name(expected.table.c[name].type)
         if name not in found:
             differences.append(f"column {table}.{name} is missing")
         elif found[name].type_name != wanted:
             differences.append(
                 f"column {table}.{name} is {found[name].type_name} and should be {wanted}"
             )
-        elif found[name].is_required and not _is_filled(expected, name, written):
+        elif found[name].is_required and not _is_filled(expected.table, name, written):
             differences.append(
-                f"column {table}.{name} is NOT NULL without a default, and the backend may leave "
-                "it empty"
+                f"column {table}.{name} is NOT NULL without a default, and the {family.user} may "
+                "leave it empty"
             )
-    if "task_id" in found and not found["task_id"].is_unique:
-        differences.append(f"column {table}.task_id is neither primary key nor unique")
+    key = written[0]
+    if key in found and not found[key].is_unique:
+        differences.append(f"column {table}.{key} is neither primary key nor unique")
     return differences
 
 
 def _flaws_of_own(
-    expected: sa.Table,
-    ours: Collection[str],
-    found: Mapping[str, sa.Row[Any]],
-    may_fill: Collection[str],
+    family: Family, expected: _Expected, found: Mapping[str, sa.Row[Any]]
 ) -> list[str]:
-    table = expected.name
+    table = expected.table
+    ours = {*expected.written, *expected.defaulted}
     flaws = [
-        f"column {table}.{column.name} is missing (one of your model's own, for a migration of "
-        "your own)"
-        for column in expected.c
+        f"column {table.name}.{column.name} is missing (one of your model's own, for a migration "
+        "of your own)"
+        for column in table.c
         if column.name not in ours and column.name not in found
     ]
+    filling = "a server_default would fill it"
+    if family is RESULTS:
+        filling += ", and in the results table extra_values can"
     # What others call a type of their own is not for us to compare.
     flaws += [
-        f"column {table}.{name} is NOT NULL without a default, and the backend may leave it empty "
-        "(a server_default would fill it, and in the results table extra_values can)"
+        f"column {table.name}.{name} is NOT NULL without a default, and the {family.user} may "
+        f"leave it empty ({filling})"
         for name, row in found.items()
-        if row.is_required and name not in {*ours, *may_fill} and not _is_filled(expected, name, ())
+        if row.is_required
+        and name not in {*ours, *expected.fillable}
+        and not _is_filled(table, name, ())
     ]
     return flaws
 

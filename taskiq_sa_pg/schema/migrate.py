@@ -1,7 +1,7 @@
 """The schema's steps carried out, by an Alembic command or at startup.
 
-The only user of Alembic. Each results table has a version table of its own: with a shared one,
-Alembic would take the second table for made.
+The only user of Alembic. Each results table has version tables of its own, one for each family:
+with a shared one, Alembic would take the second table for made.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -26,7 +27,7 @@ from alembic.util import CommandError
 
 from taskiq_sa_pg.database import Database, reason_of
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError, TaskiqSaPgError
-from taskiq_sa_pg.models import TableConfig, build_models, quoted
+from taskiq_sa_pg.models import TableConfig, quoted
 from taskiq_sa_pg.schema.check import (
     alembic_command,
     is_old_table,
@@ -34,8 +35,9 @@ from taskiq_sa_pg.schema.check import (
     old_table_remedy,
     upgrade_commands,
 )
+from taskiq_sa_pg.schema.families import RESULTS, Family, chosen_families
 from taskiq_sa_pg.schema.quiet import quiet_alembic
-from taskiq_sa_pg.schema.steps import LATEST_VERSION, step_of
+from taskiq_sa_pg.schema.steps import LATEST_VERSION
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
 logger = logging.getLogger(__name__)
@@ -59,11 +61,12 @@ async def provision(
     config: TableConfig,
     timeout: float | None = None,
     timings: Timings = DEFAULT_TIMINGS,
+    family: Family = RESULTS,
 ) -> None:
-    """Brings the tables to the latest version, whoever else is at it at the same time.
+    """Brings the tables of a family to the latest version, whoever else is at it at the same time.
 
     The steps that are missing run in one transaction under an advisory lock, and are recorded
-    in the version table as `alembic upgrade head` records them. PostgreSQL is tried for `timeout`
+    in its version table as `alembic upgrade head` records them. PostgreSQL is tried for `timeout`
     seconds, with None for as long as usual.
     """
     config = located(database, config)
@@ -72,41 +75,43 @@ async def provision(
         # The configuration has been translated already, and Alembic's own looks never are.
         connection = connection.execution_options(schema_translate_map=None)
         with quiet_alembic():
-            _upgrade(connection, config)
+            _upgrade(connection, config, family)
 
-    await _run_locked(database, config, upgrade, timeout, timings)
+    await _run_locked(database, config, family, upgrade, timeout=timeout, timings=timings)
 
 
-def _upgrade(connection: sa.Connection, config: TableConfig) -> None:
+def _upgrade(connection: sa.Connection, config: TableConfig, family: Family) -> None:
     # Not through alembic.command: its `op` and `context` are global, and two backends that
     # start at the same time would run each other's migrations.
-    migration_context = MigrationContext.configure(connection, opts=_version_table(config))
+    migration_context = MigrationContext.configure(connection, opts=_version_table(config, family))
     current = max(map(int, migration_context.get_current_heads()), default=0)
-    if restored := _restore(migration_context, config):
+    if restored := _restore(migration_context, config, family):
         logger.warning("%s", restored)
     pending = range(current + 1, LATEST_VERSION + 1)
     for version in pending:
-        step_of(version).upgrade(Operations(migration_context), config, config.table_names)
+        step = family.step(version)
+        step.upgrade(Operations(migration_context), config, family.table_names(config))
     if pending:
         latest = f"{LATEST_VERSION:04}"
         migration_context.stamp(ScriptDirectory(script_location()), latest)
-        logger.info("table %s: brought to version %s", config.qualified_name, latest)
+        logger.info("table %s: brought to version %s", family.place(config), latest)
 
 
-def _restore(migration_context: MigrationContext, config: TableConfig) -> str:
+def _restore(migration_context: MigrationContext, config: TableConfig, family: Family) -> str:
     """Makes again what the version table says is there, and is not; says so, or nothing."""
     connection, recorded = migration_context.connection, migration_context.get_current_heads()
     version = next((v for v in range(1, LATEST_VERSION + 1) if f"{v:04}" in recorded), 0)
     if connection is None or not version:
         return ""
     inspector = sa.inspect(connection)
-    missing = [n for n in config.table_names if not inspector.has_table(n, schema=config.schema)]
+    names = family.table_names(config)
+    missing = [n for n in names if not inspector.has_table(n, schema=config.schema)]
     if not missing:
         return ""
     for each in range(1, version + 1):
-        step_of(each).upgrade(Operations(migration_context), config, missing)
+        family.step(each).upgrade(Operations(migration_context), config, missing)
     return (
-        f"{config.version_table_name} records version {version:04}, and there was no table "
+        f"{family.version_table_name(config)} records version {version:04}, and there was no table "
         f"{', '.join(missing)}: made again, empty"
     )
 
@@ -114,12 +119,15 @@ def _restore(migration_context: MigrationContext, config: TableConfig) -> str:
 async def _run_locked(
     database: Database,
     config: TableConfig,
+    family: Family,
     work: Callable[[sa.Connection], None],
+    *,
     timeout: float | None,
     timings: Timings = DEFAULT_TIMINGS,
 ) -> None:
     def run(connection: sa.Connection) -> None:
-        # Without the schema, which one process may name and the next leave to the search_path.
+        # One for all families; without the schema, which one process may name and the next leave
+        # to the search_path.
         key = sa.func.hashtextextended(f"taskiq_sa_pg {config.table_name}", 0)
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
         # ALTER TABLE waits until nobody reads or writes the table. After the other lock, which may
@@ -128,7 +136,7 @@ async def _run_locked(
         connection.execute(sa.select(sa.func.set_config("lock_timeout", limit, True)))
         work(connection)
 
-    purpose = f"bring table {config.qualified_name} up to date"
+    purpose = f"bring table {family.place(config)} up to date"
     try:
         # Without a limit: a step may have to build an index, or to wait for another process.
         await database.transact(
@@ -138,8 +146,9 @@ async def _run_locked(
             retry_timeout=timeout,
         )
     except StorageError as exc:
-        remedy = _remedies(config).get(exc.sqlstate or "")
-        if exc.sqlstate == _DUPLICATE_TABLE and await is_old_table(database, config, timeout):
+        remedy = _remedies(config, family).get(exc.sqlstate or "")
+        is_in_the_way = exc.sqlstate == _DUPLICATE_TABLE and family is RESULTS
+        if is_in_the_way and await is_old_table(database, config, timeout):
             remedy = old_table_remedy(config)
         if remedy is None or not isinstance(exc.__cause__, Exception):
             raise
@@ -153,6 +162,7 @@ def move_to(
     is_down: bool,
     dsn: str | None = None,
     buffer: TextIO | None = None,
+    family: Family = RESULTS,
 ) -> None:
     """Does what `alembic upgrade` or `alembic downgrade` does, on an event loop of its own.
 
@@ -162,7 +172,7 @@ def move_to(
         SchemaError: It cannot be done; says why and what to do.
         ConfigurationError: There is no such revision.
     """
-    options = {"dsn": dsn, **asdict(config)}
+    options = {"dsn": dsn, "queue": family.choice, **asdict(config)}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     move = command.downgrade if is_down else command.upgrade
     # As Alembic's command line calls them.
@@ -179,8 +189,8 @@ def move_to(
         raise ConfigurationError(f"there is no revision {revision!r}; {_REVISIONS}") from exc
 
 
-def offline_sql(config: TableConfig, start: str, end: str) -> str:
-    """The SQL that takes the tables from one revision to another, as `alembic --sql` writes it.
+def offline_sql(config: TableConfig, start: str, end: str, family: Family = RESULTS) -> str:
+    """The SQL that takes tables from one revision to another, as `alembic --sql` writes it.
 
     Revisions are "base", "0001", "head"; an end that is earlier than the start downgrades, and of
     two that are the same there is none.
@@ -197,30 +207,33 @@ def offline_sql(config: TableConfig, start: str, end: str) -> str:
     if first == last:
         return ""
     buffer = io.StringIO()
-    move_to(config, f"{start}:{end}", is_down=last < first, buffer=buffer)
+    move_to(config, f"{start}:{end}", is_down=last < first, buffer=buffer, family=family)
     return buffer.getvalue()
 
 
-async def current_revision(database: Database, config: TableConfig) -> str | None:
-    """The revision that the version table records; None where it records none."""
+async def current_revision(
+    database: Database, config: TableConfig, family: Family = RESULTS
+) -> str | None:
+    """The revision that the family's version table records; None where it records none."""
 
     def read(connection: sa.Connection) -> str | None:
-        migration_context = MigrationContext.configure(connection, opts=_version_table(config))
+        opts = _version_table(config, family)
+        migration_context = MigrationContext.configure(connection, opts=opts)
         return migration_context.get_current_revision()
 
-    purpose = f"read the version of table {config.qualified_name}"
+    purpose = f"read the version of table {family.place(config)}"
     return await database.transact(lambda connection: connection.run_sync(read), purpose)
 
 
-def _version_table(config: TableConfig) -> dict[str, Any]:
+def _version_table(config: TableConfig, family: Family) -> dict[str, Any]:
     return {
-        "version_table": quoted(config.version_table_name),
+        "version_table": quoted(family.version_table_name(config)),
         "version_table_schema": config.schema and quoted(config.schema),
     }
 
 
-def environment_options() -> dict[str, Any]:
-    """What an Alembic command asks for, as the arguments of schema.upgrade() and downgrade().
+def _chosen_tables() -> tuple[TableConfig, tuple[Family, ...]]:
+    """What an Alembic command is about.
 
     Each option comes from `-x name=value`, the environment variable TASKIQ_SA_PG_NAME, or the
     .ini section, in this order. An empty variable counts as none.
@@ -228,17 +241,18 @@ def environment_options() -> dict[str, Any]:
     Raises:
         CommandError: An option or a value that does not exist.
     """
+    names = ("dsn", *_OPTIONS, "queue")
     # Cut at the colon: a DSN without `dsn=` before it may hold a password.
     passed = {name.partition(":")[0] for name in context.get_x_argument(as_dictionary=True)}
-    unknown = passed - {"dsn", *_OPTIONS}
+    unknown = passed - {*names}
     if unknown:
         raise CommandError(
-            f"unknown option -x {', '.join(sorted(unknown))}; the options are "
-            f"{', '.join(('dsn', *_OPTIONS))}"
+            f"unknown option -x {', '.join(sorted(unknown))}; the options are {', '.join(names)}"
         )
     given = {name: value for name in _OPTIONS if (value := _environment_option(name)) is not None}
     try:
-        return asdict(TableConfig(**given))  # type: ignore[arg-type]  # checked by TableConfig itself
+        config = TableConfig(**given)  # type: ignore[arg-type]  # checked by TableConfig itself
+        return config, chosen_families(_environment_option("queue") or "")
     except ConfigurationError as exc:
         raise CommandError(str(exc)) from exc
 
@@ -254,81 +268,95 @@ def _environment_option(name: str) -> str | None:
 def run_environment() -> None:
     """What env.py does: runs an Alembic command's migrations, online or offline.
 
+    Those of the results' tables, of the broker's, or of the one after the other, as the option
+    `queue` says. A revision's upgrade() and downgrade() are told the family and the configuration.
+
     Raises:
         CommandError: The command cannot be carried out; Alembic prints its text alone.
     """
-    config = TableConfig(**environment_options())
+    config, families = _chosen_tables()
     if context.is_offline_mode():
-        if "\t" in config.qualified_name:
-            raise CommandError("--sql cannot write a name with a tab: Alembic makes spaces of it")
-        # asyncpg's dialect and named parameters: no percent sign in a name is doubled.
-        context.configure(
-            dialect_name="postgresql+asyncpg",
-            dialect_opts={"paramstyle": "named"},
-            literal_binds=True,
-            **_version_table(config),
-        )
-        with context.begin_transaction():
-            context.run_migrations()
+        for family in families:
+            _run_offline(config, family)
         return
     try:
-        asyncio.run(_run_online(config))
+        asyncio.run(_run_online(config, families))
     except TaskiqSaPgError as exc:
         raise CommandError(str(exc)) from exc
 
 
-async def _run_online(config: TableConfig) -> None:
+def _run_offline(config: TableConfig, family: Family) -> None:
+    if "\t" in config.qualified_name:
+        raise CommandError("--sql cannot write a name with a tab: Alembic makes spaces of it")
+    # asyncpg's dialect and named parameters: no percent sign in a name is doubled.
+    context.configure(
+        dialect_name="postgresql+asyncpg",
+        dialect_opts={"paramstyle": "named"},
+        literal_binds=True,
+        **_version_table(config, family),
+    )
+    with context.begin_transaction():
+        context.run_migrations(config=config, family=family)
+
+
+async def _run_online(config: TableConfig, families: tuple[Family, ...]) -> None:
     dsn = _environment_option("dsn") or context.config.get_main_option("sqlalchemy.url")
     if not dsn:
         raise CommandError("which database? Set TASKIQ_SA_PG_DSN, or pass -x dsn=postgresql://...")
-
-    def run(connection: sa.Connection) -> None:
-        # Alembic calls the schema that is first in the search_path None.
-        is_default = config.schema == connection.dialect.default_schema_name
-        schema = None if is_default else config.schema
-
-        def is_ours(name: str | None, kind: str, _parents: Any) -> bool:
-            if kind == "schema":
-                return name == schema
-            return kind != "table" or name in config.table_names
-
-        context.configure(
-            connection=connection,
-            target_metadata=build_models(**asdict(config)).metadata,
-            include_schemas=config.schema is not None,
-            include_name=is_ours,
-            **_version_table(config),
-        )
-        with context.begin_transaction():
-            restored = _restore(context.get_context(), config) if _is_upgrade() else ""
-            context.run_migrations()
-        if restored:
-            context.config.print_stdout("%s", restored)
-
     database = Database(dsn, engine_kwargs={"poolclass": sa.NullPool})
     await database.open()
     try:
-        # A command says at once what is wrong.
-        await _run_locked(database, config, run, timeout=0)
+        for family in families:
+            if len(families) > 1 and _command() is command.current:
+                context.config.print_stdout("%s:", family.version_table_name(config))
+            run = partial(_run_family, config=config, family=family)
+            # A command says at once what is wrong.
+            await _run_locked(database, config, family, run, timeout=0)
     finally:
         await database.close()
 
 
-def _is_upgrade() -> bool:
-    """Whether Alembic's command is `upgrade`, where it came from a command line."""
+def _run_family(connection: sa.Connection, config: TableConfig, family: Family) -> None:
+    # Alembic calls the schema that is first in the search_path None.
+    is_default = config.schema == connection.dialect.default_schema_name
+    schema = None if is_default else config.schema
+
+    def is_ours(name: str | None, kind: str, _parents: Any) -> bool:
+        if kind == "schema":
+            return name == schema
+        return kind != "table" or name in family.table_names(config)
+
+    context.configure(
+        connection=connection,
+        target_metadata=family.metadata(config),
+        include_schemas=config.schema is not None,
+        include_name=is_ours,
+        **_version_table(config, family),
+    )
+    is_upgrade = _command() is command.upgrade
+    with context.begin_transaction():
+        restored = _restore(context.get_context(), config, family) if is_upgrade else ""
+        context.run_migrations(config=config, family=family)
+    if restored:
+        context.config.print_stdout("%s", restored)
+
+
+def _command() -> Any:
+    """Alembic's command, where it came from a command line."""
     run, *_ = getattr(context.config.cmd_opts, "cmd", (None,))
-    return run is command.upgrade
+    return run
 
 
-def _remedies(config: TableConfig) -> dict[str, str]:
+def _remedies(config: TableConfig, family: Family) -> dict[str, str]:
     """What a person can do about an SQLSTATE."""
+    alone = None if family is RESULTS else family.choice
     schema = config.schema or "the first one of the search_path"
     return {
-        _DUPLICATE_TABLE: f"a table or index of {config.qualified_name} exists already and was "
+        _DUPLICATE_TABLE: f"a table or index of {family.place(config)} exists already and was "
         "left untouched. If it belongs to something else, choose another table_name; if it was "
         "made from these models in another way, record that with "
-        f"`{alembic_command(config, 'stamp', 'head')}`",
-        "42P01": f"make what is missing again first, with {upgrade_commands(config)}",
+        f"`{alembic_command(config, 'stamp', 'head', queue=alone)}`",
+        "42P01": f"make what is missing again first, with {upgrade_commands(config, family)}",
         "55P03": "other transactions hold locks on the table: let them end (pg_stat_activity lists "
         "them), and try again",
         "3D000": "create the database first (`createdb NAME`), or correct the dsn",

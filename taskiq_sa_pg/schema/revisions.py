@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from taskiq_sa_pg.models import DEFAULT_TABLE_NAME, PayloadField, TableConfig, TaskIdField
-from taskiq_sa_pg.schema.steps import step_of
+from taskiq_sa_pg.schema.families import QUEUE, RESULTS
 
 # What Alembic asks: a name, its kind ("schema", "table", "column", ...), the names above it.
 IncludeName = Callable[[str | None, Any, Any], bool]
@@ -33,7 +33,7 @@ def upgrade(
         ConfigurationError: A version that does not exist, or a name or type that cannot work.
     """
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
-    step_of(version).upgrade(op, config, config.table_names)
+    RESULTS.step(version).upgrade(op, config, config.table_names)
 
 
 def downgrade(
@@ -53,7 +53,50 @@ def downgrade(
         ConfigurationError: As upgrade().
     """
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
-    step_of(version).downgrade(op, config)
+    RESULTS.step(version).downgrade(op, config)
+
+
+def upgrade_queue(
+    op: Any,
+    version: int,
+    *,
+    table_name: str = DEFAULT_TABLE_NAME,
+    field_for_task_id: TaskIdField = "VarChar",
+    schema: str | None = None,
+) -> None:
+    """Takes the broker's tables from version - 1 to version, for a revision of your own.
+
+    Args:
+        op: Alembic's `op`.
+        version: The step; 1, the latest, makes the tables of the queue and of schedules.
+        table_name: The results table, after which the broker's are named.
+        field_for_task_id: Type of the queue's task-id column.
+        schema: PostgreSQL schema of the tables, which must exist; None is the search_path's.
+
+    Raises:
+        ConfigurationError: A version that does not exist, or a name or type that cannot work.
+    """
+    config = TableConfig(table_name, field_for_task_id, schema=schema)
+    QUEUE.step(version).upgrade(op, config, config.queue_table_names)
+
+
+def downgrade_queue(
+    op: Any,
+    version: int,
+    *,
+    table_name: str = DEFAULT_TABLE_NAME,
+    field_for_task_id: TaskIdField = "VarChar",
+    schema: str | None = None,
+) -> None:
+    """Takes the broker's tables from version back to version - 1; of step 1, drops them.
+
+    Arguments as upgrade_queue().
+
+    Raises:
+        ConfigurationError: As upgrade_queue().
+    """
+    config = TableConfig(table_name, field_for_task_id, schema=schema)
+    QUEUE.step(version).downgrade(op, config)
 
 
 def include_name(
@@ -65,8 +108,9 @@ def include_name(
     """For Alembic's `context.configure(include_name=...)` in an env.py of your own.
 
     Where your metadata does not know our tables, it keeps `alembic revision --autogenerate` and
-    `alembic check` from dropping them, the version table included. Several results tables take one
-    call around the other. Leave it out where the models are in your metadata.
+    `alembic check` from dropping them, the broker's and the version tables included. Several
+    results tables take one call around the other. Leave it out where the models are in your
+    metadata.
 
     Args:
         hook: Your own, asked about every name that is not one of ours.
@@ -78,7 +122,11 @@ def include_name(
         ConfigurationError: A name that cannot work.
     """
     config = TableConfig(table_name, schema=schema)
-    ours = {*config.table_names, config.version_table_name}
+    ours = {
+        name
+        for family in (RESULTS, QUEUE)
+        for name in (*family.table_names(config), family.version_table_name(config))
+    }
 
     def is_included(name: str | None, kind: str, parent_names: Mapping[str, Any]) -> bool:
         if kind == "table" and name in ours:

@@ -1,7 +1,8 @@
 """The schema's steps: DDL by Alembic's operations, one version at a time.
 
-They are history: they name every column themselves and never look at the models, which may move
-on. A step that has been released is never edited; a change is a new step.
+The results' tables and the broker's have steps of their own. They are history: they name every
+column themselves and never look at the models, which may move on. A step that has been released is
+never edited; a change is a new step.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -10,7 +11,6 @@ from typing import Any, Final, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.models import TableConfig, final, primary_key_name, quoted
 
 LATEST_VERSION: Final = 1
@@ -21,6 +21,12 @@ _PAYLOAD_TYPES: Final[_Types] = {"Bytea": sa.LargeBinary, "Jsonb": postgresql.JS
 
 # `postgresql_with` would say it better, and came with SQLAlchemy 2.1.
 _HALF_FULL: Final = "heap WITH (fillfactor = 50)"
+_QUICKLY_VACUUMED: Final = (
+    "heap WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, "
+    "autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 1000, "
+    "autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 1000)"
+)
+_TIMESTAMP: Final = sa.DateTime(timezone=True)
 
 
 class Step(NamedTuple):
@@ -33,32 +39,20 @@ class Step(NamedTuple):
     downgrade: Callable[[Any, TableConfig], None]
 
 
-def step_of(version: int) -> Step:
-    """The step of a version.
-
-    Raises:
-        ConfigurationError: There is no such version.
-    """
-    if version not in _STEPS:
-        raise ConfigurationError(
-            f"there is no version {version!r} of the schema; the latest is {LATEST_VERSION}"
-        )
-    return _STEPS[version]
-
-
 def _create_tables(op: Any, config: TableConfig, names: Collection[str]) -> None:
     makers = (_create_results, _create_progress, _create_statuses)
     for name, create in zip(config.table_names, makers, strict=True):
         if name in names:
-            create(op, config, sa.DateTime(timezone=True))
+            create(op, config)
 
 
-def _create_results(op: Any, config: TableConfig, timestamp: sa.DateTime) -> None:
+def _create_results(op: Any, config: TableConfig) -> None:
     payload_type = _PAYLOAD_TYPES[config.field_for_payload]
     _create_table(
         op,
         config,
         config.table_name,
+        _task_id(config),
         sa.Column("is_err", sa.Boolean(), nullable=False),
         sa.Column("return_value", payload_type(), nullable=False),
         sa.Column("error", payload_type(), nullable=True),
@@ -69,73 +63,136 @@ def _create_results(op: Any, config: TableConfig, timestamp: sa.DateTime) -> Non
         sa.Column("log", sa.Text(), nullable=True),
         sa.Column("task_name", sa.Text(), nullable=True),
         sa.Column("attempt", sa.Integer(), server_default=sa.text("0"), nullable=False),
-        sa.Column("finished_at", timestamp, server_default=sa.func.now(), nullable=False),
-        sa.Column("expires_at", timestamp, nullable=True),
+        sa.Column("finished_at", _TIMESTAMP, server_default=sa.func.now(), nullable=False),
+        sa.Column("expires_at", _TIMESTAMP, nullable=True),
         sa.Column("args", postgresql.JSONB(), nullable=True),
         sa.Column("kwargs", postgresql.JSONB(), nullable=True),
         sa.Column("worker", sa.Text(), nullable=True),
-        sa.Column("queued_at", timestamp, nullable=True),
-        sa.Column("started_at", timestamp, nullable=True),
+        sa.Column("queued_at", _TIMESTAMP, nullable=True),
+        sa.Column("started_at", _TIMESTAMP, nullable=True),
     )
-    _create_index(op, config, config.finished_at_index_name, "finished_at", postgresql_using="brin")
-    is_set = sa.column("expires_at").is_not(None)
-    _create_index(op, config, config.expires_at_index_name, "expires_at", postgresql_where=is_set)
+    place, is_set = config.table_name, sa.column("expires_at").is_not(None)
+    finished_at, expires_at = config.finished_at_index_name, config.expires_at_index_name
+    _create_index(op, config, place, finished_at, ["finished_at"], postgresql_using="brin")
+    _create_index(op, config, place, expires_at, ["expires_at"], postgresql_where=is_set)
 
 
-def _create_progress(op: Any, config: TableConfig, timestamp: sa.DateTime) -> None:
+def _create_progress(op: Any, config: TableConfig) -> None:
     payload_type = _PAYLOAD_TYPES[config.field_for_payload]
     _create_table(
         op,
         config,
         config.progress_table_name,
+        _task_id(config),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("meta", payload_type(), nullable=True),
-        sa.Column("updated_at", timestamp, server_default=sa.func.now(), nullable=False),
+        sa.Column("updated_at", _TIMESTAMP, server_default=sa.func.now(), nullable=False),
         postgresql_using=_HALF_FULL,
     )
 
 
-def _create_statuses(op: Any, config: TableConfig, timestamp: sa.DateTime) -> None:
+def _create_statuses(op: Any, config: TableConfig) -> None:
     _create_table(
         op,
         config,
         config.status_table_name,
+        _task_id(config),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("task_name", sa.Text(), nullable=True),
         sa.Column("attempt", sa.Integer(), server_default=sa.text("0"), nullable=False),
-        sa.Column("queued_at", timestamp, nullable=True),
-        sa.Column("started_at", timestamp, nullable=True),
+        sa.Column("queued_at", _TIMESTAMP, nullable=True),
+        sa.Column("started_at", _TIMESTAMP, nullable=True),
         sa.Column("worker", sa.Text(), nullable=True),
-        sa.Column("updated_at", timestamp, server_default=sa.func.now(), nullable=False),
+        sa.Column("updated_at", _TIMESTAMP, server_default=sa.func.now(), nullable=False),
         postgresql_using=_HALF_FULL,
     )
 
 
+def _drop_tables(op: Any, config: TableConfig) -> None:
+    _drop(op, config, config.table_names)
+
+
+def _create_queue_tables(op: Any, config: TableConfig, names: Collection[str]) -> None:
+    makers = (_create_queue, _create_schedules)
+    for name, create in zip(config.queue_table_names, makers, strict=True):
+        if name in names:
+            create(op, config)
+
+
+def _create_queue(op: Any, config: TableConfig) -> None:
+    _create_table(
+        op,
+        config,
+        config.queue_table_name,
+        _task_id(config),
+        sa.Column("queue_name", sa.Text(), server_default=sa.text("'default'"), nullable=False),
+        sa.Column("priority", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("available_at", _TIMESTAMP, server_default=sa.func.now(), nullable=False),
+        sa.Column("claim", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("deliveries", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("worker", sa.Text(), nullable=True),
+        sa.Column("task_name", sa.Text(), nullable=False),
+        sa.Column("message", sa.LargeBinary(), nullable=False),
+        sa.Column("queued_at", _TIMESTAMP, server_default=sa.func.now(), nullable=False),
+        postgresql_using=_QUICKLY_VACUUMED,
+    )
+    columns = ["queue_name", sa.column("priority").desc(), "available_at"]
+    index_name = config.available_at_index_name
+    _create_index(op, config, config.queue_table_name, index_name, columns)
+
+
+def _create_schedules(op: Any, config: TableConfig) -> None:
+    _create_table(
+        op,
+        config,
+        config.schedules_table_name,
+        sa.Column("schedule_id", sa.Text(), nullable=False),
+        sa.Column("task_name", sa.Text(), nullable=False),
+        sa.Column("cron", sa.Text(), nullable=True),
+        sa.Column("interval", sa.Interval(), nullable=True),
+        sa.Column("time", _TIMESTAMP, nullable=True),
+        sa.Column("message", sa.LargeBinary(), nullable=False),
+        sa.Column("last_tick", _TIMESTAMP, nullable=True),
+        sa.Column("created_at", _TIMESTAMP, server_default=sa.func.now(), nullable=False),
+        sa.Column("is_labelled", sa.Boolean(), server_default=sa.false(), nullable=False),
+        postgresql_using=_HALF_FULL,
+    )
+
+
+def _drop_queue_tables(op: Any, config: TableConfig) -> None:
+    _drop(op, config, config.queue_table_names)
+
+
+def _task_id(config: TableConfig) -> sa.Column[Any]:
+    return sa.Column("task_id", _ID_TYPES[config.field_for_task_id](), nullable=False)
+
+
 def _create_table(
-    op: Any, config: TableConfig, name: str, *columns: sa.Column[Any], **options: Any
+    op: Any,
+    config: TableConfig,
+    name: str,
+    key: sa.Column[Any],
+    *columns: sa.Column[Any],
+    **options: Any,
 ) -> None:
     op.create_table(
         quoted(name),
-        sa.Column("task_id", _ID_TYPES[config.field_for_task_id](), nullable=False),
+        key,
         *columns,
-        sa.PrimaryKeyConstraint("task_id", name=final(primary_key_name(name))),
+        sa.PrimaryKeyConstraint(key.name, name=final(primary_key_name(name))),
         schema=_schema(config),
         **options,
     )
 
 
-def _create_index(op: Any, config: TableConfig, name: str, column: str, **options: Any) -> None:
-    op.create_index(
-        final(name),
-        quoted(config.table_name),
-        [column],
-        schema=_schema(config),
-        **options,
-    )
+def _create_index(
+    op: Any, config: TableConfig, table_name: str, name: str, columns: list[Any], **options: Any
+) -> None:
+    op.create_index(final(name), quoted(table_name), columns, schema=_schema(config), **options)
 
 
-def _drop_tables(op: Any, config: TableConfig) -> None:
-    for name in reversed(config.table_names):
+def _drop(op: Any, config: TableConfig, names: tuple[str, ...]) -> None:
+    for name in reversed(names):
         op.drop_table(quoted(name), schema=_schema(config))
 
 
@@ -143,4 +200,5 @@ def _schema(config: TableConfig) -> str | None:
     return None if config.schema is None else quoted(config.schema)
 
 
-_STEPS: Final[Mapping[int, Step]] = {1: Step(_create_tables, _drop_tables)}
+RESULT_STEPS: Final[Mapping[int, Step]] = {1: Step(_create_tables, _drop_tables)}
+QUEUE_STEPS: Final[Mapping[int, Step]] = {1: Step(_create_queue_tables, _drop_queue_tables)}

@@ -71,7 +71,7 @@ def take_results(models: Models, *, is_tracked: bool) -> Select[Any]:
         where there was none; named as in taken_columns().
     """
     results, progress = models.results_table, models.progress_table
-    found = _locked(results, is_asked_for(results) & is_live(results)).cte("found")
+    found = select_locked(results, is_asked_for(results) & is_live(results)).cte("found")
     of_results, of_progress = taken_columns(models)
     taken = (
         delete(results)
@@ -79,7 +79,7 @@ def take_results(models: Models, *, is_tracked: bool) -> Select[Any]:
         .returning(*readable(results, of_results))
         .cte("taken")
     )
-    ended = _locked(progress, progress.c.task_id == taken.c.task_id).cte()
+    ended = select_locked(progress, progress.c.task_id == taken.c.task_id).cte()
     with_it = (
         delete(progress)
         .where(progress.c.task_id == ended.c.task_id)
@@ -93,7 +93,7 @@ def take_results(models: Models, *, is_tracked: bool) -> Select[Any]:
     if status is None:
         return statement
     return statement.add_cte(
-        _deletion(status, _locked(status, status.c.task_id == taken.c.task_id))
+        _deletion(status, select_locked(status, status.c.task_id == taken.c.task_id))
     )
 
 
@@ -127,7 +127,7 @@ def put_back(source: Table) -> Insert:
 def forget_results(models: Models) -> Select[Any]:
     """Deletes all that there is of the `task_ids`; returns how many results, expired ones too."""
     results = models.results_table
-    found = _locked(results, is_asked_for(results)).cte("found")
+    found = select_locked(results, is_asked_for(results)).cte("found")
     gone = (
         delete(results)
         .where(results.c.task_id == found.c.task_id)
@@ -139,7 +139,7 @@ def forget_results(models: Models) -> Select[Any]:
     are_gone = count.scalar_subquery().is_not(None)
     return count.add_cte(
         *[
-            _deletion(other, _locked(other, is_asked_for(other) & are_gone))
+            _deletion(other, select_locked(other, is_asked_for(other) & are_gone))
             for other in models.other_tables
         ]
     )
@@ -164,7 +164,7 @@ def delete_finished(status: Table, finished: FromClause) -> CTE:
         & (status.c.attempt <= finished.c.attempt)
         & (status.c.queued_at > finished.c.queued_at).is_not(true())
     )
-    return _deletion(status, _locked(status, is_over))
+    return _deletion(status, select_locked(status, is_over))
 
 
 def _deletion(source: Table, task_ids: Select[Any]) -> CTE:
@@ -172,7 +172,7 @@ def _deletion(source: Table, task_ids: Select[Any]) -> CTE:
     return delete(source).where(source.c.task_id == doomed.c.task_id).cte()
 
 
-def _locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:
+def select_locked(source: Table, condition: ColumnElement[bool]) -> Select[Any]:
     """The ids of rows, which are locked in the order in which upserts lock theirs."""
     # Python's order: else the two could deadlock.
     task_id = source.c.task_id
@@ -228,7 +228,7 @@ def _is_free(other: Table, results: Table) -> ColumnElement[bool]:
 
 
 def _forget(other: Table, gone: CTE) -> CTE:
-    ids = _locked(other, other.c.task_id == _any_of(select(gone.c.task_id)))
+    ids = select_locked(other, other.c.task_id == _any_of(select(gone.c.task_id)))
     stale = ids.cte()
     return delete(other).where(other.c.task_id == _any_of(select(stale.c.task_id))).cte()
 

@@ -1,6 +1,6 @@
 """What travels between the codec and the tables: rows as they are written and as they are read."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 
@@ -115,3 +115,85 @@ class Counts(NamedTuple):
     expired: int
     oldest: datetime | None
     newest: datetime | None
+
+
+class QueueRow(NamedTuple):
+    """What sending a task writes."""
+
+    task_id: Any
+    queue_name: str
+    priority: int
+    available_at: float  # in so many seconds, by the database's clock
+    claim: int
+    task_name: str
+    message: bytes
+
+
+class Claimed(NamedTuple):
+    """A task that claim_tasks() has given to a worker, in the order of its columns."""
+
+    task_id: Any
+    claim: int
+    deliveries: int  # this one among them
+    priority: int
+    task_name: str
+    message: bytes
+    queued_at: datetime
+
+
+class ScheduleRow(NamedTuple):
+    """A schedule, as it is written and read."""
+
+    schedule_id: str
+    task_name: str
+    cron: str | None
+    interval: timedelta | None
+    time: datetime | None
+    message: bytes
+    is_labelled: bool
+
+
+class Sent(NamedTuple):
+    """What sending the task of a schedule returns."""
+
+    is_sent: bool
+    seconds: float | None  # until an interval is due again
+
+
+class OldTask(NamedTuple):
+    """What is written of a task that comes from another queue: a QueueRow, and when it was sent."""
+
+    task_id: Any
+    queue_name: str
+    priority: int
+    available_at: float
+    claim: int
+    task_name: str
+    message: bytes
+    queued_at: datetime
+
+
+class QueueCount(NamedTuple):
+    """The tasks of one queue and task name, as count_tasks() returns them.
+
+    A task is due, or later so because it was delayed, because a worker has it, or never: parked.
+    """
+
+    queue_name: str
+    task_name: str
+    waiting: int
+    delayed: int
+    running: int
+    parked: int
+    oldest_waiting: float | None  # for so many seconds it has been due
+
+
+class ParkedTask(NamedTuple):
+    """A task that was delivered too often, in the order of select_parked()."""
+
+    task_id: Any
+    task_name: str
+    queue_name: str
+    deliveries: int
+    worker: str | None  # that has given it up
+    queued_at: datetime

@@ -35,6 +35,9 @@ from taskiq_sa_pg.models import as_interval
 # How many rows a text with VALUES has. Few sizes, so that each is compiled and prepared once.
 _SIZES: Final = (64, 16, 4, 1)
 
+# Times that travel as seconds from now, by the database's clock.
+_FROM_NOW: Final = frozenset({"expires_at", "available_at"})
+
 NOTHING: Final[Mapping[str, Column[Any]]] = MappingProxyType({})
 
 # A statement and its parameters.
@@ -106,7 +109,7 @@ class Upsert:
 
         columns = [self._target.c[name] for name in self._fields]
         rows = [
-            {c.key: _as_stored(_parameter(c, number), c) for c in columns}
+            {c.key: as_stored(_parameter(c, number), c) for c in columns}
             | {
                 c.key: bindparam(_numbered(name, number), type_=c.type)
                 for name, c in self._extra.items()
@@ -120,15 +123,20 @@ class Upsert:
     def _by_arrays(self) -> Insert:
         columns = [self._target.c[name] for name in self._fields]
         rows = unnested(columns)
-        stored = select(*starmap(_as_stored, [(rows.c[c.name], c) for c in columns]))
+        stored = select(*starmap(as_stored, [(rows.c[c.name], c) for c in columns]))
         return self._finish(insert(self._target).from_select(self._fields, stored), unnested)
 
 
-def unnested(columns: Sequence[Column[Any]]) -> FromClause:
-    """Rows from one array for each column, which the parameters are called like."""
+def unnested(columns: Sequence[Column[Any]], prefix: str = "") -> FromClause:
+    """Rows from one array for each column, which the parameters are called like, after a prefix.
+
+    An UPDATE needs one: a parameter that is called like a column is a new value to SQLAlchemy.
+    """
     # Not FROM unnest(...), whose rows PostgreSQL first puts into a store, to read them from there.
     arrays = [
-        func.unnest(bindparam(c.name, type_=ARRAY(wire_type(c))), type_=wire_type(c)).label(c.name)
+        func.unnest(
+            bindparam(prefix + c.name, type_=ARRAY(wire_type(c))), type_=wire_type(c)
+        ).label(c.name)
         for c in columns
     ]
     return select(*arrays).subquery()
@@ -136,13 +144,14 @@ def unnested(columns: Sequence[Column[Any]]) -> FromClause:
 
 def wire_type(stored: Column[Any]) -> TypeEngine[Any]:
     """The type as which a column's values travel."""
-    if stored.name == "expires_at":  # seconds from now
+    if stored.name in _FROM_NOW:
         return Double()
     return Text() if isinstance(stored.type, JSONB) else stored.type
 
 
-def _as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
-    if stored.name == "expires_at":
+def as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
+    """What a column stores of a value that travels as its wire_type()."""
+    if stored.name in _FROM_NOW:
         return func.now() + as_interval(value)
     return cast(value, JSONB) if isinstance(stored.type, JSONB) else value
 

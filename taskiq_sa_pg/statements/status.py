@@ -33,9 +33,10 @@ _COMMON = ("task_name", "attempt", "queued_at", "started_at", "worker")
 def select_statuses(models: Models) -> Select[Any]:
     """What the `task_ids` are at, by their results and the status table, whichever is later.
 
-    Tasks of which nothing is known are left out.
+    A task of which neither knows is "queued" where it is in the queue, if the models have one: that
+    is all that is told of one that was sent in a transaction. Unknown tasks are left out.
     """
-    results, status = models.results_table, models.status_table
+    results, status, queue = models.results_table, models.status_table, models.queue_table
     type_ = results.c.task_id.type
     asked = (
         func.unnest(bindparam("task_ids", type_=ARRAY(type_)))
@@ -43,24 +44,27 @@ def select_statuses(models: Models) -> Select[Any]:
         .render_derived(name="asked")
     )
     found = asked.outerjoin(results, results.c.task_id == asked.c.task_id)
-    has_result = results.c.task_id.is_not(None)
+    is_known: ColumnElement[bool] = results.c.task_id.is_not(None)
     state = case(
         (~is_live(results), _text("expired")),
         (results.c.is_err, _text("failed")),
         else_=_text("succeeded"),
     )
-    of_result = {"state": state, **{name: results.c[name] for name in _COMMON}}
-    finished_at: ColumnElement[Any] = results.c.finished_at
-    if status is None:
-        values = [asked.c.task_id, *of_result.values(), finished_at]
-        return select(*values).select_from(found).where(has_result)
-    is_unfinished = status.c.task_id.is_not(None) & ~and_(has_result, _is_over(results, status))
-    values = [case((is_unfinished, status.c[n]), else_=value) for n, value in of_result.items()]
-    return (
-        select(asked.c.task_id, *values, case((~is_unfinished, finished_at)))
-        .select_from(found.outerjoin(status, status.c.task_id == asked.c.task_id))
-        .where(has_result | status.c.task_id.is_not(None))
-    )
+    values: dict[str, ColumnElement[Any]] = {"state": state}
+    values |= {name: results.c[name] for name in (*_COMMON, "finished_at")}
+    if status is not None:
+        is_later = status.c.task_id.is_not(None) & ~and_(is_known, _is_over(results, status))
+        of_status = {name: status.c[name] for name in ("state", *_COMMON)}
+        values = {n: case((is_later, of_status.get(n, null())), else_=values[n]) for n in values}
+        found = found.outerjoin(status, status.c.task_id == asked.c.task_id)
+        is_known |= status.c.task_id.is_not(None)
+    if queue is not None:
+        of_queue = {"state": _text("queued"), "attempt": literal_column("0", Integer)}
+        of_queue |= {name: queue.c[name] for name in ("task_name", "queued_at")}
+        values = {n: case((is_known, values[n]), else_=of_queue.get(n, null())) for n in values}
+        found = found.outerjoin(queue, queue.c.task_id == asked.c.task_id)
+        is_known |= queue.c.task_id.is_not(None)
+    return select(asked.c.task_id, *values.values()).select_from(found).where(is_known)
 
 
 def select_running(models: Models, status: Table) -> Select[Any]:

@@ -5,7 +5,7 @@ import json
 import logging
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -20,7 +20,7 @@ _Hear = Callable[[str, str], None]
 
 
 class Listener:
-    """Hears the notifications of some channels on one connection.
+    """Hears the notifications of all channels that were added, on one connection.
 
     It is healthy from the moment in which a probe that was sent the writers' way has been heard,
     until the connection is lost or a later probe is not heard in time. Where LISTEN is accepted and
@@ -28,35 +28,30 @@ class Listener:
 
     Args:
         connect: Opens the driver's connection.
-        channels: What to listen to; the probes go to the first.
         send: Sends payloads to a channel, the writers' way.
-        hear: Called with channel and payload of every notification that is no probe.
-        on_healthy: Called each time it becomes healthy. What was notified before may be unheard.
         timings: How often it is probed, and how soon it comes back.
     """
 
     def __init__(
         self,
         connect: Callable[[], AbstractAsyncContextManager[Any]],
-        channels: Sequence[str],
         *,
         send: Callable[[str, list[str]], Awaitable[None]],
-        hear: _Hear,
-        on_healthy: Callable[[], None],
         timings: Timings,
     ) -> None:
         self._connect = connect
-        self._channels = channels
         self._send = send
-        self._hear = hear
-        self._on_healthy = on_healthy
         self._timings = timings
+        # By channel; the probes go to the first.
+        self._hear: dict[str, dict[_Hear, Callable[[], None]]] = {}
+        self._has_more = asyncio.Event()
         # What it has sent to itself last; the one before may still be on its way. A pooled
         # connection may be told of those that were sent before it was asked to listen.
         self.probes: deque[str] = deque(maxlen=2)
         self._task: asyncio.Task[None] | None = None
         self._limit: asyncio.Timeout | None = None
         self._is_warned = False
+        self._is_stopped = False
         self.is_healthy = False
 
     @property
@@ -66,13 +61,33 @@ class Listener:
             return "listening"
         return "connecting" if is_running(self._task) else "idle"
 
+    def add(self, channels: Iterable[str], hear: _Hear, on_healthy: Callable[[], None]) -> None:
+        """Adds channels; a connection that is open already is replaced.
+
+        Args:
+            channels: What to listen to.
+            hear: Called with channel and payload of every notification there that is no probe.
+            on_healthy: Called each time it becomes healthy. What came before may be unheard.
+        """
+        for channel in channels:
+            if channel not in self._hear:
+                self._hear[channel] = {}
+                self._has_more.set()
+            self._hear[channel][hear] = on_healthy
+
+    def remove(self, channels: Iterable[str], hear: _Hear) -> None:
+        """Calls it no more; the connection goes on."""
+        for channel in channels:
+            _ = self._hear[channel].pop(hear, None)
+
     def start(self) -> None:
-        """Begins to listen, unless it does already."""
-        if not is_running(self._task):
+        """Begins to listen, unless it does already, or was stopped."""
+        if not is_running(self._task) and not self._is_stopped:
             self._task = start_task(self._run())
 
     async def stop(self) -> None:
-        """Closes the connection."""
+        """Closes the connection, for good."""
+        self._is_stopped = True
         task, self._task = self._task, None
         await end_task(task)
 
@@ -88,8 +103,9 @@ class Listener:
             finally:
                 was_healthy, self.is_healthy = self.is_healthy, False
             retry_after = first if was_healthy else retry_after * 2
-            self._warn(reason)
-            await asyncio.sleep(min(retry_after, last))
+            if reason:
+                self._warn(reason)
+                await asyncio.sleep(min(retry_after, last))
 
     def _warn(self, reason: str) -> None:
         if self._is_warned:
@@ -97,35 +113,42 @@ class Listener:
             return
         self._is_warned = True
         logger.warning(
-            "not listening for results, so waiting looks for them several times a second: %s. It "
-            "goes on trying. Behind a transaction pooler give listen_dsn=, the server's own "
+            "not listening for results and tasks, so they are looked for at intervals: %s. It goes "
+            "on trying. Behind a transaction pooler give listen_dsn=, the server's own "
             "address, or notify=False",
             reason,
         )
 
     async def _listen(self, driver: Any) -> str:
-        """Listens until the connection is lost or silent, and says which."""
+        """Listens until the connection is lost or silent, and says which; until there is more."""
         is_asyncpg = hasattr(driver, "add_listener")
         listen = _listen_with_asyncpg if is_asyncpg else _listen_with_psycopg
-        prober: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[Any]] = []
         self.probes.clear()
+        self._has_more.clear()
+        channels = list(self._hear)
         try:
             async with asyncio.timeout(self._timings.between_probes) as self._limit:
-                lost = await listen(driver, self._channels, self._receive)
-                prober = start_task(self._send_probes())
-                await lost
+                receive = await listen(driver, channels, self._receive)
+                lost, more = start_task(receive), start_task(self._has_more.wait())
+                tasks += lost, more, start_task(self._send_probes(channels[0]))
+                _ = await asyncio.wait([lost, more], return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
-            return "the connection delivers no notifications"
+            return "the connection delivers no notifications, or the event loop was blocked"
         finally:
             self._limit = None
-            await end_task(prober)
-        return "the connection was lost"
+            for task in tasks:
+                await end_task(task)
+        if lost.done():
+            lost.result()
+            return "the connection was lost"
+        return ""
 
-    async def _send_probes(self) -> None:
+    async def _send_probes(self, channel: str) -> None:
         while True:
             self.probes.append(json.dumps({"probe": uuid.uuid4().hex}))
             try:
-                await self._send(self._channels[0], [self.probes[-1]])
+                await self._send(channel, [self.probes[-1]])
             except StorageError as exc:
                 # If it stays so, the time limit ends.
                 logger.debug("could not send a probe: %s", exc)
@@ -135,7 +158,8 @@ class Listener:
         if payload in self.probes:
             self._prove()
         elif not payload.startswith("{"):  # else another process's probe
-            self._hear(channel, payload)
+            for hear in list(self._hear[channel]):
+                hear(channel, payload)
 
     def _prove(self) -> None:
         if self._limit is None or self._limit.expired():
@@ -148,12 +172,13 @@ class Listener:
         if self._is_warned:
             self._is_warned = False
             logger.info("listening for results again")
-        self._on_healthy()
+        for on_healthy in {each for added in self._hear.values() for each in added.values()}:
+            on_healthy()
 
 
 async def _listen_with_asyncpg(
     driver: Any, channels: Sequence[str], receive: _Hear
-) -> Awaitable[None]:
+) -> Coroutine[Any, Any, None]:
     lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_termination(_connection: Any) -> None:
@@ -166,12 +191,16 @@ async def _listen_with_asyncpg(
     driver.add_termination_listener(on_termination)
     for channel in channels:
         await driver.add_listener(channel, on_notification)
-    return lost
+
+    async def wait_for_loss() -> None:
+        await lost
+
+    return wait_for_loss()
 
 
 async def _listen_with_psycopg(
     driver: Any, channels: Sequence[str], receive: _Hear
-) -> Awaitable[None]:
+) -> Coroutine[Any, Any, None]:
     from psycopg.sql import SQL, Identifier  # noqa: PLC0415 - psycopg is an extra
 
     for channel in channels:

@@ -7,7 +7,7 @@ empty one tells of ids that are too long for any payload, for which their waiter
 import asyncio
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 from taskiq_sa_pg.background import is_running, start_task
@@ -27,20 +27,26 @@ class Notifier:
 
     They go in statements of their own: the lock that a notification takes would otherwise make
     all commits of results wait for each other.
+
+    Args:
+        database: Where they are sent.
+        timings: The pauses after them, in which the next ones gather.
+        pause: Another pause, whatever was sent.
     """
 
-    def __init__(self, database: Database, timings: Timings) -> None:
+    def __init__(self, database: Database, timings: Timings, pause: float | None = None) -> None:
         self._database = database
         self._timings = timings
+        self._pause = pause
         self._statement = notify()
-        self._pending: dict[str, list[Any]] = {}
+        self._pending: dict[str, dict[Any, None]] = {}  # the ids of each channel, once each
         self._task: asyncio.Task[None] | None = None
 
     def announce(self, channel: str, ids: Iterable[Any]) -> None:
         """Tells of rows that were stored."""
-        pending = self._pending.setdefault(channel, [])
+        pending = self._pending.setdefault(channel, {})
         if len(pending) <= self._timings.max_pending_notifications:
-            pending.extend(ids)
+            pending.update(dict.fromkeys(ids))
         self._start()
 
     async def send(self, channel: str, payloads: list[str]) -> None:
@@ -73,18 +79,20 @@ class Notifier:
             pending, self._pending = self._pending, {}
             for channel, ids in pending.items():
                 await self._try_to_send(channel, ids)
-            is_one = max(map(len, pending.values())) == 1
-            timings = self._timings
-            await asyncio.sleep(
-                timings.after_notification if is_one else timings.after_notifications
-            )
+            await asyncio.sleep(self._pause_after(max(map(len, pending.values()))))
 
-    async def _try_to_send(self, channel: str, ids: list[Any]) -> None:
-        told = ids if len(ids) <= self._timings.max_pending_notifications else []
+    def _pause_after(self, count: int) -> float:
+        if self._pause is not None:
+            return self._pause
+        timings = self._timings
+        return timings.after_notification if count == 1 else timings.after_notifications
+
+    async def _try_to_send(self, channel: str, ids: Collection[Any]) -> None:
+        told = ids if len(ids) <= self._timings.max_pending_notifications else ()
         try:
             await self.send(channel, pack([str(task_id) for task_id in told]))
         except TaskiqSaPgError as exc:
-            logger.warning("waiters will notice %d results late: %s", len(ids), exc)
+            logger.warning("waiters will notice %d results or tasks late: %s", len(ids), exc)
 
 
 def pack(ids: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 from taskiq_sa_pg.background import end_task, is_running, start_task
@@ -19,7 +19,6 @@ from taskiq_sa_pg.models import TableConfig
 from taskiq_sa_pg.telemetry import ListenerState
 from taskiq_sa_pg.timings import Timings
 from taskiq_sa_pg.waiting.listener import Listener
-from taskiq_sa_pg.waiting.notifier import Notifier
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +81,11 @@ class Waiters:
     Args:
         config: The tables.
         find_ready: Which of these ids have a result, by one look.
-        connect: Opens a connection for listening.
-        notifier: Sends notifications as the writers do; None never listens.
+        listener: Hears notifications, from the first who waits on; None never listens.
         timings: How often it looks.
 
     Attributes:
-        listener: What hears notifications.
+        listener: The same.
         waiting: How many wait.
     """
 
@@ -95,25 +93,16 @@ class Waiters:
         self,
         config: TableConfig,
         find_ready: Callable[[Collection[Any]], Awaitable[set[Any]]],
-        connect: Callable[[], AbstractAsyncContextManager[Any]],
-        notifier: Notifier | None,
+        listener: Listener | None,
         timings: Timings,
     ) -> None:
         self._config = config
         self._find_ready = find_ready
         self._timings = timings
-        self.listener: Final = (
-            None
-            if notifier is None
-            else Listener(
-                connect,
-                (config.results_channel, config.progress_channel),
-                send=notifier.send,
-                hear=self.hear,
-                on_healthy=self._look_at_once,
-                timings=timings,
-            )
-        )
+        self.listener: Final = listener
+        if listener is not None:
+            channels = config.results_channel, config.progress_channel
+            listener.add(channels, self.hear, self._look_at_once)
         self._subscriptions: defaultdict[Topic, set[Subscription]] = defaultdict(set)
         self.waiting = 0
         self._looker: asyncio.Task[None] | None = None
@@ -170,8 +159,6 @@ class Waiters:
         self._is_closed = True
         looker, self._looker = self._looker, None
         await end_task(looker)
-        if self.listener is not None:
-            await self.listener.stop()
         for subscription in self.subscriptions:
             subscription.close()
 

@@ -14,9 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 from taskiq import AsyncBroker, Context, SimpleRetryMiddleware, TaskiqDepends
 from taskiq.depends.progress_tracker import ProgressTracker, TaskState
-from taskiq_pg.asyncpg import AsyncpgBroker
 
-from taskiq_sa_pg import SQLAlchemyResultBackend, TaskMetadataMiddleware
+from taskiq_sa_pg import SQLAlchemyBroker, SQLAlchemyResultBackend, TaskMetadataMiddleware
 
 dsn = os.environ["TASKIQ_SA_PG_DSN"]
 
@@ -29,9 +28,8 @@ def make_broker(payload: Any) -> AsyncBroker:
         track="started",
         run_migrations=True,
     )
-    queue = f"queue_{payload.lower()}"
     return (
-        AsyncpgBroker(dsn, channel_name=queue, table_name=queue)
+        SQLAlchemyBroker(dsn, table_name=f"results_{payload}", run_migrations=True)
         .with_result_backend(backend)
         .with_middlewares(SimpleRetryMiddleware(default_retry_count=3), TaskMetadataMiddleware())
     )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from demo import workers
 
-from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg import SQLAlchemyBroker, SQLAlchemyResultBackend
 from tests.acceptance.documents import ROOT, blocks_of, comparable
 from tests.conftest import Database
 from tests.processes import heed_interrupts, processes_of
@@ -86,5 +86,6 @@ def test_workers_that_are_not_forked_are_noticed_too(
 
 async def create_tables(dsn: str) -> None:
     backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(dsn, run_migrations=True)
-    await backend.startup()
-    await backend.shutdown()
+    broker = SQLAlchemyBroker(dsn, run_migrations=True).with_result_backend(backend)
+    await broker.startup()
+    await broker.shutdown()

@@ -35,7 +35,8 @@ def test_no_password_is_shown(cli: Cli, command: str) -> None:
 @pytest.mark.parametrize("command", ["list", "stats", "show x", "watch x"])
 def test_tables_that_are_missing_are_named_with_the_remedy(cli: Cli, command: str) -> None:
     line = cli.fails(*command.split())
-    assert line.endswith("make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`")
+    assert "make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`; " in line
+    assert line.endswith("`alembic -x queue=true upgrade head` or `taskiq-sa-pg upgrade --queue`")
 
 
 def test_a_name_that_cannot_work_is_refused(cli: Cli) -> None:

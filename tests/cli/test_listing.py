@@ -14,7 +14,7 @@ from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.serializers import JSONSerializer
 
 from taskiq_sa_pg import SQLAlchemyResultBackend, TaskMetadataMiddleware, TaskStatus
-from taskiq_sa_pg.cli.listing import parse_since
+from taskiq_sa_pg.cli.since import parse_since
 from tests.cli.conftest import Cli, failure, success
 from tests.conftest import NewDatabase
 

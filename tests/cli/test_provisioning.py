@@ -111,3 +111,85 @@ def test_an_unknown_revision_is_told_with_those_that_there_are(cli: Cli) -> None
         line = cli.fails("upgrade", revision, status=2)
         assert line.endswith("; the revisions are base, 0001 and head")
     assert cli.json("current")["current"] is None
+
+
+RESULTS_TABLE, QUEUE_TABLE = "table taskiq_results", "table taskiq_results_queue"
+
+
+def test_the_tables_of_the_broker_are_made_and_dropped_too(cli: Cli) -> None:
+    """Each family is named in a line of its own."""
+    assert cli.ok("current", "--queue").splitlines() == [
+        f"{RESULTS_TABLE}: none (latest: 0001)",
+        f"{QUEUE_TABLE}: none (latest: 0001)",
+    ]
+    assert cli.ok("upgrade", "--queue").splitlines() == [
+        f"{RESULTS_TABLE}: none -> 0001",
+        f"{QUEUE_TABLE}: none -> 0001",
+    ]
+    assert cli.json("current", "--queue") == {
+        "current": "0001",
+        "queue": "0001",
+        "latest": "0001",
+    }
+    assert cli.ok("check", "--queue").splitlines() == [
+        f"{RESULTS_TABLE} is as it should be",
+        f"{QUEUE_TABLE} is as it should be",
+    ]
+    assert cli.ok("downgrade", "base", "--queue").splitlines() == [
+        f"{RESULTS_TABLE}: 0001 -> none",
+        f"{QUEUE_TABLE}: 0001 -> none",
+    ]
+
+
+def test_either_family_is_made_and_dropped_alone(cli: Cli) -> None:
+    assert cli.ok("upgrade", "--queue-only") == f"{QUEUE_TABLE}: none -> 0001\n"
+    assert cli.json("current") == {"current": None, "latest": "0001"}
+    assert cli.json("current", "--queue-only") == {"queue": "0001", "latest": "0001"}
+    assert cli.ok("check", "--queue-only") == f"{QUEUE_TABLE} is as it should be\n"
+    unfit = cli.run("check", "--queue")
+    assert (unfit.exit_code, unfit.stdout) == (1, f"{QUEUE_TABLE} is as it should be\n")
+    assert "taskiq_results and those that go with it do not exist" in unfit.stderr
+    cli.ok("upgrade")
+    assert cli.ok("downgrade", "base", "--queue-only") == f"{QUEUE_TABLE}: 0001 -> none\n"
+    assert cli.json("check")["is_fit"]
+    result = cli.run("check", "--queue", "--json")
+    assert result.exit_code == 1
+    assert "make them with `alembic -x queue=true upgrade head`" in result.stdout
+    cli.ok("upgrade", "--queue-only")
+    cli.ok("downgrade", "base")
+    assert cli.json("check", "--queue-only")["is_fit"]
+
+
+@pytest.mark.parametrize("names", [{}, ODD_NAMES], ids=["usual", "odd"])
+def test_the_sql_makes_and_drops_the_tables_of_the_broker_too(
+    cli: Cli, names: dict[str, str]
+) -> None:
+    script = cli.ok("sql", "--queue", env=names)
+    titles = [line for line in script.splitlines() if line.startswith("-- Tables")]
+    assert titles == ["-- Tables of the results backend", "-- Tables of the broker"]
+    cli.execute(script)
+    assert cli.json("check", "--queue", env=names)["is_fit"]
+    assert cli.json("current", "--queue-only", env=names)["queue"] == "0001"
+    cli.execute(cli.ok("sql", "head", "base", "--queue-only", env=names))
+    assert cli.json("check", env=names)["is_fit"]
+    assert "do not exist" in cli.fails("check", "--queue-only", env=names)
+
+
+def test_which_families_comes_from_the_environment_where_no_option_says_it(cli: Cli) -> None:
+    only, both, none = ({"TASKIQ_SA_PG_QUEUE": value} for value in ("only", "true", ""))
+    assert cli.ok("upgrade", env=only) == f"{QUEUE_TABLE}: none -> 0001\n"
+    assert cli.ok("upgrade", env=none) == "table taskiq_results: none -> 0001\n"
+    assert cli.json("current", env=both) == {"current": "0001", "queue": "0001", "latest": "0001"}
+    assert cli.json("current", "--queue", env=only).keys() == {"current", "queue", "latest"}
+    assert cli.json("current", "--queue-only", env=both).keys() == {"queue", "latest"}
+
+
+def test_a_choice_of_families_that_cannot_be_is_refused(cli: Cli) -> None:
+    arguments = {"upgrade": (), "downgrade": ("base",), "current": (), "check": (), "sql": ()}
+    for command, given in arguments.items():
+        line = cli.fails(command, *given, "--queue", "--queue-only", status=2)
+        assert line.endswith("--queue and --queue-only exclude each other: pass one of them")
+        line = cli.fails(command, *given, env={"TASKIQ_SA_PG_QUEUE": "yes"}, status=2)
+        assert line.endswith(
+            'TASKIQ_SA_PG_QUEUE: queue must be one of "false", "true", "only", not \'yes\''
+        )

@@ -108,3 +108,17 @@ async def proxied(target_port: int) -> AsyncIterator[Proxy]:
         yield proxy
     finally:
         await proxy.close()
+
+
+class LoseOnce:
+    """For Proxy.watch: the answer to the first piece of which something is true is lost."""
+
+    def __init__(self, is_it: Callable[[bytes], bool]) -> None:
+        self._is_it = is_it
+        self.has_lost = False
+
+    def __call__(self, piece: bytes) -> bool:
+        if self.has_lost or not self._is_it(piece):
+            return True
+        self.has_lost = True
+        return False

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from taskiq import TaskiqMessage, TaskiqMiddleware, TaskiqResult
-from taskiq_pg.asyncpg import AsyncpgBroker
 
-from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg import SQLAlchemyBroker, SQLAlchemyResultBackend
 
 
 class SavedTasks(TaskiqMiddleware):
@@ -21,7 +20,7 @@ class SavedTasks(TaskiqMiddleware):
 
 backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(os.environ["FAULTS_RESULTS_DSN"])
 broker = (
-    AsyncpgBroker(os.environ["FAULTS_BROKER_DSN"])
+    SQLAlchemyBroker(os.environ["FAULTS_BROKER_DSN"], run_migrations=True)
     .with_result_backend(backend)
     .with_middlewares(SavedTasks())
 )

@@ -5,8 +5,18 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from demo import workers
 
 from tests.faults.conftest import Start, make_tables
+from tests.faults.drills import (
+    HERE,
+    IN_HAND,
+    Ledger,
+    environment,
+    imported,
+    make_queue,
+    target,
+)
 from tests.faults.load import OFTEN, under_load
 from tests.faults.servers import Programs, Server, ask, dsn_of, servers
 from tests.tasks import result_of
@@ -70,3 +80,29 @@ async def test_a_write_to_a_read_only_server_goes_to_the_primary(
     account.assert_nobody_failed()
     await backend.set_result("last", result_of("last"))
     assert await ask(new.dsn, "SELECT FROM taskiq_results WHERE task_id = 'last'")
+
+
+async def test_a_promoted_standby_loses_no_task(pair: Pair) -> None:
+    """With one driver: the other has its turn above."""
+    primary, standby = pair
+    await make_queue(primary.dsn)
+    await ask(primary.dsn, "ALTER SYSTEM SET synchronous_standby_names = '*'")
+    await ask(primary.dsn, "SELECT pg_reload_conf()")
+    dsn = dsn_of(primary.port, standby.port, options=READ_WRITE)
+    ledger = Ledger(dsn)
+    with (
+        environment(dsn, "psycopg", lease=2),
+        imported() as tasks,
+        workers(*target(), cwd=HERE, count=1, stop_timeout=0),
+    ):
+        await tasks.broker.startup()
+        sent = [await tasks.work.kiq(0.02) for _ in range(100)]
+        await ledger.wait_for_runs(sent, 10)
+        await asyncio.to_thread(primary.stop, signal.SIGQUIT)
+        sending = [asyncio.create_task(tasks.work.kiq()) for _ in range(20)]
+        await asyncio.to_thread(standby.promote)
+        sent += await asyncio.gather(*sending)
+        counts = await ledger.count_when_done(sent)
+        await tasks.broker.shutdown()
+    assert min(counts.values()) == 1
+    assert sum(counts.values()) - len(sent) <= IN_HAND

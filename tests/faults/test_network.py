@@ -17,7 +17,7 @@ from tests.conftest import eventually
 from tests.faults.conftest import Start, by_turns
 from tests.faults.load import OFTEN, under_load
 from tests.faults.outages import cut_often, fall_silent, refuse, slow_down
-from tests.faults.proxy import Proxy, proxied
+from tests.faults.proxy import LoseOnce, Proxy, proxied
 from tests.faults.servers import Server, ask, dsn_of
 from tests.tasks import new_id, result_of
 
@@ -187,20 +187,6 @@ async def test_a_result_whose_answer_was_lost_is_stored_once(
     await backend.set_result("task", result_of("the value"))
     assert lose_insert.has_lost
     assert (await backend.get_result("task")).return_value == "the value"
-
-
-class LoseOnce:
-    """For Proxy.watch: the answer to the first piece of which something is true is lost."""
-
-    def __init__(self, is_it: Callable[[bytes], bool]) -> None:
-        self._is_it = is_it
-        self.has_lost = False
-
-    def __call__(self, piece: bytes) -> bool:
-        if self.has_lost or not self._is_it(piece):
-            return True
-        self.has_lost = True
-        return False
 
 
 class CountingSerializer(PickleSerializer):

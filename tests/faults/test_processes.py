@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from demo import make_broker_table, workers
+from demo import workers
 from taskiq import AsyncTaskiqTask
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
@@ -57,7 +57,6 @@ async def tasks(
     server: Server, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[ModuleType]:
     """The module `tasks`, served by a worker process; only the results' server is `server`."""
-    await make_broker_table(database.dsn)
     monkeypatch.setenv("FAULTS_SAVED", str(tmp_path / "saved"))
     monkeypatch.setenv("FAULTS_BROKER_DSN", database.dsn)
     monkeypatch.setenv("FAULTS_RESULTS_DSN", server.dsn)

@@ -20,7 +20,7 @@ Backend = SQLAlchemyResultBackend[Any]
 
 ALL_ARE_HELD = (
     r"all 2 connections of your engine's pool are checked out.*end the session first, give the "
-    r"pool more places, or give the backend a dsn="
+    r"pool more places, or give the backend, or the broker, a dsn="
 )
 
 # Far longer than anything here may take.

@@ -5,6 +5,7 @@ import os
 import sys
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from alembic.util import CommandError
 from sqlalchemy import make_url
 
 from taskiq_sa_pg import TableConfig
+from taskiq_sa_pg.database import Database as OurDatabase
+from taskiq_sa_pg.schema import RESULTS, Family
 from tests.commands import only_variables, run_alembic
 from tests.conftest import Database
 
@@ -85,6 +88,17 @@ def with_password(dsn: str, **changes: Any) -> str:
     return url.set(**changes).render_as_string(hide_password=False)
 
 
+@asynccontextmanager
+async def opened(dsn: str) -> AsyncIterator[OurDatabase]:
+    """What a backend or a broker works on."""
+    database = OurDatabase(dsn)
+    await database.open()
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
 _COLUMNS = """
     SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
            pg_get_expr(d.adbin, d.adrelid)
@@ -115,9 +129,11 @@ _TABLES = """
 """
 
 
-async def catalogue(database: Database, table_name: str = "taskiq_results") -> list[Any]:
+async def catalogue(
+    database: Database, table_name: str = "taskiq_results", family: Family = RESULTS
+) -> list[Any]:
     """Everything that PostgreSQL knows of the tables, without the name of the schema."""
-    names = list(TableConfig(table_name).table_names)
+    names = list(family.table_names(TableConfig(table_name)))
     rows: list[Any] = []
     connection = await asyncpg.connect(database.direct_dsn)
     try:

@@ -11,10 +11,12 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from taskiq_sa_pg import SchemaError, SQLAlchemyResultBackend
+from taskiq_sa_pg import SchemaError, SQLAlchemyResultBackend, TableConfig
+from taskiq_sa_pg.schema import QUEUE, RESULTS
+from taskiq_sa_pg.schema.migrate import provision
 from taskiq_sa_pg.timings import Timings
 from tests.conftest import BackendFactory, Database, eventually
-from tests.migrations.conftest import Outcome, alembic, alembic_error, run, tables
+from tests.migrations.conftest import Outcome, alembic, alembic_error, opened, run, tables
 from tests.tasks import result_of
 
 NAME = "taskiq_results"
@@ -45,14 +47,15 @@ async def is_waited_for(database: Database, table: str) -> bool:
 async def test_processes_and_backends_make_the_tables_by_turns(
     database: Database, start_backend: BackendFactory
 ) -> None:
-    """Whoever is first holds a lock, for which all others wait."""
+    """Whoever is first holds a lock, for which all others wait; the broker's tables go along."""
     await alembic("stamp", "base", TASKIQ_SA_PG_DSN=database.dsn)
     application = f"upgrading {database.schema}"
     dsn = f"{database.dsn}&application_name={application.replace(' ', '%20')}"
     commands = [(sys.executable, "-m", "alembic"), ("taskiq-sa-pg",)]
 
     async def upgrade(*command: str) -> Outcome:
-        return await run(*command, "upgrade", "head", TASKIQ_SA_PG_DSN=dsn)
+        both = {"TASKIQ_SA_PG_DSN": dsn, "TASKIQ_SA_PG_QUEUE": "true"}
+        return await run(*command, "upgrade", "head", **both)
 
     async def all_wait() -> bool:
         query = "SELECT 1 FROM pg_stat_activity WHERE application_name = $1 AND wait_event = $2"
@@ -68,8 +71,9 @@ async def test_processes_and_backends_make_the_tables_by_turns(
         await eventually(all_wait, 30, pause=0.1)
     outcomes = [task.result() for task in upgrading]
     assert [outcome.stderr for outcome in outcomes if outcome.status != 0] == []
-    assert "Running upgrade" not in "".join(outcome.stderr for outcome in outcomes)
-    assert await versions(database) == ["0001"]
+    # At most one: that of the broker's tables, where Alembic is first.
+    assert "".join(outcome.stderr for outcome in outcomes).count("Running upgrade") <= 1
+    assert await versions(database) == await versions(database, f"{NAME}_queue") == ["0001"]
     assert [await task.result().is_result_ready("1") for task in starting] == [False, False]
 
 
@@ -84,6 +88,25 @@ async def test_backends_for_two_tables_migrate_at_once_in_one_event_loop(
     assert await tables(database) == made
     assert await versions(database, "table 0") == await versions(database, "table 1") == ["0001"]
     assert [await backend.is_result_ready("1") for backend in backends] == [False] * 8
+
+
+async def test_both_families_are_provisioned_at_once_in_one_event_loop(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a backend and a broker of one process do; by any number of processes."""
+    async with opened(database.dsn) as one, opened(database.psycopg_dsn) as two:
+        configs = TableConfig(), TableConfig(schema=database.schema)
+        with caplog.at_level(logging.INFO, "taskiq_sa_pg"):
+            await asyncio.gather(
+                *(
+                    provision(each, config, family=family)
+                    for each in (one, two)
+                    for config in configs
+                    for family in (QUEUE, RESULTS)
+                )
+            )
+    assert len(caplog.records) == 2
+    assert await versions(database) == await versions(database, f"{NAME}_queue") == ["0001"]
 
 
 async def test_processes_that_name_the_default_schema_and_ones_that_do_not_wait_for_each_other(

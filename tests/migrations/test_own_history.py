@@ -9,7 +9,7 @@ import pytest
 from alembic.util import CommandError
 
 from taskiq_sa_pg import TableConfig
-from taskiq_sa_pg.schema import LATEST_VERSION
+from taskiq_sa_pg.schema import LATEST_VERSION, QUEUE, RESULTS, Family
 from taskiq_sa_pg.schema.migrate import script_location
 from tests.conftest import BackendFactory, Database
 from tests.migrations.applications import (
@@ -19,6 +19,8 @@ from tests.migrations.applications import (
     operations_in,
 )
 from tests.migrations.conftest import LONG_NAME, alembic, catalogue, tables
+from tests.migrations.test_queue_steps import downgrade as downgrade_queue
+from tests.migrations.test_queue_steps import upgrade as upgrade_queue
 from tests.migrations.test_steps import downgrade, upgrade_to_latest
 
 NAME = "taskiq_results"
@@ -39,6 +41,15 @@ def new_application(tmp_path: Path, database: Database) -> ApplicationFactory:
 
     (tmp_path / "app").mkdir()
     return new
+
+
+async def expected_queue(database: Database, **options: Any) -> list[Any]:
+    """What the steps of the broker's tables build; the schema is left empty."""
+    await upgrade_queue(database.dsn, **options)
+    found = await catalogue(database, options.get("table_name", NAME), QUEUE)
+    assert found
+    await downgrade_queue(database.dsn, **options)
+    return found
 
 
 async def expected_catalogue(database: Database, **options: Any) -> list[Any]:
@@ -76,7 +87,11 @@ def of_kinds(**templates: str) -> pytest.MarkDecorator:
 
 
 async def assert_history_goes_up_and_down(
-    application: Application, expected: list[Any], name: str, place: Database | None = None
+    application: Application,
+    expected: list[Any],
+    name: str,
+    place: Database | None = None,
+    family: Family = RESULTS,
 ) -> None:
     """By its commands and by the SQL of offline mode, up and down; clean whenever it is up."""
     database = application.database
@@ -84,15 +99,15 @@ async def assert_history_goes_up_and_down(
 
     async def assert_is_up() -> None:
         assert {"alembic_version", "orders"} <= set(await tables(database))
-        assert set(TableConfig(name).table_names) <= set(await tables(place))
-        assert await catalogue(place, name) == expected
+        assert set(family.table_names(TableConfig(name))) <= set(await tables(place))
+        assert await catalogue(place, name, family) == expected
         assert "No new upgrade operations" in await application.alembic("check")
 
     await application.alembic("upgrade", "head")
     await assert_is_up()
     down = await application.alembic("downgrade", "head:base", "--sql")
     await execute_script(database, down)
-    assert await catalogue(place, name) == []
+    assert await catalogue(place, name, family) == []
     # Alembic 1.14 drops it in offline mode, and later ones leave it.
     await execute_script(database, "DROP TABLE IF EXISTS alembic_version")
     assert await tables(database) == []
@@ -100,7 +115,7 @@ async def assert_history_goes_up_and_down(
     await assert_is_up()
     await application.alembic("downgrade", "-1")
     assert await tables(database) == ["alembic_version", "orders"]
-    assert await catalogue(place, name) == []
+    assert await catalogue(place, name, family) == []
 
 
 MAKES_THREE_TABLES = {"create_table": 3, "create_index": 2, "drop_index": 2, "drop_table": 3}
@@ -222,11 +237,56 @@ async def test_a_revision_that_calls_the_step_for_a_schema(
     await assert_history_goes_up_and_down(application, expected, NAME, other_database)
 
 
+async def test_autogenerate_makes_the_tables_of_the_broker_too(
+    new_application: ApplicationFactory, other_database: Database
+) -> None:
+    options = KINDS["odd"]
+    results = await expected_catalogue(other_database, **options)
+    of_queue = {name: options[name] for name in ("table_name", "field_for_task_id")}
+    expected = await expected_queue(other_database, **of_queue)
+    application = await new_application("async", options='{"compare_server_default": True}')
+    models = f"build_models(metadata=Base.metadata, queue=True, {arguments_of(options)})"
+    application.set_models(models)
+    assert operations_in(await application.autogenerate("results and broker")) == {
+        name: count + (2 if name.endswith("table") else 1)
+        for name, count in MAKES_THREE_TABLES.items()
+    }
+    await application.alembic("upgrade", "head")
+    assert await catalogue(application.database, ODD_NAME) == results
+    await assert_history_goes_up_and_down(application, expected, ODD_NAME, family=QUEUE)
+
+
+async def test_a_revision_that_calls_the_step_of_the_broker_s_tables(
+    new_application: ApplicationFactory, other_database: Database
+) -> None:
+    """In a schema, after a revision for those of results."""
+    place = other_database.schema
+    options = {"table_name": "Order", "field_for_task_id": "Uuid"}
+    expected = await expected_queue(other_database, **options)
+    application = await new_application(options=only_schemas(place))
+    arguments = arguments_of({**options, "schema": place})
+    application.set_models(f"build_models(metadata=Base.metadata, queue=True, {arguments})")
+    for step in ("", "_queue"):
+        await application.write_revision(
+            f"schema.upgrade{step}(op, 1, {arguments})",
+            f"schema.downgrade{step}(op, 1, {arguments})",
+        )
+        await application.alembic("upgrade", "head")
+    assert "No new upgrade operations" in await application.alembic("check")
+    assert await catalogue(other_database, "Order", QUEUE) == expected
+    await application.alembic("downgrade", "-1")
+    assert await tables(other_database) == sorted(TableConfig("Order").table_names)
+
+
 WITHOUT_ORDERS = "Base.metadata.remove(Order.__table__)"
 
 
 def all_of(name: str) -> set[str]:
     return {name, f"{name}_progress", f"{name}_status", f"{name}_version"}
+
+
+def queue_of(name: str) -> set[str]:
+    return {f"{name}_queue", f"{name}_schedules", f"{name}_queue_version"}
 
 
 async def dropped_by_autogenerate(application: Application) -> set[str]:
@@ -250,11 +310,13 @@ async def test_tables_of_our_history_are_left_alone_and_those_of_theirs_are_not(
     template: str,
     name: str,
 ) -> None:
-    all_tables = {"alembic_version", "orders", *all_of(name)}
+    all_tables = {"alembic_version", "orders", *all_of(name), *queue_of(name)}
+    dsn = {"TASKIQ_SA_PG_DSN": database.dsn}
     application = await new_application(template)
     await start_backend(table_name=name, run_migrations=True)
+    await alembic("-x", "queue=only", "-x", f"table_name={name}", "upgrade", "head", **dsn)
     if name == NAME:
-        assert await dropped_by_autogenerate(application) == all_of(name)
+        assert await dropped_by_autogenerate(application) == all_of(name) | queue_of(name)
     application.use(database, f'{{"include_name": schema.include_name(table_name={name!r})}}')
     assert await dropped_by_autogenerate(application) == set()
     assert operations_in(await application.autogenerate("nothing")) == {}

@@ -5,9 +5,9 @@ from datetime import timedelta
 from typing import Any, assert_type
 from uuid import UUID, uuid4
 
-from sqlalchemy import URL, select
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped
+from sqlalchemy import URL, Engine, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, scoped_session
 from taskiq import AsyncTaskiqTask, InMemoryBroker, TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.serializers import JSONSerializer
@@ -17,6 +17,7 @@ from taskiq_sa_pg import (
     ProgressMixin,
     Pruned,
     ResultMixin,
+    SQLAlchemyBroker,
     SQLAlchemyResultBackend,
     Stats,
     StatusMixin,
@@ -25,6 +26,7 @@ from taskiq_sa_pg import (
     TaskStatus,
     build_models,
 )
+from taskiq_sa_pg.testing import InProcessBroker
 
 
 class Base(DeclarativeBase): ...
@@ -128,3 +130,56 @@ def properties(result: Result) -> None:
 
 def errors(error: StorageError) -> None:
     assert_type(error.sqlstate, str | None)
+
+
+broker = SQLAlchemyBroker("postgresql://", models=build_models(queue=True), queue_name="mail")
+mail: SQLAlchemyBroker = broker.listening_to("mail", "letters")
+
+
+@broker.task
+async def pack(order: int, *, fast: bool = False) -> str:
+    return f"{order} {fast}"
+
+
+@broker.task(priority=3)
+def count(orders: list[int]) -> int:
+    return len(orders)
+
+
+async def sending(session: AsyncSession) -> None:
+    in_session = broker.in_session(session)
+    assert_type(await in_session.kiq(pack, 1, fast=True), AsyncTaskiqTask[str])
+    assert_type(await in_session.kiq(count, [1]), AsyncTaskiqTask[int])
+    kicker = pack.kicker().with_labels(delay=3, queue_name="mail").with_task_id("one")
+    assert_type(await in_session.kiq(kicker, 1), AsyncTaskiqTask[str])
+    assert_type(await in_session.kiq(count.kicker(), [1]), AsyncTaskiqTask[int])
+    assert_type(await kicker.with_broker(in_session).kiq(1), AsyncTaskiqTask[str])
+    await in_session.kiq(pack, "one")  # type: ignore[call-overload]
+    await in_session.kiq(pack)  # type: ignore[call-overload]
+    await in_session.kiq(kicker, 1, slow=True)  # type: ignore[call-arg]
+    await in_session.kiq(count, 1)  # type: ignore[call-overload]
+
+
+def sending_sync(
+    session: Session,
+    scoped: scoped_session[Session],
+    async_scoped: async_scoped_session[AsyncSession],
+    engine: Engine,
+) -> None:
+    in_session = broker.in_session(session)
+    assert_type(in_session.kiq_sync(pack, 1, fast=True), AsyncTaskiqTask[str])
+    assert_type(in_session.kiq_sync(count.kicker(), [1]), AsyncTaskiqTask[int])
+    in_session.kiq_sync(pack, "one")  # type: ignore[call-overload]
+    in_session.kiq_sync(count)  # type: ignore[call-overload]
+    mail.in_session(scoped).kiq_sync(pack, 1)
+    mail.in_session(async_scoped)
+    broker.in_session(engine)  # type: ignore[arg-type]
+
+
+async def testing(session: AsyncSession, is_test: bool) -> None:
+    in_process = InProcessBroker(await_inplace=True, max_async_tasks=3)
+    assert_type(await in_process.in_session(session).kiq(pack, 1), AsyncTaskiqTask[str])
+    either = in_process if is_test else broker
+    await either.in_session(session).kiq(pack, 1)
+    either.listening_to("mail")
+    await in_process.wait_all()

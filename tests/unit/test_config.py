@@ -51,23 +51,35 @@ def test_the_longest_name_is_counted_in_bytes(letter: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "progress", "version"),
+    ("length", "progress", "version", "queue_version"),
     [
-        (51, "_progress", "_version"),
-        (52, "_progress", "_f43f0afc_version"),  # with room for Alembic's `_pkc`
-        (54, "_progress", "_45f316e1_version"),
-        (55, "_d5e28568_progress", "_d5e28568_version"),
-        (63, "_75220b47_progress", "_75220b47_version"),
+        (45, "_progress", "_version", "_queue_version"),
+        (46, "_progress", "_version", "_404e0d6b_queue_version"),  # with room for Alembic's `_pkc`
+        (51, "_progress", "_version", "_3ecd502a_queue_version"),
+        (52, "_progress", "_f43f0afc_version", "_f43f0afc_queue_version"),
+        (54, "_progress", "_45f316e1_version", "_45f316e1_queue_version"),
+        (55, "_d5e28568_progress", "_d5e28568_version", "_d5e28568_queue_version"),
+        (63, "_75220b47_progress", "_75220b47_version", "_75220b47_queue_version"),
     ],
 )
 def test_derived_names_that_are_too_long_have_a_hash_for_ever(
-    length: int, progress: str, version: str
+    length: int, progress: str, version: str, queue_version: str
 ) -> None:
     """And the others stay what they are: tables are found by them."""
     config = TableConfig("x" * length)
     assert config.progress_table_name.strip("x") == progress
     assert config.version_table_name.strip("x") == version
+    assert config.queue_version_table_name.strip("x") == queue_version
     assert not set(config.derived_names) & set(TableConfig("x" * (length - 1) + "y").derived_names)
+
+
+def test_the_broker_s_names_derive_from_that_of_the_results_table() -> None:
+    config = TableConfig("jobs")
+    assert config.queue_table_names == ("jobs_queue", "jobs_schedules")
+    assert config.queue_table_name == "jobs_queue"
+    assert config.schedules_table_name == "jobs_schedules"
+    assert config.queue_version_table_name == "jobs_queue_version"
+    assert config.available_at_index_name == "jobs_queue_available_at_idx"
 
 
 @pytest.mark.parametrize("name", ["taskiq", "x" * LONGEST, "表" * (LONGEST // 3)])
@@ -75,9 +87,11 @@ def test_channels_fit_and_are_no_table_s_name(name: str) -> None:
     """They belong to the whole database: another package may listen to a plain name."""
     config, other = TableConfig(name), TableConfig(f"y{name[1:]}")
     channels = [
-        c for each in (config, other) for c in (each.results_channel, each.progress_channel)
+        channel
+        for each in (config, other)
+        for channel in (each.results_channel, each.progress_channel, each.queue_channel)
     ]
-    assert len(set(channels)) == 4
+    assert len(set(channels)) == 6
     assert all(channel.startswith("taskiq_sa_pg.") for channel in channels)
     assert all(len(channel.encode()) <= 63 for channel in channels)
     assert TableConfig("taskiq").results_channel == "taskiq_sa_pg.taskiq"

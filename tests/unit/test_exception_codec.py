@@ -288,6 +288,7 @@ OWN = [
     *(exceptions.TaskiqSaPgError("a", 1), exceptions.ConfigurationError("a")),
     *(exceptions.NotStartedError("a"), exceptions.InvalidTaskIdError("t1", "is bad")),
     *(exceptions.SchemaError("a"), exceptions.StorageError("a", "53300")),
+    exceptions.TaskAbandonedError("t1", 5),
     *(exceptions.StorageError("a", None), exceptions.ResultIsMissingError("t1", "jobs")),
     exceptions.PayloadTooLargeError("the return value", 2, 1),
     exceptions.MissingColumnsError("is_err, error", "taskiq_results"),

@@ -14,7 +14,9 @@ from taskiq_sa_pg import (
     ConfigurationError,
     Models,
     ProgressMixin,
+    QueueMixin,
     ResultMixin,
+    ScheduleMixin,
     StatusMixin,
     TableConfig,
     build_models,
@@ -49,6 +51,19 @@ STATUS_COLUMNS = [
     *("task_id", "state", "task_name", "attempt", "queued_at", "started_at", "worker"),
     "updated_at",
 ]
+QUEUE_COLUMNS = [
+    *("task_id", "queue_name", "priority", "available_at", "claim", "deliveries", "worker"),
+    *("task_name", "message", "queued_at"),
+]
+SCHEDULE_COLUMNS = [
+    *("schedule_id", "task_name", "cron", "interval", "time", "message", "last_tick"),
+    *("created_at", "is_labelled"),
+]
+
+
+def table_of(table: sa.Table | None) -> sa.Table:
+    assert table is not None
+    return table
 
 
 def ddl(models: Models) -> list[str]:
@@ -78,6 +93,9 @@ def test_the_columns_stand_in_the_documented_order() -> None:
     assert models.progress_table.c.keys() == PROGRESS_COLUMNS
     assert models.status_table is not None
     assert models.status_table.c.keys() == STATUS_COLUMNS
+    models = build_models(queue=True)
+    assert table_of(models.queue_table).c.keys() == QUEUE_COLUMNS
+    assert table_of(models.schedules_table).c.keys() == SCHEDULE_COLUMNS
 
 
 def test_the_other_tables_are_those_whose_rows_go_with_a_result() -> None:
@@ -137,6 +155,57 @@ def test_rows_that_change_often_have_room_for_it_and_no_index_but_the_key() -> N
     assert "fillfactor" not in compiled(CreateTable(models.results_table))
 
 
+@settings(max_examples=8)
+@given(names, st.none() | names)
+def test_names_of_the_broker_s_tables_are_in_the_ddl_to_the_letter(
+    name: str, schema: str | None
+) -> None:
+    config, models = TableConfig(name), build_models(name, schema=schema, queue=True)
+    prefix = "" if schema is None else f"{quoted(schema)}."
+    for table, table_name in zip(
+        (models.queue_table, models.schedules_table), config.queue_table_names, strict=True
+    ):
+        text = compiled(CreateTable(table_of(table)))
+        assert f"CREATE TABLE {prefix}{quoted(table_name)} (" in text
+        assert f"CONSTRAINT {quoted(primary_key_name(table_name))} PRIMARY KEY" in text
+    [index] = table_of(models.queue_table).indexes
+    assert compiled(CreateIndex(index)) == (
+        f"CREATE INDEX {quoted(config.available_at_index_name)} ON "
+        f"{prefix}{quoted(config.queue_table_name)} (queue_name, priority DESC, available_at)"
+    )
+
+
+def test_the_broker_s_columns_are_not_null_and_default_as_documented() -> None:
+    models = build_models(queue=True)
+    queue, schedules = table_of(models.queue_table), table_of(models.schedules_table)
+    assert [column.name for column in queue.c if column.nullable] == ["worker"]
+    assert [column.name for column in schedules.c if column.nullable] == [
+        *("cron", "interval", "time", "last_tick")
+    ]
+    text = compiled(CreateTable(queue))
+    assert "queue_name TEXT DEFAULT 'default' NOT NULL" in text
+    assert "priority SMALLINT DEFAULT 0 NOT NULL" in text
+    assert "available_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL" in text
+    assert "claim INTEGER DEFAULT 0 NOT NULL" in text
+    assert "autovacuum_vacuum_threshold = 1000" in text
+    text = compiled(CreateTable(schedules))
+    assert "created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL" in text
+    assert "WITH (fillfactor = 50)" in text
+
+
+def test_the_broker_s_tables_are_there_only_where_they_are_asked_for() -> None:
+    without, with_queue = build_models("jobs"), build_models("jobs", queue=True)
+    assert (without.Queue, without.Schedule) == (None, None)
+    assert (without.queue_table, without.schedules_table) == (None, None)
+    assert with_queue.metadata.tables.keys() - without.metadata.tables.keys() == {
+        "jobs_queue",
+        "jobs_schedules",
+    }
+    assert with_queue.other_tables == [with_queue.progress_table, with_queue.status_table]
+    with pytest.raises(ConfigurationError, match="queue must be"):
+        build_models(queue="true")  # type: ignore[arg-type]  # it is about this
+
+
 def test_each_call_makes_fresh_classes() -> None:
     one, other = build_models("one"), build_models("other")
     again = build_models("one")
@@ -154,6 +223,15 @@ def test_the_classes_have_a_repr_without_values() -> None:
     progress.state, progress.meta = "half", b"secret"
     assert repr(result) == "Result(task_id='1', is_err=False)"
     assert repr(progress) == "Progress(task_id='1', state='half')"
+    of_broker = build_models(queue=True)
+    assert of_broker.Queue is not None
+    assert of_broker.Schedule is not None
+    sent, schedule = of_broker.Queue(), of_broker.Schedule()
+    sent.task_id = schedule.schedule_id = "1"
+    sent.task_name = schedule.task_name = "add"
+    sent.message = schedule.message = b"secret"
+    assert repr(sent) == "Queue(task_id='1', task_name='add')"
+    assert repr(schedule) == "Schedule(schedule_id='1', task_name='add')"
 
 
 def test_a_given_metadata_gets_the_tables() -> None:
@@ -184,15 +262,23 @@ def test_a_naming_convention_changes_no_name() -> None:
     # The second rewrites names that are given, too.
     for convention in (CONVENTION, {"ix": "ix_%(constraint_name)s"}):
         metadata = sa.MetaData(naming_convention=convention)
-        assert ddl(build_models(metadata=metadata)) == ddl(build_models())
+        models, usual = build_models(metadata=metadata, queue=True), build_models(queue=True)
+        assert ddl(models) == ddl(usual)
+        for name, table in usual.metadata.tables.items():
+            given = metadata.tables[name]
+            assert compiled(CreateTable(given)) == compiled(CreateTable(table))
+            assert {i.name for i in given.indexes} == {i.name for i in table.indexes}
 
 
-@pytest.mark.parametrize("present", ["results", "results_progress", "results_status"])
+@pytest.mark.parametrize(
+    "present",
+    ["results", "results_progress", "results_status", "results_queue", "results_schedules"],
+)
 def test_a_metadata_that_has_one_of_the_tables_is_refused_and_left_as_it_is(present: str) -> None:
     metadata = sa.MetaData()
     sa.Table(present, metadata)
     with pytest.raises(ConfigurationError, match=f"already has a table '{present}'"):
-        build_models("results", metadata=metadata)
+        build_models("results", metadata=metadata, queue=True)
     assert set(metadata.tables) == {present}
 
 
@@ -264,8 +350,14 @@ def test_a_column_of_the_mixin_that_is_changed_is_refused(
 
 
 def test_no_column_of_ours_may_have_another_type() -> None:
-    models = build_models()
-    usual = {ResultMixin: models.Result, ProgressMixin: models.Progress, StatusMixin: models.Status}
+    models = build_models(queue=True)
+    usual: dict[Any, Any] = {
+        ResultMixin: models.Result,
+        ProgressMixin: models.Progress,
+        StatusMixin: models.Status,
+        QueueMixin: models.Queue,
+        ScheduleMixin: models.Schedule,
+    }
     for mixin, model in usual.items():
         for column in sa.inspect(model).columns:
             other = mapped_column(sa.ARRAY(sa.Text), primary_key=column.primary_key)

@@ -98,8 +98,10 @@ async def place_order(
 ) -> Accepted:
     order = Order(task_id=uuid4(), customer=new.customer, quantity=new.quantity)
     session.add(order)
-    await session.commit()  # before the task is sent: a worker reads the order at once
-    await pack.kicker().with_task_id(str(order.task_id)).kiq(order.id)
+    await session.flush()  # which gives the order its id
+    packing = pack.kicker().with_task_id(str(order.task_id))
+    await broker.in_session(session).kiq(packing, order.id)
+    await session.commit()  # the order and its task, or neither
     response.headers["Location"] = request.url_for("get_task", task_id=order.task_id).path
     return Accepted(order_id=order.id, task_id=order.task_id)
 

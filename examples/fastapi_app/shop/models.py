@@ -3,8 +3,7 @@
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import Column, DateTime, Integer, MetaData, String, Table, Text, func, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import DateTime, MetaData, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from taskiq_sa_pg import build_models
@@ -30,21 +29,9 @@ class Order(Base):
     ordered_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=func.now())
 
 
-# The results of the tasks and their progress, as JSON: to be read by the browser, and in SQL.
+# The results of the tasks and their progress, as JSON: to be read by the browser, and in SQL. And
+# the queue of the broker.
 task_models = build_models(
-    field_for_task_id="Uuid", field_for_payload="Jsonb", metadata=Base.metadata
+    field_for_task_id="Uuid", field_for_payload="Jsonb", metadata=Base.metadata, queue=True
 )
 Result = task_models.Result
-
-# The broker's queue. It would make this table itself, behind Alembic's back.
-queue = Table(
-    "taskiq_messages",
-    Base.metadata,
-    Column("id", Integer, primary_key=True),
-    Column("task_id", String, nullable=False),
-    Column("task_name", String, nullable=False),
-    Column("message", Text, nullable=False),
-    Column("labels", JSONB, nullable=False),
-    Column("status", Text, nullable=False, server_default=text("'pending'")),
-    Column("created_at", DateTime(timezone=True), server_default=func.now()),
-)

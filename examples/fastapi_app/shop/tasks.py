@@ -7,17 +7,16 @@ from typing import Any
 from pydantic import BaseModel
 from taskiq import TaskiqDepends, TaskiqEvents, TaskiqState
 from taskiq.depends.progress_tracker import ProgressTracker, TaskState
-from taskiq_pg.asyncpg import AsyncpgBroker
 
-from shop.database import DSN, Session, engine
+from shop.database import Session, engine
 from shop.models import Order, task_models
-from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg import SQLAlchemyBroker, SQLAlchemyResultBackend
 
 STOCK = 10
 SECONDS_PER_ITEM = 0.25
 
 backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(engine=engine, models=task_models)
-broker = AsyncpgBroker(DSN).with_result_backend(backend)
+broker = SQLAlchemyBroker(engine=engine, models=task_models).with_result_backend(backend)
 
 
 @broker.on_event(TaskiqEvents.WORKER_STARTUP)

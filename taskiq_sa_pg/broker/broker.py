@@ -1,0 +1,392 @@
+"""SQLAlchemyBroker: taskiq's contract. It checks arguments and hands on."""
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from functools import cached_property, partial
+from typing import Any, Protocol, cast
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+from taskiq import AckableMessage, AsyncBroker, BrokerMessage, TaskiqResult
+
+from taskiq_sa_pg import codec
+from taskiq_sa_pg.broker.claims import Claim, Claims
+from taskiq_sa_pg.broker.runtime import QueueRuntime
+from taskiq_sa_pg.broker.sender import row_of
+from taskiq_sa_pg.broker.session import AnySession, SessionBroker, join
+from taskiq_sa_pg.broker.settings import (
+    DEFAULT_LEASE,
+    DEFAULT_MAX_DELIVERIES,
+    QueueSettings,
+    check_queue_names,
+)
+from taskiq_sa_pg.broker.ticks import take_tick
+from taskiq_sa_pg.database import (
+    DEFAULT_COMMAND_TIMEOUT,
+    DEFAULT_MAX_CONNECTIONS,
+    DEFAULT_RETRY_TIMEOUT,
+    Database,
+    DsnSource,
+    check_loop,
+)
+from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, TaskAbandonedError
+from taskiq_sa_pg.models import (
+    DEFAULT_QUEUE,
+    DEFAULT_TABLE_NAME,
+    Models,
+    TableConfig,
+    TaskIdField,
+    build_models,
+)
+from taskiq_sa_pg.schema import SchemaCheck
+from taskiq_sa_pg.statements import Claimed, QueueRow, Upsert, enqueue_tasks
+from taskiq_sa_pg.waiting import Listener
+
+logger = logging.getLogger(__name__)
+
+
+class _Runtime(Protocol):
+    listener: Listener | None
+
+
+class _Sharing(Protocol):
+    """A result backend with connections that the broker can use: SQLAlchemyResultBackend."""
+
+    database: Database
+    runtime: _Runtime
+
+    async def startup(self) -> None: ...
+    async def shutdown(self) -> None: ...
+
+
+class SQLAlchemyBroker(AsyncBroker):
+    """Sends tasks through a table of your PostgreSQL; workers take them from there.
+
+    A task whose transaction has committed is delivered at least once, and to one worker at a time
+    as long as that worker renews its lease. It is delivered again if the worker dies, loses the
+    database or blocks its event loop for longer, or dies between the end of the task and its
+    acknowledgement. So tasks must bear being run twice, or use `ack_type="when_received"`, with
+    which they run at most once. Higher priority first, then the earlier due; no strict order.
+
+    A task that is sent again while a worker has it, as retry middlewares do, takes the place of
+    the one before; a task id that still waits is left as it is.
+
+    Labels of a task: `queue_name`; `priority`, 0 to 9, of which 9 goes first; `delay`, in seconds.
+
+    With a SQLAlchemyResultBackend of the same DSN or engine, and of the same listen_dsn if the
+    broker has one, both use its connections.
+
+    Args:
+        dsn: Address of the database, as SQLAlchemyResultBackend takes it.
+        engine: Your AsyncEngine, instead of dsn: borrowed, and never disposed.
+        models: Models of the tables, with that of the queue: from build_models(queue=True) or of
+            your own. None builds them from the names and types given here.
+        table_name: The results table; the queue is `<table_name>_queue`.
+        field_for_task_id: Type of the task-id column. "Uuid" takes UUIDs only.
+        schema: PostgreSQL schema of the tables; None leaves it to the search_path.
+        queue_name: The queue that tasks without a label `queue_name` go to, and that a worker
+            listens to.
+        lease: For how many seconds a worker has a task. It is renewed three times as often until
+            the task is acknowledged, so it bounds no task, but how late the tasks of a worker that
+            died are delivered again.
+        max_deliveries: How often a task is delivered at most. It is then parked, and an error
+            result with a TaskAbandonedError is stored for those who wait for it.
+        check_schema: What startup() does about tables that are absent or unfit: "error" raises
+            SchemaError, "warn" logs it, "off" does not look.
+        run_migrations: True makes or upgrades the tables at startup(), under a lock; the role
+            then needs the right to create them.
+        notify: Whether to tell workers of new tasks, and to listen for it. False sends no
+            notifications, and workers look once a second.
+        listen_dsn: Address for the listening connection, where the other leads through a
+            transaction pooler. None takes the other.
+        max_connections: The most connections that are in use at once, the listening one aside.
+        retry_timeout: For how many seconds a statement is tried again after a transient error.
+        command_timeout: How many seconds one attempt may take.
+        startup_timeout: For how many seconds startup() waits for a PostgreSQL that does not
+            answer yet.
+        **engine_kwargs: With dsn: passed on to create_async_engine().
+
+    Attributes:
+        models: The tables as declarative classes.
+
+    Raises:
+        ConfigurationError: An argument that cannot work, or two that contradict each other.
+    """
+
+    _runtime: QueueRuntime | None = None
+    _users = 0  # how often it was started
+    _opening: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+
+    def __init__(
+        self,
+        dsn: DsnSource | None = None,
+        *,
+        engine: AsyncEngine | None = None,
+        models: Models | None = None,
+        table_name: str = DEFAULT_TABLE_NAME,
+        field_for_task_id: TaskIdField = "VarChar",
+        schema: str | None = None,
+        queue_name: str = DEFAULT_QUEUE,
+        lease: float = DEFAULT_LEASE,
+        max_deliveries: int = DEFAULT_MAX_DELIVERIES,
+        check_schema: SchemaCheck = "error",
+        run_migrations: bool = False,
+        notify: bool = True,
+        listen_dsn: DsnSource | None = None,
+        max_connections: int = DEFAULT_MAX_CONNECTIONS,
+        retry_timeout: float = DEFAULT_RETRY_TIMEOUT,
+        command_timeout: float = DEFAULT_COMMAND_TIMEOUT,
+        startup_timeout: float = 30.0,
+        **engine_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        config = TableConfig(table_name, field_for_task_id, schema=schema)
+        self.models = models = _choose_models(models, config)
+        self.settings = QueueSettings(
+            models=models,
+            queue_name=queue_name,
+            lease=lease,
+            max_deliveries=max_deliveries,
+            check_schema=check_schema,
+            run_migrations=run_migrations,
+            notify=notify,
+            startup_timeout=startup_timeout,
+        )
+        if listen_dsn is not None and not notify:
+            raise ConfigurationError("listen_dsn is for notify=True; else leave it out")
+        self._database = Database(
+            dsn,
+            engine=engine,
+            engine_kwargs=engine_kwargs,
+            max_connections=max_connections,
+            listen_dsn=listen_dsn,
+            retry_timeout=retry_timeout,
+            command_timeout=command_timeout,
+        )
+        self._shared: _Sharing | None = None  # the result backend whose connections it uses
+
+    @property
+    def runtime(self) -> QueueRuntime:
+        """What works between startup() and shutdown(); the package's own.
+
+        Raises:
+            NotStartedError: It is not started, or was on another event loop.
+        """
+        runtime = self._runtime
+        if runtime is None:
+            raise NotStartedError("the broker is not started: call `await broker.startup()` first")
+        check_loop(runtime.loop)
+        return runtime
+
+    async def startup(self) -> None:
+        """Looks at the tables and starts the result backend; may be repeated.
+
+        Raises:
+            SchemaError: The tables are absent or unfit; names the differences and the remedy.
+            ConfigurationError: The engine cannot be made.
+        """
+        await self.hold()
+        try:
+            await super().startup()
+        except BaseException:
+            await self.let_go()
+            raise
+
+    async def shutdown(self) -> None:
+        """Gives back the tasks that it has, and ends the result backend. May be repeated.
+
+        Where startup() was called several times, the last of as many calls does it.
+        """
+        try:
+            await super().shutdown()
+        finally:
+            await self.let_go()
+
+    async def hold(self) -> None:
+        """What startup() does to the connections, and nothing else; the package's own."""
+        loop = asyncio.get_running_loop()
+        async with self._turns():
+            if self._runtime is None or self._runtime.loop is not loop:
+                self._runtime = await self._open()
+                self._users = 0
+            self._users += 1
+
+    async def let_go(self) -> None:
+        """Ends what hold() began, where nobody else holds it; the package's own."""
+        async with self._turns():
+            self._users -= 1
+            if self._users > 0:
+                return
+            runtime, self._runtime = self._runtime, None
+            if runtime is None:
+                return
+            try:
+                # What waits on another event loop, one that has ended, cannot be ended from here.
+                if runtime.loop is asyncio.get_running_loop():
+                    await runtime.close()
+            finally:
+                await self._close_database()
+
+    def _turns(self) -> asyncio.Lock:
+        """Has what opens and closes the connections wait for each other, on one event loop."""
+        loop = asyncio.get_running_loop()
+        if self._opening is None or self._opening[0] is not loop:
+            self._opening = loop, asyncio.Lock()
+        return self._opening[1]
+
+    async def kick(self, message: BrokerMessage) -> None:
+        """Sends a message; it is committed on return. taskiq's kicker calls it.
+
+        Raises:
+            ConfigurationError: A label that cannot work.
+            InvalidTaskIdError: The task-id column cannot hold the id.
+            StorageError: PostgreSQL could not store it.
+        """
+        tick = take_tick(message, self.settings)
+        row = row_of(self.settings, message)
+        if tick is None:
+            await self.runtime.send(row)
+        else:
+            await self.runtime.send_for_tick(tick, row)
+
+    async def listen(self) -> AsyncGenerator[AckableMessage, None]:
+        """Yields the tasks of its queues as they come; taskiq's worker calls it."""
+        runtime = self.runtime
+        consumer = runtime.consume(
+            self.queue_names,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            is_known=lambda name: self.find_task(name) is not None,
+            abandon=partial(self._abandon, runtime.claims),
+        )
+        try:
+            while True:
+                yield await consumer.next()
+        finally:
+            await runtime.stop(consumer)
+
+    def listening_to(self, *queue_names: str) -> "SQLAlchemyBroker":
+        """The same broker for a worker of other queues: `taskiq worker app:mail`.
+
+        All else, its tasks and result backend among them, is this broker's own.
+
+        Args:
+            *queue_names: What the worker listens to.
+
+        Raises:
+            ConfigurationError: No name, or what is none.
+        """
+        check_queue_names(queue_names)
+        return _QueueView(self, queue_names)
+
+    def in_session(self, session: AnySession) -> SessionBroker:
+        """Sends tasks in the transaction of a session, with which they are committed, or never.
+
+            await broker.in_session(session).kiq(my_task, order.id)
+
+        It need not be started. A worker is told after the commit, by the connections of the
+        broker where it is started; else it finds the task within 5 seconds.
+
+        Args:
+            session: A session of the broker's database, sync or async.
+
+        Raises:
+            ConfigurationError: A session of another database, one in AUTOCOMMIT, or a closed one.
+        """
+        transaction = join(session, self.settings, self._database, self._enqueue, self._note_sent)
+        return SessionBroker(self, transaction)
+
+    @property
+    def queue_names(self) -> tuple[str, ...]:
+        """The queues that a worker of it listens to."""
+        return (self.settings.queue_name,)
+
+    @cached_property
+    def _enqueue(self) -> Upsert:
+        return enqueue_tasks(self.settings.queue_table)
+
+    def _note_sent(self, rows: list[QueueRow]) -> None:
+        if self._runtime is not None:
+            self._runtime.note_sent(rows)
+
+    async def _open(self) -> QueueRuntime:
+        settings, backend = self.settings, self._find_shared()
+        if backend is None:
+            _ = await self._database.open(settings.timings, retry_timeout=settings.startup_timeout)
+            database, listener = self._database, None
+        else:
+            await backend.startup()
+            database, listener = backend.database, backend.runtime.listener
+        self._shared = backend
+        try:
+            runtime = QueueRuntime(settings, database, listener)
+            await runtime.prepare()
+        except BaseException:
+            await self._close_database()
+            raise
+        return runtime
+
+    async def _close_database(self) -> None:
+        shared, self._shared = self._shared, None
+        await (self._database.close() if shared is None else shared.shutdown())
+
+    def _find_shared(self) -> _Sharing | None:
+        backend = self.result_backend
+        database = getattr(backend, "database", None)
+        if isinstance(database, Database) and self._database.leads_where(database):
+            return cast("_Sharing", backend)
+        return None
+
+    async def _abandon(self, claims: Claims, claimed: Claimed) -> None:
+        """Tells those who wait for it, and parks it."""
+        claim = Claim(claimed.task_id, claimed.claim)
+        task_id = str(claimed.task_id)
+        error = TaskAbandonedError(task_id, claimed.deliveries - 1)
+        logger.error("task %s (%s): %s", task_id, claimed.task_name, error)
+        result: TaskiqResult[Any] = TaskiqResult(
+            is_err=True, return_value=None, execution_time=0, error=error, labels={}
+        )
+        codec.attach(result, codec.TaskMetadata(claimed.task_name, queued_at=claimed.queued_at))
+        try:
+            result.labels = self.formatter.loads(claimed.message).labels
+        except Exception as exc:  # noqa: BLE001 - it may be the reason why nobody could execute it
+            logger.warning("task %s: its message cannot be read: %s", task_id, exc)
+        try:
+            # Unless it has one: then a worker did finish it, and could not acknowledge it.
+            if not await self.result_backend.is_result_ready(task_id):
+                await self.result_backend.set_result(task_id, result)
+        except Exception:
+            # It is claimed again when the lease ends.
+            logger.exception("task %s: that it is given up cannot be stored", task_id)
+            claims.drop([claim])
+        else:
+            await claims.park([claim])
+
+
+class _QueueView(SQLAlchemyBroker):
+    """A broker under another name, for a worker of other queues; it shares all that it is."""
+
+    __slots__ = ("_queue_names",)
+
+    def __init__(self, broker: SQLAlchemyBroker, queue_names: tuple[str, ...]) -> None:
+        self.__dict__ = vars(broker)
+        self._queue_names = queue_names
+
+    @property
+    def queue_names(self) -> tuple[str, ...]:
+        return self._queue_names
+
+
+def _choose_models(models: Models | None, config: TableConfig) -> Models:
+    if models is None:
+        return build_models(**asdict(config), queue=True)
+    if not isinstance(models, Models):
+        raise ConfigurationError(f"models must be a Models, not {type(models).__qualname__}")
+    if config not in {models.config, TableConfig()}:
+        raise ConfigurationError(
+            f"models were made for {models.config}, and the other arguments say {config}: give "
+            "names and types to the models alone"
+        )
+    return models

@@ -1,0 +1,287 @@
+"""The commands that look after the broker's queue."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Collection, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Annotated, Any, Final, NamedTuple
+
+import typer
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from taskiq_sa_pg.broker import ParkedTasks, QueueSettings
+from taskiq_sa_pg.cli.output import JsonOption, complain, say, say_json, say_table, to_json
+from taskiq_sa_pg.cli.since import parse_since
+from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.database import Database
+from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError
+from taskiq_sa_pg.importing import QueueImportReport, import_queue
+from taskiq_sa_pg.models import DEFAULT_QUEUE, build_models
+from taskiq_sa_pg.statements import ParkedTask, QueueCount, count_tasks
+
+_UNDEFINED_TABLE: Final = "42P01"
+
+_STATES: Final = ("waiting", "delayed", "running", "parked")
+
+_TaskIds = Annotated[list[str] | None, typer.Argument(help="Parked tasks.")]
+_All = Annotated[bool, typer.Option("--all", help="All that are parked.")]
+_QueueName = Annotated[str | None, typer.Option(help="Of them, those in this queue.")]
+_TaskName = Annotated[str | None, typer.Option(help="Of them, those of this task.")]
+
+
+class _Opened(NamedTuple):
+    """What the commands work with."""
+
+    settings: QueueSettings
+    database: Database
+    announce: Any  # takes the names of queues that have tasks to take
+
+    def parked(self, queue_name: str | None, task_name: str | None) -> ParkedTasks:
+        return ParkedTasks(*self, queue_name=queue_name, task_name=task_name)
+
+
+async def queue(target: Target, json: JsonOption = False) -> None:
+    """Counts what is in the broker's queue: waiting, delayed, running and parked tasks.
+
+    By queue and task name, with the seconds for which the oldest of those that wait has been due.
+    Running is what a worker has. It reads the whole table, which takes a second or two for a
+    million tasks, and nobody has to wait for it.
+    """
+    async with _open(target) as opened:
+        table, purpose = opened.settings.queue_table, f"count table {opened.settings.table}"
+
+        async def count(connection: AsyncConnection) -> list[QueueCount]:
+            return [QueueCount._make(row) for row in await connection.execute(count_tasks(table))]
+
+        counts = await opened.database.transact(count, purpose, is_limited=False)
+    oldest = max((each.oldest_waiting or 0.0 for each in counts if each.waiting), default=None)
+    sums = {name: sum(getattr(each, name) for each in counts) for name in _STATES}
+    depth = sum(sums.values())
+    if json:
+        tasks = [each._asdict() for each in counts]
+        say_json({"depth": depth, **sums, "oldest_waiting": oldest, "tasks": tasks})
+        return
+    since = "" if oldest is None else f", the oldest for {oldest:,.1f} s"
+    waiting, *others = (f"{count:,} {state}" for state, count in sums.items())
+    say(f"{depth:,} tasks: {', '.join([waiting + since, *others])}")
+    if counts:
+        headers = ["queue", "task", "waiting", "oldest s", "delayed", "running", "parked"]
+        say_table(headers, [_cells(each) for each in counts])
+
+
+def _cells(each: QueueCount) -> list[str]:
+    oldest = "" if each.oldest_waiting is None else f"{each.oldest_waiting:,.1f}"
+    names = each.queue_name, each.task_name
+    counts = [f"{getattr(each, name):,}" for name in _STATES]
+    return [*names, counts[0], oldest, *counts[1:]]
+
+
+async def parked(
+    target: Target,
+    queue_name: _QueueName = None,
+    task_name: _TaskName = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
+    json: JsonOption = False,
+) -> None:
+    """Lists parked tasks, those that were delivered too often, in the order they were sent in.
+
+    With the worker that gave each up. The result of each is an error that tells so; `release` and
+    `discard` end its parking.
+    """
+    async with _open(target) as opened:
+        found = await opened.parked(queue_name, task_name).read(limit)
+    if json:
+        say_json([each._asdict() for each in found])
+        return
+    headers = ["queued at", "queue", "task", "deliveries", "worker", "task id"]
+    say_table(headers, [_cells_of_parked(each) for each in found])
+
+
+def _cells_of_parked(each: ParkedTask) -> list[str]:
+    queued_at = each.queued_at.isoformat(sep=" ", timespec="seconds")
+    names = each.queue_name, each.task_name
+    return [queued_at, *names, str(each.deliveries), each.worker or "", str(each.task_id)]
+
+
+async def release(
+    target: Target,
+    task_ids: _TaskIds = None,
+    everything: _All = False,
+    queue_name: _QueueName = None,
+    task_name: _TaskName = None,
+    json: JsonOption = False,
+) -> None:
+    """Has parked tasks delivered again, at once and as often as new ones; workers are told.
+
+    The exit status is 1 if one of the task ids is not parked. Until it has run, its result is still
+    the error that told of the parking.
+    """
+    column_ids = _check_choice(target, task_ids, everything, queue_name, task_name)
+    async with _open(target) as opened:
+        done = await opened.parked(queue_name, task_name).release(column_ids)
+    _tell(task_ids, column_ids, done, "released", json=json)
+
+
+def discard(
+    target: Target,
+    task_ids: _TaskIds = None,
+    everything: _All = False,
+    queue_name: _QueueName = None,
+    task_name: _TaskName = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before --all.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Deletes parked tasks for ever; their results, which are errors, stay.
+
+    It asks before --all. The exit status is 1 if one of the task ids is not parked.
+    """
+    column_ids = _check_choice(target, task_ids, everything, queue_name, task_name)
+    if everything and not yes:
+        if not sys.stdin.isatty():
+            raise ConfigurationError("discard --all asks first: without a terminal, add --yes")
+        # Not while an event loop runs, which would take the interruption of the question.
+        count = asyncio.run(_count(target, queue_name, task_name))
+        typer.confirm(f"Delete {count:,} parked tasks?", abort=True, err=True)
+
+    async def run() -> set[Any]:
+        async with _open(target) as opened:
+            return await opened.parked(queue_name, task_name).discard(column_ids)
+
+    _tell(task_ids, column_ids, asyncio.run(run()), "discarded", json=json)
+
+
+async def _count(target: Target, queue_name: str | None, task_name: str | None) -> int:
+    async with _open(target) as opened:
+        return await opened.parked(queue_name, task_name).count()
+
+
+def _check_choice(
+    target: Target,
+    task_ids: list[str] | None,
+    everything: bool,
+    queue_name: str | None,
+    task_name: str | None,
+) -> list[Any] | None:
+    """The ids as the column has them, or None for all.
+
+    Raises:
+        ConfigurationError: Both or neither are named.
+    """
+    if bool(task_ids) == everything:
+        raise ConfigurationError("which tasks? Name their ids, or say --all")
+    if not everything and not (queue_name is None and task_name is None):
+        raise ConfigurationError("--queue-name and --task-name choose among --all")
+    if not task_ids:
+        return None
+    return [target.config.to_column_task_id(task_id) for task_id in task_ids]
+
+
+def _tell(
+    task_ids: list[str] | None,
+    column_ids: list[Any] | None,
+    done: Collection[Any],
+    what: str,
+    *,
+    json: bool,
+) -> None:
+    named: Iterable[tuple[str, Any]] = zip(task_ids or (), column_ids or (), strict=True)
+    missing = [task_id for task_id, column_id in named if column_id not in done]
+    if json:
+        say_json({what: len(done), "not_parked": missing})
+    else:
+        say(f"{len(done):,} parked tasks {what}")
+        for task_id in missing:
+            complain(f"task {task_id} is not parked")
+    if missing:
+        raise typer.Exit(1)
+
+
+async def import_old_queue(
+    target: Target,
+    from_table: Annotated[str, typer.Option(help="The table of taskiq-postgres' broker.")],
+    from_schema: Annotated[
+        str | None, typer.Option(help="Its PostgreSQL schema, else the search_path's.")
+    ] = None,
+    queue_name: Annotated[
+        str, typer.Option(help="The queue of tasks without a label queue_name.")
+    ] = DEFAULT_QUEUE,
+    since: Annotated[
+        str | None,
+        typer.Option(help="Sent in the last 30s, 15m, 2h, 7d or 1w, or since an ISO date."),
+    ] = None,
+    processing: Annotated[
+        bool,
+        typer.Option(
+            "--processing",
+            help="Move those, too, that a worker has taken. Stop the old workers first: they may "
+            "still be at it.",
+        ),
+    ] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the old table as it is: copy.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read everything, and change nothing.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Moves the tasks of taskiq-postgres' broker into our queue of the same database.
+
+    Those that wait there, among them all that it has lost since the table was made: look with
+    --dry-run, and choose with --since. Stop the old senders and workers first. It may be
+    interrupted and run again. Of tasks with the same id, as retries are, the last is moved and the
+    others are deleted. What our queue cannot hold stays and is told, and the exit status is 1.
+    """
+    start = None if since is None else parse_since(since)
+    async with _open(target, queue_name) as opened:
+        report = await import_queue(
+            opened.settings,
+            opened.database,
+            from_table,
+            announce=opened.announce,
+            from_schema=from_schema,
+            since=start,
+            processing=processing,
+            keep=keep,
+            dry_run=dry_run,
+            on_left_out=lambda each: typer.echo(to_json(asdict(each)), err=True),
+        )
+    if json:
+        say_json(asdict(report) | {"is_dry_run": dry_run})
+    else:
+        _say_report(report, "would be " if dry_run else "", "copied" if keep else "moved")
+    if report.left_out:
+        raise typer.Exit(1)
+
+
+def _say_report(report: QueueImportReport, would: str, moved: str) -> None:
+    since = "" if report.oldest is None else f", sent since {report.oldest:%Y-%m-%d %H:%M:%S%z}"
+    say(
+        f"{report.messages:,} tasks read{since}: {report.moved:,} {would}{moved}, "
+        f"{report.already_there:,} were there already, {report.superseded:,} were sent again "
+        f"later, {report.left_out:,} left out"
+    )
+    if report.processing:
+        say(f"{report.processing:,} are left that a worker had taken: --processing moves them, too")
+
+
+@asynccontextmanager
+async def _open(target: Target, queue_name: str = DEFAULT_QUEUE) -> AsyncIterator[_Opened]:
+    models = build_models(**asdict(target.config), queue=True)
+    settings = QueueSettings(models=models, queue_name=queue_name)
+    async with target.runtime() as runtime:
+
+        def announce(queue_names: Collection[str]) -> None:
+            if runtime.notifier is not None:
+                runtime.notifier.announce(target.config.queue_channel, queue_names)
+
+        try:
+            yield _Opened(settings, runtime.database, announce)
+        except StorageError as exc:
+            if exc.sqlstate != _UNDEFINED_TABLE:
+                raise
+            raise SchemaError(
+                f"table {settings.table} does not exist: make it with `taskiq-sa-pg upgrade "
+                "--queue`, or name its results table by --table-name and --schema"
+            ) from exc
