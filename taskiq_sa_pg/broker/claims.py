@@ -53,7 +53,7 @@ def _read(delivery: _Delivery) -> bytes:
 
 
 # Of all its attributes this is the one that is slower than it was.
-_Delivery.data = property(_read)  # type: ignore[assignment]
+_Delivery.data = property(_read)  # type: ignore[assignment]  # a field, there
 
 
 class Claims:

@@ -134,12 +134,7 @@ async def import_queue(
     await _check_old_table(database, from_table, from_schema, name)
     old = _Statements(from_table, from_schema, since, is_any=processing)
     queue, report = _Queue(settings, old, keep=keep, dry_run=dry_run), QueueImportReport()
-
-    async def find_latest(connection: AsyncConnection) -> dict[str, int]:
-        return {row[0]: row[1] for row in await connection.execute(old.latest)}
-
-    # It reads the whole table, which may take longer than a statement may otherwise take.
-    latest = await database.transact(find_latest, purpose, is_limited=False)
+    latest = await _find_latest(database, old, purpose)
     last = 0
     while picked := await database.fetch(old.pick, {"last": last}, purpose):
         ids = [row[0] for row in picked]
@@ -156,6 +151,16 @@ async def import_queue(
             announce({moved.tasks[task_id].queue_name for task_id in moved.stored})
     [[report.processing]] = await database.fetch(old.count_processing, {}, purpose)
     return report
+
+
+async def _find_latest(database: Database, old: "_Statements", purpose: str) -> dict[str, int]:
+    """The last message of each task id that has several."""
+
+    async def find(connection: AsyncConnection) -> dict[str, int]:
+        return {row[0]: row[1] for row in await connection.execute(old.latest)}
+
+    # It reads the whole table, which may take longer than a statement may otherwise take.
+    return await database.transact(find, purpose, is_limited=False)
 
 
 def _add(report: QueueImportReport, moved: _Slice) -> None:
