@@ -62,12 +62,26 @@ test: .venv/.test  ## run the tests; ARGS="-k name" are for pytest
 	.venv/bin/python -m pytest $(ARGS)
 
 .PHONY: test-browser
-test-browser: .venv/.browser  ## run the example application's page in a headless Chromium
-	.venv/bin/python -m pytest -n0 examples/fastapi_app/browser_tests $(ARGS)
+test-browser: .venv/.browser build/axe.min.js  ## run the dashboard and the example application's page in a headless Chromium
+	.venv/bin/python -m pytest -n0 tests/browser examples/fastapi_app/browser_tests $(ARGS)
+
+# Which tests the accessibility of pages; MPL-2.0, and used only by these tests.
+axe := axe-core-4.14.1
+build/axe.min.js:
+	mkdir -p build
+	cd build && npm pack --silent axe-core@$(axe:axe-core-%=%)
+	tar -xzOf build/$(axe).tgz package/axe.min.js >build/$(axe).js
+	echo '29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c  build/$(axe).js' | \
+		sha256sum --check --quiet
+	mv build/$(axe).js $@
+
+.PHONY: screenshots
+screenshots: .venv/.browser  ## take pictures of the dashboard's pages: docs/images/; ARGS="--only overview"
+	.venv/bin/python -m scripts.screenshots $(ARGS)
 
 .PHONY: test-pgbouncer
-test-pgbouncer: .venv/.test  ## run the integration tests through a PgBouncer in transaction mode
-	.venv/bin/python -m pytest --pgbouncer tests/integration tests/pgbouncer $(ARGS)
+test-pgbouncer: .venv/.test  ## run the tests of backend, broker and dashboard through a PgBouncer in transaction mode
+	.venv/bin/python -m pytest --pgbouncer tests/integration tests/pgbouncer tests/ui tests/endpoints $(ARGS)
 
 .PHONY: test-eager
 test-eager: .venv/.test  ## run the integration tests with asyncio's eager tasks, of Python 3.12 and later
@@ -80,6 +94,10 @@ bench: .venv/.bench  ## compare the speed with taskiq-postgres and taskiq-redis;
 .PHONY: bench-large
 bench-large: .venv/.bench  ## measure on a million rows, and prune them; ARGS=--quick for a short look
 	.venv/bin/python -m benchmarks.large $(ARGS)
+
+.PHONY: bench-find
+bench-find: .venv/.bench  ## measure pages of a million rows; ARGS=--quick for a short look
+	.venv/bin/python -m benchmarks.find $(ARGS)
 
 .PHONY: bench-broker
 bench-broker: .venv/.bench  ## compare sending and executing tasks with other brokers; ARGS=--quick for a short look

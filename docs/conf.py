@@ -36,7 +36,10 @@ autodoc_typehints_description_target = "documented_params"
 nitpicky = True
 # What others document: there is no inventory of theirs without a network. And our type variables.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(asyncio|collections|datetime|pathlib|sqlalchemy|taskiq|typing|uuid)(\..+)?"),
+    (
+        r"py:.*",
+        r"(asyncio|collections|datetime|fastapi|pathlib|sqlalchemy|starlette|taskiq|typing|uuid)(\..+)?",
+    ),
     (r"py:class", r"ColumnElement|LambdaElement|SQLCoreOperations"),  # as SQLAlchemy abbreviates
     (r"py:exc", r"TaskiqResultTimeoutError|SendTaskError|UnknownTaskError"),
     (r"py:class", r".*\b_(T|P|R|Id|ReturnType)"),

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import tomllib
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,6 +40,20 @@ def check_files() -> None:
     migrations = package / "_migrations"
     check((migrations / "env.py").is_file(), "_migrations/env.py is missing")
     check(list((migrations / "versions").glob("*.py")), "_migrations/versions holds no revision")
+
+
+def check_ui() -> None:
+    # Its files are there, and without the extra it says what is missing.
+    folder = Path(taskiq_sa_pg.__file__).parent / "ui"
+    for name in ("style.css", "ui.js", "icon.svg", "htmx.min.js", "htmx.LICENSE.txt"):
+        check((folder / "static" / name).is_file(), f"ui/static/{name} is missing")
+    check((folder / "templates" / "base.html").is_file(), "ui/templates/base.html is missing")
+    try:
+        import_module("taskiq_sa_pg.ui")
+    except ImportError as exc:
+        check("taskiq-sa-pg[ui]" in str(exc), f"taskiq_sa_pg.ui names no remedy: {exc}")
+    else:
+        check(False, "taskiq_sa_pg.ui was imported without its extra")
 
 
 def check_names() -> None:
@@ -88,6 +103,7 @@ async def check_result(dsn: str) -> None:
 
 def main() -> None:
     check_files()
+    check_ui()
     check_names()
     check_version()
     check_command()

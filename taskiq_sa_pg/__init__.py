@@ -1,12 +1,19 @@
 """A SQLAlchemy result backend for taskiq on PostgreSQL."""
 
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.broker import SQLAlchemyBroker, SQLAlchemyScheduleSource
+from taskiq_sa_pg.broker import (
+    ParkedTask,
+    QueueCount,
+    ScheduleInfo,
+    SQLAlchemyBroker,
+    SQLAlchemyScheduleSource,
+)
 from taskiq_sa_pg.codec import SignedSerializer
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
     InvalidTaskIdError,
     MissingColumnsError,
+    NotResendableError,
     NotStartedError,
     PayloadTooLargeError,
     ResultDecodeError,
@@ -26,9 +33,10 @@ from taskiq_sa_pg.models import (
     ScheduleMixin,
     StatusMixin,
     TableConfig,
+    WorkerMixin,
     build_models,
 )
-from taskiq_sa_pg.results import Pruned, TaskStatus
+from taskiq_sa_pg.results import Page, Pruned, TaskDetails, TaskRecord, TaskStatus, WorkerInfo
 from taskiq_sa_pg.telemetry import BatchStats, Stats
 
 __all__ = [
@@ -37,10 +45,14 @@ __all__ = [
     "InvalidTaskIdError",
     "MissingColumnsError",
     "Models",
+    "NotResendableError",
     "NotStartedError",
+    "Page",
+    "ParkedTask",
     "PayloadTooLargeError",
     "ProgressMixin",
     "Pruned",
+    "QueueCount",
     "QueueMixin",
     "ResultDecodeError",
     "ResultIsMissingError",
@@ -49,6 +61,7 @@ __all__ = [
     "SQLAlchemyBroker",
     "SQLAlchemyResultBackend",
     "SQLAlchemyScheduleSource",
+    "ScheduleInfo",
     "ScheduleMixin",
     "SchemaError",
     "SignedSerializer",
@@ -57,8 +70,12 @@ __all__ = [
     "StorageError",
     "TableConfig",
     "TaskAbandonedError",
+    "TaskDetails",
     "TaskMetadataMiddleware",
+    "TaskRecord",
     "TaskStatus",
     "TaskiqSaPgError",
+    "WorkerInfo",
+    "WorkerMixin",
     "build_models",
 ]

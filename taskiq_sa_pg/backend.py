@@ -1,9 +1,7 @@
 """SQLAlchemyResultBackend: taskiq's contract. It checks arguments and hands on."""
 
-import inspect
 from dataclasses import asdict
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -20,7 +18,12 @@ from taskiq_sa_pg.database import (
     DsnSource,
     check_loop,
 )
-from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, ResultIsMissingError
+from taskiq_sa_pg.exceptions import (
+    ConfigurationError,
+    NotStartedError,
+    ResultIsMissingError,
+    well_spelled,
+)
 from taskiq_sa_pg.models import (
     DEFAULT_TABLE_NAME,
     Models,
@@ -37,11 +40,14 @@ from taskiq_sa_pg.results import (
     Runtime,
     Settings,
     Track,
+    WorkerProcess,
+    restore,
 )
 from taskiq_sa_pg.schema import SchemaCheck
 from taskiq_sa_pg.telemetry import ListenerState, Stats, Telemetry
 
 _ReturnType = TypeVar("_ReturnType")
+_T = TypeVar("_T")
 
 
 class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_ReturnType]):
@@ -126,6 +132,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
 
     _runtime: Runtime | None = None
     _users = 0  # how often it was started
+    _processes: frozenset[WorkerProcess] = frozenset()  # whose beat begins with startup()
 
     def __init__(
         self,
@@ -180,7 +187,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         self._database = Database(
             dsn,
             engine=engine,
-            engine_kwargs=_well_spelled(engine_kwargs),
+            engine_kwargs=well_spelled(engine_kwargs, SQLAlchemyResultBackend),
             max_connections=max_connections,
             listen_dsn=_for_listening(listen_dsn, notify),
             retry_timeout=retry_timeout,
@@ -247,6 +254,8 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
                 await self._database.close()
             raise
         self._users += 1
+        for process in self._processes:
+            self.runtime.workers.begin(process)
         await super().startup()
 
     async def shutdown(self) -> None:
@@ -269,6 +278,16 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
                 await self._database.close()
         await super().shutdown()
 
+    def expect_worker(self, process: WorkerProcess) -> None:
+        """Has the next startup() begin the beat of a process; the package's own."""
+        self._processes |= {process}
+
+    async def end_worker(self, process: WorkerProcess) -> None:
+        """Ends what expect_worker(), or the process's first task, has begun; the package's own."""
+        self._processes -= {process}
+        if self._runtime is not None and self._database.is_open:
+            await self._runtime.workers.end(process)
+
     async def set_result(self, task_id: str | UUID, result: TaskiqResult[_ReturnType]) -> None:
         """Stores a result, over an earlier one unless that is of a later attempt.
 
@@ -287,24 +306,44 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         column_id = self._config.to_column_task_id(task_id)
         return await self.runtime.reader.is_ready(column_id)
 
+    @overload
     async def get_result(
-        self, task_id: str | UUID, with_logs: bool = False
-    ) -> TaskiqResult[_ReturnType]:
+        self, task_id: str | UUID, with_logs: bool = ..., *, return_type: None = ...
+    ) -> TaskiqResult[_ReturnType]: ...
+    @overload
+    async def get_result(
+        self, task_id: str | UUID, with_logs: bool = ..., *, return_type: type[_T]
+    ) -> TaskiqResult[_T]: ...
+    @overload
+    async def get_result(
+        self, task_id: str | UUID, with_logs: bool = ..., *, return_type: Any
+    ) -> TaskiqResult[Any]: ...
+    async def get_result(
+        self, task_id: str | UUID, with_logs: bool = False, *, return_type: Any = None
+    ) -> TaskiqResult[Any]:
         """The result; with keep_results=False it is deleted as it is read.
 
         Args:
             task_id: The task.
             with_logs: Whether to fill the deprecated field `log`.
+            return_type: What to make of the return value of a success: a pydantic model, a
+                dataclass or another type that pydantic can validate, such as `list[Order]`. A value
+                that does not fit is logged as a warning, and returned as it was stored.
 
         Raises:
             ResultIsMissingError: There is no result (any more).
             ResultDecodeError: The result cannot be read back; it stays in the table.
+            ConfigurationError: with_logs is a type.
         """
+        if not isinstance(with_logs, int):
+            raise ConfigurationError(
+                f"with_logs must be True or False: give {with_logs!r} as return_type="
+            )
         column_id = self._config.to_column_task_id(task_id)
         result = await self.runtime.reader.get(column_id, with_logs)
         if result is None:
             raise ResultIsMissingError(task_id, self._config.qualified_name)
-        return result
+        return restore(task_id, result, return_type)
 
     async def set_progress(self, task_id: str | UUID, progress: TaskProgress[Any]) -> None:
         """Stores progress, replacing what was there.
@@ -341,16 +380,6 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
 
     def _count_waiters(self) -> int:
         return 0 if self._runtime is None else self._runtime.waiters.waiting
-
-
-def _well_spelled(engine_kwargs: dict[str, Any]) -> dict[str, Any]:
-    # SQLAlchemy refuses the others, too, and knows no better ones.
-    ours = inspect.signature(SQLAlchemyResultBackend).parameters
-    for name in engine_kwargs:
-        # json_serializer, which is an engine's, is 0.8 like serializer.
-        for close in get_close_matches(name, ours, n=1, cutoff=0.85):
-            raise ConfigurationError(f"there is no argument {name}: did you mean {close}?")
-    return engine_kwargs
 
 
 def _for_listening(listen_dsn: DsnSource | None, notify: bool) -> DsnSource | None:

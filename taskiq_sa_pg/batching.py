@@ -145,7 +145,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             CancelledError: Of the caller.
         """
         if self._is_closed:
-            raise NotStartedError("the result backend was shut down: call startup() again")
+            raise NotStartedError("it was shut down: call startup() again")
         meter = self._meter
         meter.calls += 1
         future: asyncio.Future[_Answer | None] = self._loop.create_future()

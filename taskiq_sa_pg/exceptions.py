@@ -3,6 +3,8 @@
 Each is rebuilt from its `args`, so that it survives pickle and a result backend.
 """
 
+import inspect
+from difflib import get_close_matches
 from math import inf
 from typing import Any
 
@@ -46,7 +48,7 @@ class ConfigurationError(TaskiqSaPgError, ValueError):
 
 
 class NotStartedError(TaskiqSaPgError, RuntimeError):
-    """The backend was used before `startup()` or after `shutdown()`."""
+    """The broker or the result backend was used before `startup()` or after `shutdown()`."""
 
 
 class InvalidTaskIdError(TaskiqSaPgError, ValueError):
@@ -56,9 +58,11 @@ class InvalidTaskIdError(TaskiqSaPgError, ValueError):
 
 
 class TaskAbandonedError(TaskiqSaPgError):
-    """No worker acknowledged a task, often as it was delivered. Its args: the task id, how often.
+    """Nobody will finish a task. Its args: the task id, how often it was delivered, the worker.
 
-    It is the error of the result that SQLAlchemyBroker stores for such a task.
+    SQLAlchemyBroker stores a result with this error for a task that was delivered too often and
+    never acknowledged; it has no worker. TaskMetadataMiddleware, with abandon_lost=True, stores one
+    for a task that was lost with its worker; how often it was delivered is None.
     """
 
     _text = (
@@ -66,6 +70,17 @@ class TaskAbandonedError(TaskiqSaPgError):
         "their event loop for longer than the lease. It is parked, and `taskiq-sa-pg release` or "
         "`discard` decides what becomes of it"
     )
+    _text_of_lost = (
+        "task {!r} was lost: its worker {} was killed, cannot reach the database or blocks its "
+        "event loop, and has not been seen for a minute. If the task may run twice, send it again"
+    )
+
+    @property
+    def message(self) -> str:
+        """What happened, to what, and what mends it."""
+        if len(self.args) > 2:
+            return self._text_of_lost.format(self.args[0], self.args[2])
+        return super().message
 
 
 class SchemaError(TaskiqSaPgError):
@@ -91,6 +106,12 @@ class ResultIsMissingError(TaskiqSaPgError, ResultGetError):
     """
 
     _text = "no result of task {!r} in table {}"
+
+
+class NotResendableError(TaskiqSaPgError):
+    """A task cannot be sent again from what was recorded. Its args: the task id, the reason."""
+
+    _text = "task {!r} cannot be sent again: {}"
 
 
 class ResultDecodeError(TaskiqSaPgError, ResultGetError):
@@ -190,6 +211,21 @@ def check_number(
         bound = "" if least == -inf else f" above {least}" if is_above else f" of {least} or more"
         rest = ", or None" if or_none else ""
         raise ConfigurationError(f"{name} must be a number{bound}{rest}, not {value!r}")
+
+
+def well_spelled(given: dict[str, Any], owner: type) -> dict[str, Any]:
+    """Arguments for another function, none of which is nearly one of the owner's own.
+
+    Raises:
+        ConfigurationError: One is; names the argument that may have been meant.
+    """
+    # Who gets them refuses the others, too, and knows no better ones.
+    ours = inspect.signature(owner).parameters
+    for name in given:
+        # json_serializer, which is an engine's, is 0.8 like serializer.
+        for close in get_close_matches(name, ours, n=1, cutoff=0.85):
+            raise ConfigurationError(f"there is no argument {name}: did you mean {close}?")
+    return given
 
 
 def check_serializer(serializer: object) -> None:

@@ -19,7 +19,7 @@ from taskiq.utils import maybe_awaitable
 
 from taskiq_sa_pg import codec
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.broker import is_for_tick
+from taskiq_sa_pg.broker import SQLAlchemyBroker, is_for_tick
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
     NotStartedError,
@@ -27,7 +27,8 @@ from taskiq_sa_pg.exceptions import (
     check_flag,
     check_whole,
 )
-from taskiq_sa_pg.results import State, TaskStatus
+from taskiq_sa_pg.models import flaw_of_key, shortened
+from taskiq_sa_pg.results import REDACTED_LABEL, State, TaskStatus, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         record_worker: Whether to record who executed the task.
         worker: Who that is; None is `host:pid`.
         max_args_bytes: The most bytes of args and kwargs as JSON; larger ones are not recorded.
+        abandon_lost: Whether an error result (TaskAbandonedError) is stored for a task that was
+            lost with its worker and has no result, so that those who wait for it get an answer. It
+            is for brokers that do not deliver such a task again; a result that comes later
+            replaces it.
 
     Raises:
         ConfigurationError: An argument that cannot work, or two that contradict each other.
@@ -75,6 +80,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         record_worker: bool = True,
         worker: str | None = None,
         max_args_bytes: int = 65_536,
+        abandon_lost: bool = False,
     ) -> None:
         super().__init__()
         check_flag("record_args", record_args)
@@ -88,25 +94,60 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         if not isinstance(worker, str | None):
             raise ConfigurationError(f"worker must be a str or None, not {worker!r}")
         check_whole("max_args_bytes", max_args_bytes)
+        check_flag("abandon_lost", abandon_lost)
+        if abandon_lost and not record_worker:
+            raise ConfigurationError("abandon_lost is for record_worker=True; else leave it out")
         self._record_args: Final = record_args
         self._redact: Final = redact
         self._record_worker: Final = record_worker
-        self._worker: Final = None if worker is None else codec.storable_text(worker)
+        self._worker: Final = None if worker is None else _checked_worker(worker)
         self._host: Final = socket.gethostname()
         self._max_args_bytes: Final = max_args_bytes
+        self._abandon_lost: Final = abandon_lost
+        self._process: Final = WorkerProcess(
+            self._worker_name, is_own_name=worker is None, abandons_lost=abandon_lost
+        )
         self._has_warned = False
 
     def set_broker(self, broker: AsyncBroker) -> None:
         """Called by the broker that it is added to.
 
         Raises:
-            ConfigurationError: It has been added to another one.
+            ConfigurationError: It has been added to another one, or abandon_lost is for others.
         """
+        if self._abandon_lost and isinstance(broker, SQLAlchemyBroker):
+            raise ConfigurationError(
+                "abandon_lost is for brokers that do not deliver a lost task again, and a "
+                "SQLAlchemyBroker does: leave it out"
+            )
         if self.broker not in {None, broker}:
             raise ConfigurationError(
                 "this TaskMetadataMiddleware belongs to another broker: make one for each"
             )
         super().set_broker(broker)
+
+    def startup(self) -> None:
+        """Has a worker process say that it is alive, as soon as the backend is started.
+
+        Raises:
+            ConfigurationError: abandon_lost, and the backend does not see which tasks are lost.
+        """
+        backend = self._backend()
+        if backend is None:
+            return
+        if self._abandon_lost and not _sees_workers(backend):
+            raise ConfigurationError(
+                'abandon_lost needs a result backend with track="started" and, where it has models '
+                "of your own, one of WorkerMixin"
+            )
+        if self._record_worker and self.broker.is_worker_process:
+            backend.expect_worker(self._process)
+
+    async def shutdown(self) -> None:
+        """Ends that, and deletes the row of the process; in two seconds at most."""
+        backend = self._backend()
+        if backend is not None:
+            await backend.end_worker(self._process)
 
     async def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
         """Notes when the task is queued, by the sender's clock."""
@@ -160,6 +201,9 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
                 metadata = codec.TaskMetadata(codec.storable_text(message.task_name))
             codec.attach(result, metadata)
             result.labels.pop(QUEUED_AT_LABEL, None)
+            execution: _Execution | None = vars(message).get(_EXECUTION)
+            if execution is not None and execution.is_redacted:
+                result.labels[REDACTED_LABEL] = True
             await _note_end(backend, message, result)
         except Exception:
             logger.exception("task %s: its metadata are not recorded", message.task_id)
@@ -167,35 +211,43 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
     async def _note_start(self, backend: _Backend, message: TaskiqMessage) -> None:
         queued_at, started_at = _queued_at(message), datetime.now(UTC)
         name, attempt = codec.storable_text(message.task_name), codec.attempt_of(message.labels)
-        worker = (self._worker or f"{self._host}:{os.getpid()}") if self._record_worker else None
-        args, kwargs = await self._arguments_of(message) if self._record_args else (None, None)
+        worker = self._worker_name() if self._record_worker else None
+        if self._record_worker and backend.track is not None:
+            with suppress(NotStartedError):
+                backend.runtime.workers.begin(self._process)
+        args, kwargs, is_redacted = None, None, False
+        if self._record_args:
+            args, kwargs, is_redacted = await self._arguments_of(message)
         metadata = codec.TaskMetadata(name, args, kwargs, worker, queued_at, started_at)
         codec.attach(message, metadata)
         status = TaskStatus(
             message.task_id, "started", name, attempt, queued_at, started_at, worker
         )
         requeues = message.labels.get(_REQUEUE_LABEL)
-        vars(message)[_EXECUTION] = _Execution(status, requeues)
+        vars(message)[_EXECUTION] = _Execution(status, requeues, is_redacted)
         await _note(backend, status)
 
-    async def _arguments_of(self, message: TaskiqMessage) -> tuple[str | None, str | None]:
-        """Arguments as JSON text; None for those that are not recorded."""
+    async def _arguments_of(self, message: TaskiqMessage) -> tuple[str | None, str | None, bool]:
+        """Arguments as JSON text, None if they are not recorded, and whether they are redacted."""
         name = f"{message.task_name} {message.task_id}"
         try:
             args, kwargs = _to_jsonable([message.args, message.kwargs])
         except Exception as exc:  # noqa: BLE001 - types of the application's
             logger.error("task %s: its arguments are no JSON: %r", name, exc)  # noqa: TRY400 - the reason says it all
-            return None, None
+            return None, None, False
         try:
+            is_redacted = False
             if self._redact is not None:
+                before = _canonical([args, kwargs])  # now, because it may change what it gets
                 redacted = await maybe_awaitable(self._redact(message.task_name, args, kwargs))
                 args, kwargs = _to_jsonable(_checked(redacted))
+                is_redacted = _canonical([args, kwargs]) != before
             texts = _to_json(args), _to_json(kwargs)
         except Exception as exc:  # noqa: BLE001 - the application's function
             # Neither its text nor a traceback: they may hold what was to be redacted.
             reason = codec.qualified_name(type(exc))
             logger.error("task %s: its arguments are not recorded: %s", name, reason)  # noqa: TRY400 - as above
-            return None, None
+            return None, None, False
         size = sum(len(text.encode()) for text in texts if text is not None)
         if size > self._max_args_bytes:
             logger.warning(
@@ -203,8 +255,11 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
                 "max_args_bytes=%d",
                 *(name, size, self._max_args_bytes),
             )
-            return None, None
-        return texts
+            return None, None, False
+        return *texts, is_redacted
+
+    def _worker_name(self) -> str:
+        return self._worker or f"{self._host}:{os.getpid()}"
 
     def _backend(self) -> _Backend | None:
         backend = self.broker.result_backend
@@ -228,6 +283,7 @@ class _Execution:
 
     status: TaskStatus
     requeues: Any
+    is_redacted: bool
     has_failed: bool = False
 
 
@@ -261,6 +317,18 @@ async def _note(backend: _Backend, status: TaskStatus) -> None:
         logger.warning(complaint, status.task_id, status.state, reason)
 
 
+def _sees_workers(backend: _Backend) -> bool:
+    return backend.track is not None and backend.models.Worker is not None
+
+
+def _checked_worker(worker: str) -> str:
+    name = codec.storable_text(worker)
+    flaw = flaw_of_key(name) if name else "is empty"
+    if flaw:
+        raise ConfigurationError(f"worker {flaw}: {shortened(name)!r}")
+    return name
+
+
 def _state_when_sent(attempt: int) -> State:
     return "retrying" if attempt else "queued"
 
@@ -284,6 +352,10 @@ def _checked(redacted: object) -> _Redacted:
         case tuple((list() | tuple() | None, Mapping() | None)):
             return redacted
     raise TypeError("redact must return a tuple: a list or None, and a dict or None")
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _to_json(values: list[Any] | dict[str, Any] | None) -> str | None:

@@ -31,6 +31,9 @@ class Timings:
             then others may have them.
         end_of_claim: How long a worker that stops waits for the answer to its last claim, and then
             tries to give back what it has: in an outage, that comes back when its lease ends.
+        between_beats: How often a worker says that it is alive.
+        beat: For how long one such statement is tried: another comes soon.
+        end_of_beat: For how long a worker that stops tries to delete its row.
         max_pending_notifications: Beyond so many ids nobody is told one by one: a look is cheaper.
         pruned_at_once: Rows that a pruning statement deletes at most. Those who store results
             hardly notice so few; with ten times as many their slowest calls took thrice as long.
@@ -53,6 +56,9 @@ class Timings:
     between_busy_polls: float = 0.1
     unused_claim: float = 0.1
     end_of_claim: float = 5.0
+    between_beats: float = 15.0
+    beat: float = 10.0
+    end_of_beat: float = 2.0
     max_pending_notifications: int = 100_000
     pruned_at_once: int = 100
 

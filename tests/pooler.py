@@ -28,6 +28,7 @@ NOT_THROUGH_A_POOLER: Final[Mapping[str, str]] = {
     "test_listening_takes_no_place_in_the_pool": "listens without a listen_dsn",
     "test_a_pool_without_places_can_listen": "listens without a listen_dsn",
     "test_the_listener_is_told": "listens without a listen_dsn",
+    "test_who_waits_for_a_lost_task_is_told": "listens without a listen_dsn",
     "test_a_loop_that_ends_without_shutdown_ends_the_listening": "listens without a listen_dsn",
     "test_a_startup_that_fails_leaves_nothing_open": "spoils the server's own address",
     "test_what_a_pooled_connection_is_told": "has the server's session listen",
@@ -73,7 +74,7 @@ auth_type = trust
 auth_file = {root}/users
 auth_user = postgres
 admin_users = postgres
-pool_mode = transaction
+pool_mode = {mode}
 default_pool_size = {pool_size}
 server_round_robin = 1
 server_idle_timeout = 3
@@ -128,12 +129,17 @@ class Pooler:
 
 @contextlib.contextmanager
 def pgbouncer(
-    server_dsn: str, *, pool_size: int = 5, has_prepared_statements: bool = True
+    server_dsn: str,
+    *,
+    mode: str = "transaction",
+    pool_size: int = 5,
+    has_prepared_statements: bool = True,
 ) -> Iterator[Pooler]:
     """A PgBouncer in front of a server that trusts local users, on a Unix socket of its own.
 
     Args:
         server_dsn: The server, on a Unix socket.
+        mode: How long a client keeps a server session: "transaction" or "session".
         pool_size: How many server sessions each user has.
         has_prepared_statements: Whether it carries them, where it can.
     """
@@ -148,6 +154,7 @@ def pgbouncer(
         server_port=server["port"],
         port=_PORT,
         root=root,
+        mode=mode,
         pool_size=pool_size,
     )
     if version >= _FIRST_THAT_PREPARES:

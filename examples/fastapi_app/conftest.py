@@ -25,6 +25,7 @@ from tests.commands import run_alembic
 from tests.conftest import eventually
 
 PROJECT = Path(__file__).parent
+ADMIN_PASSWORD = "Zoë's"  # noqa: S105 - of the tests alone
 
 server_dsn = conftest.server_dsn
 
@@ -65,11 +66,18 @@ def project(dsn: str) -> Iterator[None]:
     """The shop's modules can be imported, for this database."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TASKIQ_SA_PG_DSN", dsn)
+        patch.setenv("ADMIN_PASSWORD", ADMIN_PASSWORD)
         # Last, for the project has a folder `tests` too.
         patch.setattr(sys, "path", [*sys.path, str(PROJECT)])
+        forget_modules()  # of another `shop`, which a test of the command line has imported
         yield
-        for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:
-            del sys.modules[name]
+        forget_modules()
+
+
+def forget_modules() -> None:
+    """The next import of the shop reads it anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:
+        del sys.modules[name]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -107,11 +115,9 @@ async def client(shop: ModuleType) -> AsyncIterator[httpx.AsyncClient]:
 
 @contextmanager
 def web_process(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """uvicorn as a process of its own, with the options that run.py gives it."""
+    """uvicorn as a process of its own."""
     command = [sys.executable, "-m", "uvicorn", "shop.app:app", f"--port={port}"]
-    with subprocess.Popen(
-        [*command, "--timeout-graceful-shutdown=1", "--log-level=warning"], cwd=PROJECT
-    ) as process:
+    with subprocess.Popen([*command, "--log-level=warning"], cwd=PROJECT) as process:
         try:
             yield process
         finally:
@@ -134,7 +140,7 @@ async def place_order(client: httpx.AsyncClient, quantity: int, customer: str = 
 
 
 async def stream(client: httpx.AsyncClient, task: str) -> AsyncGenerator[Event, None]:
-    """The events of a task, each its name and its data."""
+    """The events of a task, each its name and its data; of progress, what the task has told."""
     async with client.stream("GET", f"{task}/events") as response:
         assert response.status_code == 200
         assert response.headers["Content-Type"].startswith("text/event-stream")
@@ -144,7 +150,8 @@ async def stream(client: httpx.AsyncClient, task: str) -> AsyncGenerator[Event, 
             if field == "event":
                 name = value
             elif field == "data":
-                yield name, json.loads(value)
+                told = json.loads(value)
+                yield name, told["meta"] if name == "progress" else told
 
 
 @asynccontextmanager

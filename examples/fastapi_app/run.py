@@ -1,9 +1,11 @@
 """Runs the shop until Ctrl-C: the migrations, then two worker processes and the web server.
 
-TASKIQ_SA_PG_DSN says which database, PORT (8000) where to listen.
+TASKIQ_SA_PG_DSN says which database, PORT (8000) where to listen, ADMIN_PASSWORD what the dashboard
+asks for; without it, a password is made up and printed.
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,13 +26,16 @@ def main() -> None:
     # As Ctrl-C, so that the workers are stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     subprocess.run([sys.executable, "-m", "alembic", "upgrade", "head"], check=True)
+    port = int(os.environ.get("PORT", "8000"))
+    login = "user admin, password of ADMIN_PASSWORD"
+    if "ADMIN_PASSWORD" not in os.environ:
+        os.environ["ADMIN_PASSWORD"] = secrets.token_urlsafe(9)
+        login = f"user admin, password {os.environ['ADMIN_PASSWORD']}"
     with workers():
-        # Event streams have no end of their own, so a limit ends them; browsers come back.
-        uvicorn.run(
-            "shop.app:app",
-            port=int(os.environ.get("PORT", "8000")),
-            timeout_graceful_shutdown=1,
-        )
+        shop = f"http://127.0.0.1:{port}/"
+        print(f"The shop: {shop}", flush=True)
+        print(f"Its dashboard: {shop}admin/ ({login})", flush=True)
+        uvicorn.run("shop.app:app", port=port)
 
 
 @contextmanager

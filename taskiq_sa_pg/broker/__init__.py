@@ -1,7 +1,9 @@
 """The broker: tasks in a table of the database, beside their results."""
 
+from taskiq_sa_pg.broker.admin import ParkedTask as ParkedTask
+from taskiq_sa_pg.broker.admin import QueueCount as QueueCount
 from taskiq_sa_pg.broker.broker import SQLAlchemyBroker as SQLAlchemyBroker
-from taskiq_sa_pg.broker.parked import ParkedTasks as ParkedTasks
+from taskiq_sa_pg.broker.schedule_info import ScheduleInfo as ScheduleInfo
 from taskiq_sa_pg.broker.schedules import SQLAlchemyScheduleSource as SQLAlchemyScheduleSource
 from taskiq_sa_pg.broker.sender import row_of as row_of
 from taskiq_sa_pg.broker.session import SessionBroker as SessionBroker

@@ -14,6 +14,7 @@ from taskiq import AckableMessage, AsyncBroker, BrokerMessage, TaskiqResult
 
 from taskiq_sa_pg import codec
 from taskiq_sa_pg.broker.claims import Claim, Claims
+from taskiq_sa_pg.broker.methods import QueueMethods
 from taskiq_sa_pg.broker.runtime import QueueRuntime
 from taskiq_sa_pg.broker.sender import row_of
 from taskiq_sa_pg.broker.session import AnySession, SessionBroker, join
@@ -32,7 +33,13 @@ from taskiq_sa_pg.database import (
     DsnSource,
     check_loop,
 )
-from taskiq_sa_pg.exceptions import ConfigurationError, NotStartedError, TaskAbandonedError
+from taskiq_sa_pg.exceptions import (
+    ConfigurationError,
+    NotStartedError,
+    SchemaError,
+    TaskAbandonedError,
+    well_spelled,
+)
 from taskiq_sa_pg.models import (
     DEFAULT_QUEUE,
     DEFAULT_TABLE_NAME,
@@ -62,7 +69,7 @@ class _Sharing(Protocol):
     async def shutdown(self) -> None: ...
 
 
-class SQLAlchemyBroker(AsyncBroker):
+class SQLAlchemyBroker(QueueMethods, AsyncBroker):
     """Sends tasks through a table of your PostgreSQL; workers take them from there.
 
     A task whose transaction has committed is delivered at least once, and to one worker at a time
@@ -160,7 +167,7 @@ class SQLAlchemyBroker(AsyncBroker):
         self._database = Database(
             dsn,
             engine=engine,
-            engine_kwargs=engine_kwargs,
+            engine_kwargs=well_spelled(engine_kwargs, SQLAlchemyBroker),
             max_connections=max_connections,
             listen_dsn=listen_dsn,
             retry_timeout=retry_timeout,
@@ -184,16 +191,26 @@ class SQLAlchemyBroker(AsyncBroker):
     async def startup(self) -> None:
         """Looks at the tables and starts the result backend; may be repeated.
 
+        In a process of `taskiq worker`, which would tell of an error by its traceback each time
+        that taskiq starts it again, a SchemaError is logged in one line, and ends the process.
+
         Raises:
             SchemaError: The tables are absent or unfit; names the differences and the remedy.
+            SystemExit: The same in a process of `taskiq worker`.
             ConfigurationError: The engine cannot be made.
         """
-        await self.hold()
         try:
-            await super().startup()
-        except BaseException:
-            await self.let_go()
-            raise
+            await self.hold()
+            try:
+                await super().startup()
+            except BaseException:
+                await self.let_go()
+                raise
+        except SchemaError as exc:
+            if not self.is_worker_process:
+                raise
+            logger.critical("the worker cannot start: %s", exc)
+            raise SystemExit(1) from None
 
     async def shutdown(self) -> None:
         """Gives back the tasks that it has, and ends the result backend. May be repeated.

@@ -11,11 +11,10 @@ from taskiq import AckableMessage
 
 from taskiq_sa_pg.background import end_task, is_running, start_task
 from taskiq_sa_pg.broker.claims import Claim, Claims
-from taskiq_sa_pg.broker.sender import MAX_PRIORITY
 from taskiq_sa_pg.broker.settings import QueueSettings
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import NotStartedError
-from taskiq_sa_pg.statements import Claimed, claim_tasks, select_next_due
+from taskiq_sa_pg.statements import MAX_PRIORITY, Claimed, claim_tasks, select_next_due
 from taskiq_sa_pg.waiting import Listener
 
 logger = logging.getLogger(__name__)

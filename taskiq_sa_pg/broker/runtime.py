@@ -4,9 +4,10 @@ import asyncio
 import json
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final
 
+from taskiq_sa_pg.broker.admin import QueueAdmin
 from taskiq_sa_pg.broker.claims import Claims
 from taskiq_sa_pg.broker.consumer import Consumer
 from taskiq_sa_pg.broker.sender import Sender
@@ -43,8 +44,8 @@ class QueueRuntime:
             listener = Listener(database.listening, send=self.notifier.send, timings=timings)
         self.listener: Final = listener if is_told else None
         self.claims: Final = Claims(settings, database)
-        self._sender = Sender(settings, database, self._announce)
-        self._ticks = TickSender(settings, database, self._announce)
+        self._sender = Sender(settings, database, self.announce)
+        self._ticks = TickSender(settings, database, self.announce)
         self._channel = settings.models.config.queue_channel
         self._consumers: dict[Consumer, frozenset[str]] = {}
         if self.listener is not None:
@@ -67,7 +68,17 @@ class QueueRuntime:
     def note_sent(self, rows: Collection[QueueRow]) -> None:
         """Tells of tasks that were committed in another way; from any thread."""
         with suppress(RuntimeError):  # the event loop has ended, and workers find them by polling
-            self.loop.call_soon_threadsafe(self._announce, {row.queue_name for row in rows})
+            self.loop.call_soon_threadsafe(self.announce, {row.queue_name for row in rows})
+
+    def announce(self, queue_names: Collection[str]) -> None:
+        """Tells workers of queues that there are tasks to take; it returns at once."""
+        if self.notifier is not None:
+            self.notifier.announce(self._channel, queue_names)
+
+    @cached_property
+    def admin(self) -> QueueAdmin:
+        """What people look at and do in the queue."""
+        return QueueAdmin(self.settings, self.database, self.announce)
 
     def consume(
         self,
@@ -87,7 +98,7 @@ class QueueRuntime:
             worker=worker,
             is_known=is_known,
             abandon=abandon,
-            announce=partial(self._announce, frozenset(queue_names)),
+            announce=partial(self.announce, frozenset(queue_names)),
         )
         if self.listener is not None:
             self.listener.start()
@@ -136,10 +147,6 @@ class QueueRuntime:
         await self._sender.close()
         if self.notifier is not None:
             await self.notifier.close()
-
-    def _announce(self, queue_names: Collection[str]) -> None:
-        if self.notifier is not None:
-            self.notifier.announce(self._channel, queue_names)
 
     def _hear(self, _channel: str, payload: str) -> None:
         try:

@@ -7,15 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple
-from zoneinfo import ZoneInfo
 
-import pycron
-from pydantic import TypeAdapter, ValidationError
 from taskiq import BrokerMessage, ScheduledTask
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.decor import AsyncTaskiqDecoratedTask
 
 from taskiq_sa_pg.broker.broker import SQLAlchemyBroker
+from taskiq_sa_pg.broker.cron import CRON_ERRORS, is_cron_now, offset_of
 from taskiq_sa_pg.broker.sender import row_of
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.models import flaw_of_key, shortened
@@ -28,8 +26,6 @@ _SERIALIZED: Final = {"args", "kwargs", "labels", "task_id", "cron_offset"}
 
 # Of a task's labels, what is about its schedules or cannot be sent: as taskiq's kicker does it.
 _NOT_SENT: Final = {"schedule", "types_of_exceptions"}
-
-_TIMEDELTA: Final = TypeAdapter(timedelta)
 
 _DAY: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
@@ -89,7 +85,7 @@ def row_of_schedule(
     if times.cron is not None:
         try:
             is_cron_now(times.cron, schedule.cron_offset, _DAY)
-        except (ValueError, LookupError, OSError) as exc:
+        except CRON_ERRORS as exc:
             raise ConfigurationError(f"{what}: cron expression {times.cron!r}: {exc}") from exc
     task_id = schedule.task_id if schedule.task_id is not None else broker.id_generator()
     name, labels = schedule.task_name, schedule.labels
@@ -109,7 +105,7 @@ def schedule_of_row(serializer: TaskiqSerializer, row: ScheduleRow) -> Scheduled
     """The schedule that was stored."""
     stored = serializer.loadb(row.message)
     values = {name: stored[name] for name in _SERIALIZED}
-    values["cron_offset"] = _offset_of(values["cron_offset"])
+    values["cron_offset"] = offset_of(values["cron_offset"])
     return ScheduledTask(
         schedule_id=row.schedule_id,
         task_name=row.task_name,
@@ -118,29 +114,6 @@ def schedule_of_row(serializer: TaskiqSerializer, row: ScheduleRow) -> Scheduled
         time=row.time,
         **values,
     )
-
-
-def _offset_of(stored: str | None) -> str | timedelta | None:
-    # Before 0.13, taskiq takes a time that was serialized for the name of a zone.
-    try:
-        return None if stored is None else _TIMEDELTA.validate_python(stored)
-    except ValidationError:
-        return stored
-
-
-def is_cron_now(cron: str, offset: str | timedelta | None, minute: datetime) -> bool:
-    """Whether a cron expression is due in a minute of UTC, as taskiq's scheduler sees it.
-
-    Raises:
-        ValueError: It is none.
-        LookupError: The offset is the name of no time zone.
-    """
-    if isinstance(offset, timedelta):
-        minute += offset
-    elif offset:
-        minute = minute.astimezone(ZoneInfo(offset))
-    is_now: bool = pycron.is_now(cron, minute)
-    return is_now
 
 
 def labelled_rows(broker: SQLAlchemyBroker) -> list[ScheduleRow]:

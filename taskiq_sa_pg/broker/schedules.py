@@ -11,10 +11,10 @@ from sqlalchemy import Executable, Select, Table
 from taskiq import ScheduledTask, ScheduleSource
 
 from taskiq_sa_pg.broker.broker import SQLAlchemyBroker
+from taskiq_sa_pg.broker.cron import is_cron_now
 from taskiq_sa_pg.broker.schedule_rows import (
     Times,
     check_schedule_id,
-    is_cron_now,
     labelled_rows,
     row_of_schedule,
     schedule_of_row,

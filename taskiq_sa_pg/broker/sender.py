@@ -12,9 +12,7 @@ from taskiq_sa_pg.batching import Batcher, Entry
 from taskiq_sa_pg.broker.settings import QueueSettings, check_queue_name
 from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError
-from taskiq_sa_pg.statements import QueueRow, enqueue_tasks
-
-MAX_PRIORITY: Final = 9
+from taskiq_sa_pg.statements import MAX_PRIORITY, QueueRow, enqueue_tasks
 
 # The number begins anywhere, so that a claim of a task id that was used before holds nothing of its
 # later use; and leaves room to grow.

@@ -3,13 +3,16 @@
 import typer
 
 from taskiq_sa_pg.cli import (
+    finding,
     importing,
     listing,
     provisioning,
     pruning,
     queue,
     tracking,
+    ui,
     watching,
+    workers,
 )
 from taskiq_sa_pg.cli.target import command
 
@@ -35,10 +38,12 @@ app.command("current")(command(provisioning.current))
 app.command("check")(command(provisioning.check))
 app.command("sql")(command(provisioning.sql))
 app.command("show")(command(listing.show))
-app.command("list")(command(listing.list_results))
+app.command("list")(command(finding.list_results))
 app.command("stats")(command(listing.stats))
 app.command("status")(command(tracking.status))
 app.command("running")(command(tracking.running))
+app.command("workers")(command(workers.workers))
+app.command("retry")(command(workers.retry))
 app.command("prune")(command(pruning.prune))
 app.command("watch")(command(watching.watch))
 app.command("import-results")(command(importing.import_old_results))
@@ -47,3 +52,4 @@ app.command("parked")(command(queue.parked))
 app.command("release")(command(queue.release))
 app.command("discard")(command(queue.discard))
 app.command("import-queue")(command(queue.import_old_queue))
+app.command("ui")(command(ui.ui))

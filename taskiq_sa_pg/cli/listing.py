@@ -1,6 +1,5 @@
 """The commands that show what is stored."""
 
-import json
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any
@@ -8,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from taskiq_sa_pg import statements as sql
-from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_lines, say_table
-from taskiq_sa_pg.cli.since import parse_since
+from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_lines
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ResultDecodeError, ResultIsMissingError
+from taskiq_sa_pg.results import TaskDetails
 from taskiq_sa_pg.schema import select_sizes
 
 
@@ -27,22 +26,24 @@ async def show(
 
     The exit status is 1 if something of it cannot be decoded.
     """
-    parameters = {"task_ids": [target.config.to_column_task_id(task_id)]}
-    purpose = f"read the result of task {task_id!r}"
-    async with target.runtime() as runtime:
-        results, details, progress = [
-            await runtime.database.fetch(select(target.models), parameters, purpose)
-            for select in (sql.select_results, sql.select_details, sql.select_progress)
-        ]
-    if not (results and details) and not progress:
-        raise ResultIsMissingError(task_id, target.config.qualified_name)
+    column_id = target.config.to_column_task_id(task_id)
+    parameters, purpose = {"task_ids": [column_id]}, f"read the result of task {task_id!r}"
+    details = None
+    async with target.runtime(codec=target.codec) as runtime:
+        progress = await runtime.reader.read_progress(column_id)
+        try:
+            details = await runtime.finding.read_details(column_id, with_result=not raw)
+        except ResultIsMissingError:
+            if progress is None:
+                raise
+        select_raw = sql.select_results(target.models)
+        stored = await runtime.database.fetch(select_raw, parameters, purpose) if raw else ()
     shown: dict[str, Any] = {"task_id": task_id}
-    if results and details:
-        stored, more = sql.StoredResult._make(results[0]), sql.Details._make(details[0])
-        shown |= _shown_result(target, stored, more, is_raw=raw)
-    if progress:
-        stored_progress = sql.StoredProgress._make(progress[0])
-        shown["progress"] = _shown_progress(target, stored_progress, is_raw=raw)
+    if details is not None:
+        values = [sql.StoredResult._make(row) for row in stored]
+        shown |= _shown_result(details, values[0] if values else None)
+    if progress is not None:
+        shown["progress"] = _shown_progress(target, progress, is_raw=raw)
     if json:
         say_json(shown)
     else:
@@ -51,32 +52,23 @@ async def show(
         raise typer.Exit(1)
 
 
-def _shown_result(
-    target: Target, stored: sql.StoredResult, details: sql.Details, *, is_raw: bool
-) -> dict[str, Any]:
+def _shown_result(details: TaskDetails, raw: sql.StoredResult | None) -> dict[str, Any]:
+    record = details.record
+    names = ("worker", "queued_at", "started_at", "finished_at", "execution_time", "attempt")
     shown: dict[str, Any] = {
-        "outcome": _outcome(stored.is_err),
-        "task_name": details.task_name,
-        "args": None if details.args is None else json.loads(details.args),
-        "kwargs": None if details.kwargs is None else json.loads(details.kwargs),
-        "worker": details.worker,
-        "queued_at": details.queued_at,
-        "started_at": details.started_at,
-        "finished_at": details.finished_at,
-        "execution_time": stored.execution_time,
-        "attempt": details.attempt,
+        "outcome": record.outcome,
+        "task_name": record.task_name,
+        "args": details.args,
+        "kwargs": details.kwargs,
+        **{name: getattr(record, name) for name in (*names, "expires_at", "labels")},
     }
-    if is_raw:
-        shown |= {"return_value": stored.return_value, "error": stored.error}
-    else:
-        try:
-            result = target.codec.decode_result(stored, with_logs=True)
-        except ResultDecodeError as exc:
-            shown["undecodable"] = str(exc)
-        else:
-            shown |= {"return_value": result.return_value, "error": result.error}
-            shown["labels"] = result.labels
-    return shown | {"error_type": stored.error_type, "traceback": details.traceback}
+    if details.undecodable is not None:
+        shown["undecodable"] = details.undecodable
+    elif (source := details.result or raw) is not None:
+        shown |= {"return_value": source.return_value, "error": source.error}
+    if details.result is not None:
+        shown["labels"] = details.result.labels
+    return shown | {"error_type": record.error_type, "traceback": details.traceback}
 
 
 def _shown_progress(target: Target, stored: sql.StoredProgress, *, is_raw: bool) -> dict[str, Any]:
@@ -109,49 +101,6 @@ def _to_text(name: str, value: Any) -> str:
             return repr_of(value)
 
 
-async def list_results(
-    target: Target,
-    errors: Annotated[bool, typer.Option("--errors", help="Failures only.")] = False,
-    since: Annotated[
-        str | None,
-        typer.Option(help="Finished in the last 30s, 15m, 2h, 7d or 1w, or since an ISO date."),
-    ] = None,
-    task_name: Annotated[
-        str | None,
-        typer.Option(help="Results of this task only, where the column task_name is filled."),
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
-    json: JsonOption = False,
-) -> None:
-    """Lists results, the latest first."""
-    statement = sql.select_list(
-        target.models,
-        is_err=True if errors else None,
-        since=None if since is None else parse_since(since),
-        task_name=task_name,
-        limit=limit,
-    )
-    async with target.runtime() as runtime:
-        rows = await runtime.database.fetch(statement, {}, "list results")
-    listed = [sql.Listed._make(row) for row in rows]
-    if json:
-        say_json([row._asdict() | {"outcome": _outcome(row.is_err)} for row in listed])
-        return
-    say_table(
-        ["finished at", "outcome", "seconds", "task", "task id"],
-        [
-            [
-                row.finished_at.isoformat(sep=" ", timespec="seconds"),
-                row.error_type or _outcome(row.is_err),
-                f"{row.execution_time:.3f}",
-                row.task_name or "",
-                str(row.task_id),
-            ]
-            for row in listed
-        ],
-    )
-
-
 async def stats(target: Target, json: JsonOption = False) -> None:
     """Counts results by outcome, and says how large and how old the tables are."""
     async with target.runtime() as runtime:
@@ -175,7 +124,3 @@ async def stats(target: Target, json: JsonOption = False) -> None:
     _say_fields(shown)
     for name, size in sizes:
         say(f"{'size:':<16}{size / 1024:,.0f} kB  {name}")
-
-
-def _outcome(is_err: bool) -> str:
-    return "failure" if is_err else "success"

@@ -5,66 +5,59 @@ import sys
 from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final
 
 import typer
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import NullPool
 
-from taskiq_sa_pg.broker import ParkedTasks, QueueSettings
+from taskiq_sa_pg.broker import ParkedTask, QueueCount, SQLAlchemyBroker
 from taskiq_sa_pg.cli.output import JsonOption, complain, say, say_json, say_table, to_json
 from taskiq_sa_pg.cli.since import parse_since
 from taskiq_sa_pg.cli.target import Target
-from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError
 from taskiq_sa_pg.importing import QueueImportReport, import_queue
 from taskiq_sa_pg.models import DEFAULT_QUEUE, build_models
-from taskiq_sa_pg.statements import ParkedTask, QueueCount, count_tasks
 
-_UNDEFINED_TABLE: Final = "42P01"
+UNDEFINED_TABLE: Final = "42P01"
 
 _STATES: Final = ("waiting", "delayed", "running", "parked")
 
 _TaskIds = Annotated[list[str] | None, typer.Argument(help="Parked tasks.")]
-_All = Annotated[bool, typer.Option("--all", help="All that are parked.")]
-_QueueName = Annotated[str | None, typer.Option(help="Of them, those in this queue.")]
-_TaskName = Annotated[str | None, typer.Option(help="Of them, those of this task.")]
+_All = Annotated[bool, typer.Option("--all", help="All parked tasks.")]
+_QueueName = Annotated[str | None, typer.Option(help="Only in this queue.")]
+_TaskName = Annotated[str | None, typer.Option(help="Only of this task.")]
 
 
-class _Opened(NamedTuple):
-    """What the commands work with."""
+async def queue(
+    target: Target,
+    limit: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Stop counting each state and priority of a queue at this number."
+        ),
+    ] = 10_000,
+    json: JsonOption = False,
+) -> None:
+    """Counts the tasks in the broker's queue: waiting, delayed, running and parked.
 
-    settings: QueueSettings
-    database: Database
-    announce: Any  # takes the names of queues that have tasks to take
-
-    def parked(self, queue_name: str | None, task_name: str | None) -> ParkedTasks:
-        return ParkedTasks(*self, queue_name=queue_name, task_name=task_name)
-
-
-async def queue(target: Target, json: JsonOption = False) -> None:
-    """Counts what is in the broker's queue: waiting, delayed, running and parked tasks.
-
-    By queue and task name, with the seconds for which the oldest of those that wait has been due.
-    Running is what a worker has. It reads the whole table, which takes a second or two for a
-    million tasks, and nobody has to wait for it.
+    By queue and task name. "oldest s" is for how many seconds the oldest waiting task has been
+    due. "10,000+" means that counting stopped at --limit; a larger --limit takes longer, a second
+    or two for a million tasks.
     """
-    async with _open(target) as opened:
-        table, purpose = opened.settings.queue_table, f"count table {opened.settings.table}"
-
-        async def count(connection: AsyncConnection) -> list[QueueCount]:
-            return [QueueCount._make(row) for row in await connection.execute(count_tasks(table))]
-
-        counts = await opened.database.transact(count, purpose, is_limited=False)
+    async with _open(target) as broker:
+        counts = await broker.get_queues(limit)
     oldest = max((each.oldest_waiting or 0.0 for each in counts if each.waiting), default=None)
     sums = {name: sum(getattr(each, name) for each in counts) for name in _STATES}
     depth = sum(sums.values())
+    at_least = [name for name in _STATES if any(name in each.at_least for each in counts)]
     if json:
-        tasks = [each._asdict() for each in counts]
-        say_json({"depth": depth, **sums, "oldest_waiting": oldest, "tasks": tasks})
+        tasks = [asdict(each) for each in counts]
+        found = {"depth": depth, **sums, "oldest_waiting": oldest, "at_least": at_least}
+        say_json({**found, "tasks": tasks})
         return
     since = "" if oldest is None else f", the oldest for {oldest:,.1f} s"
-    waiting, *others = (f"{count:,} {state}" for state, count in sums.items())
-    say(f"{depth:,} tasks: {', '.join([waiting + since, *others])}")
+    waiting, *others = (f"{_shown(count, s in at_least)} {s}" for s, count in sums.items())
+    say(f"{_shown(depth, bool(at_least))} tasks: {', '.join([waiting + since, *others])}")
     if counts:
         headers = ["queue", "task", "waiting", "oldest s", "delayed", "running", "parked"]
         say_table(headers, [_cells(each) for each in counts])
@@ -73,8 +66,12 @@ async def queue(target: Target, json: JsonOption = False) -> None:
 def _cells(each: QueueCount) -> list[str]:
     oldest = "" if each.oldest_waiting is None else f"{each.oldest_waiting:,.1f}"
     names = each.queue_name, each.task_name
-    counts = [f"{getattr(each, name):,}" for name in _STATES]
+    counts = [_shown(getattr(each, name), name in each.at_least) for name in _STATES]
     return [*names, counts[0], oldest, *counts[1:]]
+
+
+def _shown(count: int, is_at_least: bool) -> str:
+    return f"{count:,}{'+' if is_at_least else ''}"
 
 
 async def parked(
@@ -84,15 +81,15 @@ async def parked(
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
     json: JsonOption = False,
 ) -> None:
-    """Lists parked tasks, those that were delivered too often, in the order they were sent in.
+    """Lists parked tasks, oldest first: delivered too often, and never acknowledged.
 
-    With the worker that gave each up. The result of each is an error that tells so; `release` and
-    `discard` end its parking.
+    The worker is the one that parked the task. The result of a parked task is an error.
+    `release` delivers the task again, `discard` deletes it.
     """
-    async with _open(target) as opened:
-        found = await opened.parked(queue_name, task_name).read(limit)
+    async with _open(target) as broker:
+        found = await broker.get_parked(queue_name, task_name, limit)
     if json:
-        say_json([each._asdict() for each in found])
+        say_json([asdict(each) for each in found])
         return
     headers = ["queued at", "queue", "task", "deliveries", "worker", "task id"]
     say_table(headers, [_cells_of_parked(each) for each in found])
@@ -101,7 +98,7 @@ async def parked(
 def _cells_of_parked(each: ParkedTask) -> list[str]:
     queued_at = each.queued_at.isoformat(sep=" ", timespec="seconds")
     names = each.queue_name, each.task_name
-    return [queued_at, *names, str(each.deliveries), each.worker or "", str(each.task_id)]
+    return [queued_at, *names, str(each.deliveries), each.worker or "", each.task_id]
 
 
 async def release(
@@ -112,14 +109,14 @@ async def release(
     task_name: _TaskName = None,
     json: JsonOption = False,
 ) -> None:
-    """Has parked tasks delivered again, at once and as often as new ones; workers are told.
+    """Makes parked tasks due at once, as if they had just been sent, and notifies workers.
 
-    The exit status is 1 if one of the task ids is not parked. Until it has run, its result is still
-    the error that told of the parking.
+    The result of a task stays an error until it has run. The exit status is 1 if one of the task
+    ids is not parked.
     """
     column_ids = _check_choice(target, task_ids, everything, queue_name, task_name)
-    async with _open(target) as opened:
-        done = await opened.parked(queue_name, task_name).release(column_ids)
+    async with _open(target) as broker:
+        done = await broker.runtime.admin.release(column_ids, queue_name, task_name)
     _tell(task_ids, column_ids, done, "released", json=json)
 
 
@@ -132,9 +129,9 @@ def discard(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before --all.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Deletes parked tasks for ever; their results, which are errors, stay.
+    """Deletes parked tasks. Their results, which are errors, stay.
 
-    It asks before --all. The exit status is 1 if one of the task ids is not parked.
+    --all asks first. The exit status is 1 if one of the task ids is not parked.
     """
     column_ids = _check_choice(target, task_ids, everything, queue_name, task_name)
     if everything and not yes:
@@ -145,15 +142,15 @@ def discard(
         typer.confirm(f"Delete {count:,} parked tasks?", abort=True, err=True)
 
     async def run() -> set[Any]:
-        async with _open(target) as opened:
-            return await opened.parked(queue_name, task_name).discard(column_ids)
+        async with _open(target) as broker:
+            return await broker.runtime.admin.discard(column_ids, queue_name, task_name)
 
     _tell(task_ids, column_ids, asyncio.run(run()), "discarded", json=json)
 
 
 async def _count(target: Target, queue_name: str | None, task_name: str | None) -> int:
-    async with _open(target) as opened:
-        return await opened.parked(queue_name, task_name).count()
+    async with _open(target) as broker:
+        return await broker.runtime.admin.count_parked(queue_name, task_name)
 
 
 def _check_choice(
@@ -234,12 +231,12 @@ async def import_old_queue(
     others are deleted. What our queue cannot hold stays and is told, and the exit status is 1.
     """
     start = None if since is None else parse_since(since)
-    async with _open(target, queue_name) as opened:
+    async with _open(target, queue_name) as broker:
         report = await import_queue(
-            opened.settings,
-            opened.database,
+            broker.settings,
+            broker.runtime.database,
             from_table,
-            announce=opened.announce,
+            announce=broker.runtime.announce,
             from_schema=from_schema,
             since=start,
             processing=processing,
@@ -267,21 +264,26 @@ def _say_report(report: QueueImportReport, would: str, moved: str) -> None:
 
 
 @asynccontextmanager
-async def _open(target: Target, queue_name: str = DEFAULT_QUEUE) -> AsyncIterator[_Opened]:
-    models = build_models(**asdict(target.config), queue=True)
-    settings = QueueSettings(models=models, queue_name=queue_name)
-    async with target.runtime() as runtime:
-
-        def announce(queue_names: Collection[str]) -> None:
-            if runtime.notifier is not None:
-                runtime.notifier.announce(target.config.queue_channel, queue_names)
-
-        try:
-            yield _Opened(settings, runtime.database, announce)
-        except StorageError as exc:
-            if exc.sqlstate != _UNDEFINED_TABLE:
-                raise
-            raise SchemaError(
-                f"table {settings.table} does not exist: make it with `taskiq-sa-pg upgrade "
-                "--queue`, or name its results table by --table-name and --schema"
-            ) from exc
+async def _open(target: Target, queue_name: str = DEFAULT_QUEUE) -> AsyncIterator[SQLAlchemyBroker]:
+    """A broker on the tables, which delivers nothing; it says at once what is wrong."""
+    broker = SQLAlchemyBroker(
+        target.dsn,
+        models=build_models(**asdict(target.config), queue=True),
+        queue_name=queue_name,
+        check_schema="off",  # to look needs fewer rights than to send
+        retry_timeout=0,
+        startup_timeout=0,
+        poolclass=NullPool,
+    )
+    await broker.startup()
+    try:
+        yield broker
+    except StorageError as exc:
+        if exc.sqlstate != UNDEFINED_TABLE:
+            raise
+        raise SchemaError(
+            f"table {broker.settings.table} does not exist: make it with `taskiq-sa-pg upgrade "
+            "--queue`, or name its results table by --table-name and --schema"
+        ) from exc
+    finally:
+        await broker.shutdown()

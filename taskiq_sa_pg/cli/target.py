@@ -107,6 +107,11 @@ class Target:
         return self._dsn
 
     @property
+    def has_dsn(self) -> bool:
+        """Whether a database is named."""
+        return bool(self._dsn)
+
+    @property
     def codec(self) -> Codec:
         """What reads the tables' values."""
         return Codec(self.config, self._find_serializer())
@@ -115,14 +120,16 @@ class Target:
         return find_serializer(self._serializer, self.serializer_option)
 
     @asynccontextmanager
-    async def runtime(self, progress_ttl: float | None = None) -> AsyncIterator[Runtime]:
+    async def runtime(
+        self, progress_ttl: float | None = None, codec: Codec | None = None
+    ) -> AsyncIterator[Runtime]:
         """What works on the tables; it says at once what is wrong."""
         database = Database(self.dsn, engine_kwargs={"poolclass": NullPool}, retry_timeout=0)
         await database.open()
         try:
             settings = Settings(
                 models=await self._models_in(database),
-                codec=Codec(self.config),
+                codec=codec or Codec(self.config),
                 progress_ttl=progress_ttl,
             )
             runtime = Runtime(settings, database, Telemetry(settings.table))
@@ -132,17 +139,21 @@ class Target:
             await database.close()
 
     async def _models_in(self, database: Database) -> Models:
-        # An application whose models have no StatusMixin has no such table.
+        # An application whose models have no StatusMixin or WorkerMixin has no such table.
         rows = await database.fetch(select_sizes(self.config), {}, "look for the tables")
         found = {name for name, _ in rows}
-        is_without = found and self.config.status_table_name not in found
-        return replace(self.models, Status=None) if is_without else self.models
+        models = self.models
+        if found and self.config.status_table_name not in found:
+            models = replace(models, Status=None)
+        if found and self.config.workers_table_name not in found:
+            models = replace(models, Worker=None)
+        return models
 
     @asynccontextmanager
     async def backend(
-        self, check_schema: SchemaCheck = "error"
+        self, check_schema: SchemaCheck = "error", *, is_tracked: bool = False, **options: Any
     ) -> AsyncIterator[SQLAlchemyResultBackend[Any]]:
-        """A started backend."""
+        """A started backend, with further arguments; if `is_tracked`, with statuses if they are."""
         async with self.runtime() as runtime:
             models = runtime.settings.models
         backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
@@ -151,6 +162,8 @@ class Target:
             serializer=self._find_serializer(),
             check_schema=check_schema,
             startup_timeout=0,
+            track="started" if is_tracked and models.Status is not None else None,
+            **options,
         )
         await backend.startup()
         try:

@@ -15,7 +15,10 @@ async def status(
     task_id: Annotated[str, typer.Argument(help="The task.")],
     json: JsonOption = False,
 ) -> None:
-    """Says what a task is at: queued, started, retrying, succeeded, failed, expired, unknown."""
+    """Shows a task's status.
+
+    It is queued, started, lost, retrying, succeeded, failed, expired or unknown.
+    """
     column_id = target.config.to_column_task_id(task_id)
     async with target.runtime() as runtime:
         found = await runtime.statuses.read(column_id, task_id)
@@ -34,8 +37,8 @@ async def running(
 ) -> None:
     """Lists the tasks that are being executed, the longest running first.
 
-    Those of brokers with track="started" and TaskMetadataMiddleware; one whose worker was killed
-    stays until it is started again or pruned.
+    It needs track="started" and TaskMetadataMiddleware. A task is "lost" if its worker has not been
+    seen for a minute. It is listed until it is started again or pruned.
     """
     async with target.runtime() as runtime:
         found = await runtime.statuses.read_running(limit)
@@ -49,5 +52,5 @@ async def running(
             started_at = each.started_at.isoformat(sep=" ", timespec="seconds")
             seconds = f"{(now - each.started_at).total_seconds():.1f}"
         names = each.task_name or "", each.worker or "", each.task_id
-        rows.append([started_at, seconds, str(each.attempt), *names])
-    say_table(["started at", "seconds", "attempt", "task", "worker", "task id"], rows)
+        rows.append([started_at, seconds, str(each.attempt), each.state, *names])
+    say_table(["started at", "seconds", "attempt", "state", "task", "worker", "task id"], rows)

@@ -1,12 +1,16 @@
 """Between taskiq's objects and the rows of the tables."""
 
+from taskiq_sa_pg.codec.codec import UNREAD as UNREAD
 from taskiq_sa_pg.codec.codec import Codec as Codec
 from taskiq_sa_pg.codec.codec import attempt_of as attempt_of
+from taskiq_sa_pg.codec.codec import read_labels as read_labels
 from taskiq_sa_pg.codec.codec import reason_of as reason_of
 from taskiq_sa_pg.codec.decoding import RowDecoder as RowDecoder
 from taskiq_sa_pg.codec.exceptions import qualified_name as qualified_name
 from taskiq_sa_pg.codec.jsonb import is_plain as is_plain
+from taskiq_sa_pg.codec.jsonb import is_wrapper as is_wrapper
 from taskiq_sa_pg.codec.jsonb import storable_text as storable_text
+from taskiq_sa_pg.codec.jsonb import unwrap as unwrap
 from taskiq_sa_pg.codec.jsonb import wrap as wrap
 from taskiq_sa_pg.codec.retention import Retention as Retention
 from taskiq_sa_pg.codec.retention import Seconds as Seconds

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any, Final
 
@@ -60,6 +60,9 @@ _MAX_REASON_CHARACTERS: Final = 500
 # PostgreSQL takes a message below 1 GiB, of which some bytes are for the other values; and in jsonb
 # whatever is not more than 256 MiB, with some bytes of its own.
 _COLUMN_BYTES: Final = {"Bytea": 1_000_000_000, "Jsonb": 268_435_000}
+
+# What read_labels() says of a value that it does not read.
+UNREAD: Final = "(serialized)"
 
 # Whatever these can dump they can also load; of others it is found out before a row is written.
 _TRUSTED_TO_LOAD: Final = (JSONSerializer, ORJSONSerializer)
@@ -193,6 +196,17 @@ class Codec:
             failures[row.task_id] = failure
         return failure
 
+    def decode_labels(self, task_id: Any, stored: str) -> dict[str, Any]:
+        """The labels of a row.
+
+        Raises:
+            ResultDecodeError: They cannot be read back.
+        """
+        try:
+            return self._decode_labels(stored)
+        except Exception as exc:
+            raise self.decode_error(task_id, exc) from exc
+
     def decode_error(self, task_id: Any, exc: Exception) -> ResultDecodeError:
         """The error of a result that cannot be read back for this reason."""
         what = "a result" if task_id is None else f"the result of task {str(task_id)!r}"
@@ -319,13 +333,7 @@ class Codec:
         return value if is_plain(value) else pack_or_repr(value, self)
 
     def _decode_labels(self, stored: str) -> dict[str, Any]:
-        if stored == "{}":
-            return {}
-        document = json.loads(stored)
-        if not isinstance(document, dict) or is_wrapper(document):
-            unpacked = self.unpack(document)
-            return unpacked if isinstance(unpacked, dict) else {"labels": unpacked}
-        return {name: self.unpack(value) for name, value in document.items()}
+        return labels_of(stored, self.unpack)
 
 
 def _check_writes_json(serializer: TaskiqSerializer) -> None:
@@ -340,6 +348,32 @@ def _check_writes_json(serializer: TaskiqSerializer) -> None:
             f"JSONSerializer or ORJSONSerializer, not {type(serializer).__qualname__}; "
             '"Bytea" takes any'
         )
+
+
+def read_labels(stored: str) -> dict[str, Any]:
+    """The labels of a row without any serializer, which may be one that executes what it reads.
+
+    A value that only the serializer can read is `UNREAD`; what is no JSON at all stays as it is.
+    """
+    try:
+        return labels_of(stored, _unpack_plain)
+    except (ValueError, RecursionError):  # as an integer of more digits than Python reads
+        return {"labels": stored}
+
+
+def labels_of(stored: str, unpack: Callable[[Any], Any]) -> dict[str, Any]:
+    """The labels of JSON text."""
+    if stored == "{}":
+        return {}
+    document = json.loads(stored)
+    if not isinstance(document, dict) or is_wrapper(document):
+        unpacked = unpack(document)
+        return unpacked if isinstance(unpacked, dict) else {"labels": unpacked}
+    return {name: unpack(value) for name, value in document.items()}
+
+
+def _unpack_plain(packed: Any) -> Any:
+    return unwrap(packed, lambda _: UNREAD) if is_wrapper(packed) else packed
 
 
 def attempt_of(labels: Any) -> int:

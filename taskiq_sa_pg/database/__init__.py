@@ -14,3 +14,4 @@ from taskiq_sa_pg.database.errors import describe as describe
 from taskiq_sa_pg.database.errors import is_transient as is_transient
 from taskiq_sa_pg.database.errors import is_unfit_value as is_unfit_value
 from taskiq_sa_pg.database.errors import reason_of as reason_of
+from taskiq_sa_pg.database.errors import sqlstate_of as sqlstate_of

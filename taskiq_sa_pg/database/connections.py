@@ -5,7 +5,14 @@ statement would cost as much as a small statement.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import Context
 from math import inf
@@ -331,3 +338,25 @@ def _size_of_pool(engine: AsyncEngine) -> int | None:
         # They give the one connection that they have to everybody who asks, or refuse a second.
         return 1
     return pool.size() if isinstance(pool, QueuePool) else None
+
+
+async def disposing(connections: Connections) -> AsyncGenerator[None, None]:
+    """Ends the connections and their engine when it is closed."""
+    # asyncio.run() and its like close the async generators of their event loop before the loop
+    # itself, so connections that nobody shut down are closed while they still can be.
+    try:
+        yield
+    finally:
+        try:
+            await connections.close()
+        finally:
+            await _dispose(connections.engine)
+
+
+async def _dispose(engine: AsyncEngine) -> None:
+    """Closes the connections of a pool, or leaves them alone if the server stands still."""
+    try:
+        async with asyncio.timeout(MAX_SECONDS_TO_CLOSE):
+            await engine.dispose()
+    except TimeoutError:  # asyncpg itself would wait for ever
+        await engine.dispose(close=False)

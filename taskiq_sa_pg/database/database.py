@@ -17,7 +17,7 @@ from weakref import WeakSet
 from sqlalchemy import Engine, Executable, NullPool, Select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskiq_sa_pg.database.connections import Connections
+from taskiq_sa_pg.database.connections import Connections, disposing
 from taskiq_sa_pg.database.dsn import DsnSource, parse_dsn
 from taskiq_sa_pg.database.engine import keep_notifications, make_engine, may_be_of, refuse_pooler
 from taskiq_sa_pg.database.errors import (
@@ -49,8 +49,8 @@ DEFAULT_RETRY_TIMEOUT: Final = 60.0
 DEFAULT_COMMAND_TIMEOUT: Final = 30.0
 
 _NOT_STARTED: Final = (
-    "the result backend is not started: call `await broker.startup()` (or the backend's own "
-    "startup()) first"
+    "not started: call `await broker.startup()` first, or the startup() of a result backend that "
+    "is used alone"
 )
 
 _T = TypeVar("_T")
@@ -143,6 +143,11 @@ class Database:
         return self._connections.engine
 
     @property
+    def command_timeout(self) -> float:
+        """How many seconds one attempt may take."""
+        return self._command_timeout
+
+    @property
     def kept(self) -> int:
         """How many connections are checked out although nothing runs on them."""
         return 0 if self._connections is None else self._connections.kept
@@ -190,9 +195,9 @@ class Database:
         if self._connections is not None:
             if self._connections.loop.is_running():
                 raise NotStartedError(
-                    f"the result backend works on another event loop, which still runs "
-                    f"({self._connections.loop!r}): make a backend for each event loop, or call "
-                    "`await shutdown()` there first"
+                    "the connections are in use on another event loop, which still runs "
+                    f"({self._connections.loop!r}): make a broker or result backend for each event "
+                    "loop, or call `await shutdown()` there first"
                 )
             self._connections.abandon()
         engine = self._borrowed
@@ -207,7 +212,7 @@ class Database:
             timings=timings,
         )
         if self.is_owned:
-            self._disposal = _disposing(connections)
+            self._disposal = disposing(connections)
             await anext(self._disposal)
         self._connections, self._errors = connections, errors_of(engine)
         return True
@@ -429,15 +434,3 @@ def _check_engine(engine: object, engine_kwargs: Mapping[str, Any] | None) -> No
             f"{', '.join(sorted(engine_kwargs))}: arguments for an engine go with dsn=; the "
             "engine that was given is used as it is"
         )
-
-
-async def _disposing(connections: Connections) -> AsyncGenerator[None, None]:
-    # asyncio.run() and its like close the async generators of their event loop before the loop
-    # itself, so connections that nobody shut down are closed while they still can be.
-    try:
-        yield
-    finally:
-        try:
-            await connections.close()
-        finally:
-            await connections.engine.dispose()

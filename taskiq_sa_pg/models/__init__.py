@@ -15,6 +15,7 @@ from taskiq_sa_pg.models.mixins import QueueMixin as QueueMixin
 from taskiq_sa_pg.models.mixins import ResultMixin as ResultMixin
 from taskiq_sa_pg.models.mixins import ScheduleMixin as ScheduleMixin
 from taskiq_sa_pg.models.mixins import StatusMixin as StatusMixin
+from taskiq_sa_pg.models.mixins import WorkerMixin as WorkerMixin
 from taskiq_sa_pg.models.mixins import as_interval as as_interval
 from taskiq_sa_pg.models.mixins import final as final
 from taskiq_sa_pg.models.mixins import quoted as quoted

@@ -17,6 +17,7 @@ from taskiq_sa_pg.models.mixins import (
     ScheduleMixin,
     StatusMixin,
     TableMixin,
+    WorkerMixin,
     payload_type,
     task_id_type,
 )
@@ -33,6 +34,8 @@ class Models:
             can be tracked.
         Queue: The model of the tasks that SQLAlchemyBroker has sent; None where there is none.
         Schedule: The model of the schedules of SQLAlchemyScheduleSource; None where there is none.
+        Worker: The model of worker processes; None does without, and then no worker is seen, and
+            no task is known to be lost.
 
     Raises:
         ConfigurationError: The classes were not made from one TableConfig, or their tables
@@ -45,13 +48,19 @@ class Models:
     Status: type[StatusMixin] | None = None
     Queue: type[QueueMixin] | None = None
     Schedule: type[ScheduleMixin] | None = None
+    Worker: type[WorkerMixin] | None = None
 
     def __post_init__(self) -> None:
         config = self.config
-        models = self.Result, self.Progress, self.Status, self.Queue, self.Schedule
-        mixins = ResultMixin, ProgressMixin, StatusMixin, QueueMixin, ScheduleMixin
-        names = *config.table_names, *config.queue_table_names
-        for model, mixin, name in zip(models, mixins, names, strict=True):
+        described: list[tuple[type[Any] | None, type[Any], str]] = [
+            (self.Result, ResultMixin, config.table_name),
+            (self.Progress, ProgressMixin, config.progress_table_name),
+            (self.Status, StatusMixin, config.status_table_name),
+            (self.Worker, WorkerMixin, config.workers_table_name),
+            (self.Queue, QueueMixin, config.queue_table_name),
+            (self.Schedule, ScheduleMixin, config.schedules_table_name),
+        ]
+        for model, mixin, name in described:
             if model is None:
                 continue
             if model.__table_config__ != config:
@@ -93,6 +102,11 @@ class Models:
         return None if self.Status is None else _table_of(self.Status)
 
     @property
+    def workers_table(self) -> Table | None:
+        """The Core table of Worker."""
+        return None if self.Worker is None else _table_of(self.Worker)
+
+    @property
     def queue_table(self) -> Table | None:
         """The Core table of Queue."""
         return None if self.Queue is None else _table_of(self.Queue)
@@ -104,7 +118,7 @@ class Models:
 
     @property
     def other_tables(self) -> list[Table]:
-        """The tables beside that of results; their rows go when a result is deleted."""
+        """The tables of tasks beside that of results; their rows go when a result is deleted."""
         return [t for t in (self.progress_table, self.status_table) if t is not None]
 
     @property
@@ -174,8 +188,8 @@ def build_models(
     """Fresh declarative classes for one results table and the tables that go with it.
 
     Args:
-        table_name: The results table; the others are `<table_name>_progress` and
-            `<table_name>_status`.
+        table_name: The results table; the others are `<table_name>_progress`,
+            `<table_name>_status` and `<table_name>_workers`.
         field_for_task_id: Type of the task-id columns.
         field_for_payload: Type of return_value, error and meta.
         schema: PostgreSQL schema of the tables; None takes the metadata's, and where that has
@@ -209,6 +223,7 @@ def build_models(
         Result=_map("Result", ResultMixin, config, mapper_registry),
         Progress=_map("Progress", ProgressMixin, config, mapper_registry),
         Status=_map("Status", StatusMixin, config, mapper_registry),
+        Worker=_map("Worker", WorkerMixin, config, mapper_registry),
         Queue=_map("Queue", QueueMixin, config, mapper_registry) if queue else None,
         Schedule=_map("Schedule", ScheduleMixin, config, mapper_registry) if queue else None,
     )

@@ -68,6 +68,11 @@ class TableConfig:
         return _derive(self.table_name, "_status")
 
     @property
+    def workers_table_name(self) -> str:
+        """The table of worker processes."""
+        return _derive(self.table_name, "_workers")
+
+    @property
     def queue_table_name(self) -> str:
         """The broker's table of tasks that have been sent and not finished."""
         return _derive(self.table_name, "_queue")
@@ -121,9 +126,14 @@ class TableConfig:
         return _derive(self.queue_table_name, "_available_at_idx")
 
     @property
-    def table_names(self) -> tuple[str, str, str]:
+    def table_names(self) -> tuple[str, str, str, str]:
         """The tables of results, without their version table."""
-        return self.table_name, self.progress_table_name, self.status_table_name
+        return (
+            self.table_name,
+            self.progress_table_name,
+            self.status_table_name,
+            self.workers_table_name,
+        )
 
     @property
     def queue_table_names(self) -> tuple[str, str]:
@@ -136,6 +146,7 @@ class TableConfig:
         return (
             self.progress_table_name,
             self.status_table_name,
+            self.workers_table_name,
             self.version_table_name,
             self.version_table_name + _VERSION_KEY,
             *self.queue_table_names,

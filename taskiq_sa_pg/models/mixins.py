@@ -51,6 +51,10 @@ QUICKLY_VACUUMED: Final = (
     "autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 1000)"
 )
 
+# Where a BRIN index knows nothing of a page, the page is read by every search; and it knows nothing
+# until autovacuum comes by, which for rows that are only inserted is after a fifth of the table.
+SOON_SUMMARIZED: Final = {"autosummarize": "on"}
+
 DEFAULT_QUEUE: Final = "default"
 
 
@@ -137,7 +141,12 @@ class ResultMixin(TableMixin):
         config = cls.__table_config__
         is_set = column("expires_at").is_not(None)
         args: tuple[Any, ...] = cls._table_args(
-            Index(final(config.finished_at_index_name), "finished_at", postgresql_using="brin"),
+            Index(
+                final(config.finished_at_index_name),
+                "finished_at",
+                postgresql_using="brin",
+                postgresql_with=SOON_SUMMARIZED,
+            ),
             Index(final(config.expires_at_index_name), "expires_at", postgresql_where=is_set),
         )
         return args
@@ -243,6 +252,30 @@ class StatusMixin(TableMixin):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(task_id={self.task_id!r}, state={self.state!r})"
+
+
+class WorkerMixin(_ConfiguredMixin):
+    """The columns of the table of worker processes; subclass it as you subclass ResultMixin.
+
+    Each process that executes tasks has a row while it runs: since `started_at`, and alive at
+    `seen_at`, both by the database's clock.
+    """
+
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return quoted(cls.__table_config__.workers_table_name)
+
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[Any, ...]:
+        args: tuple[Any, ...] = cls._table_args(key="worker", postgresql_using=HALF_FULL)
+        return args
+
+    worker: Mapped[str] = _column(0, Text)
+    started_at: Mapped[datetime] = _column(1, _TIME, server_default=func.now())
+    seen_at: Mapped[datetime] = _column(2, _TIME, server_default=func.now())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(worker={self.worker!r}, seen_at={self.seen_at!r})"
 
 
 class QueueMixin(TableMixin):

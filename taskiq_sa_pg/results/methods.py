@@ -1,21 +1,20 @@
 """What a backend can do beside taskiq's contract: many at once, by push, by condition."""
 
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Final, Generic, TypeVar, overload
 from uuid import UUID
 
-from taskiq import AsyncTaskiqTask, TaskiqResult
+from taskiq import AsyncBroker, AsyncTaskiqTask, TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg.codec import RowDecoder, Seconds
 from taskiq_sa_pg.exceptions import ConfigurationError, check_number, check_whole
+from taskiq_sa_pg.results.finding_methods import FindingMethods
 from taskiq_sa_pg.results.pruner import Pruned, check_limits
-from taskiq_sa_pg.results.runtime import Runtime
 from taskiq_sa_pg.results.search import DEFAULT_BATCH_SIZE, OrderBy, Where, find_results
-from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.results.status import TaskStatus
 from taskiq_sa_pg.results.wait import Task
+from taskiq_sa_pg.results.workers import WorkerInfo
 
 _ReturnType = TypeVar("_ReturnType")
 _T = TypeVar("_T")
@@ -25,15 +24,8 @@ _Id = TypeVar("_Id", bound=str | UUID)
 _MAX_ROWS: Final = 2_147_483_647
 
 
-class ResultMethods(ABC, Generic[_ReturnType]):
+class ResultMethods(FindingMethods, Generic[_ReturnType]):
     """Methods of SQLAlchemyResultBackend, which says which errors all of them raise."""
-
-    settings: Settings
-
-    @property
-    @abstractmethod
-    def runtime(self) -> Runtime:
-        """What works between startup() and shutdown()."""
 
     async def get_results(
         self, task_ids: Iterable[_Id], with_logs: bool = False
@@ -172,7 +164,7 @@ class ResultMethods(ABC, Generic[_ReturnType]):
         return self.runtime.wait.watch_progress(task, timeout)
 
     async def get_status(self, task_id: str | UUID) -> TaskStatus:
-        """What a task is at: "queued", "started", "retrying", "succeeded", "failed" and so on.
+        """A task's status: "queued", "started", "lost", "retrying", "succeeded" and so on.
 
         Without track= it is "unknown" until there is a result. A result that was deleted, be it
         because it was read once or because prune() found it expired, is "unknown" again.
@@ -185,7 +177,7 @@ class ResultMethods(ABC, Generic[_ReturnType]):
     async def get_running(self, limit: int = 1_000) -> list[TaskStatus]:
         """The tasks that are being executed, those that were started first before the others.
 
-        One whose worker was killed stays among them until it is started again or, with
+        One whose worker was killed is among them as "lost", until it is started again or, with
         progress_ttl, pruned.
 
         Raises:
@@ -193,6 +185,15 @@ class ResultMethods(ABC, Generic[_ReturnType]):
         """
         check_whole("limit", limit)
         return await self.runtime.statuses.read_running(min(limit, _MAX_ROWS))
+
+    async def get_workers(self) -> list[WorkerInfo]:
+        """The processes that execute tasks, by name, with those that were not stopped properly.
+
+        A process has a row while it runs, if its broker has a TaskMetadataMiddleware and its
+        backend track="started". Where there are no such processes, or no table of them, the list
+        is empty. Rows that were not renewed for a day are deleted.
+        """
+        return await self.runtime.workers.read()
 
     async def set_status(self, status: TaskStatus) -> None:
         """Stores that a task is "queued", "started" or "retrying"; with "unknown", forgets it.
@@ -209,6 +210,30 @@ class ResultMethods(ABC, Generic[_ReturnType]):
             raise ConfigurationError('set_status() is for backends with track="started"')
         column_id = self.settings.models.config.to_column_task_id(status.task_id)
         await self.runtime.statuses.write(column_id, status)
+
+    async def resend(self, broker: AsyncBroker, task_id: str | UUID) -> AsyncTaskiqTask[Any]:
+        """Sends a finished task again, from the arguments and labels in the row of its result.
+
+        It gets a new task id, and the label `rerun_of` with the old one. Its arguments must have
+        been recorded by TaskMetadataMiddleware (record_args=True), and are sent in the JSON-able
+        form in which it records them. Labels of retries, delays, schedules and tracing are left
+        out, but for a `delay` that the task itself declares. The task need not be registered in
+        this process.
+
+        Args:
+            broker: Where it is sent, which has to be started.
+            task_id: The task.
+
+        Raises:
+            ResultIsMissingError: There is no result (any more).
+            ResultDecodeError: Its labels cannot be read back.
+            NotResendableError: Its arguments were not recorded, or were redacted.
+            SendTaskError: The broker could not send it.
+            ConfigurationError: broker is no broker.
+        """
+        column_id = self.settings.models.config.to_column_task_id(task_id)
+        text = task_id if isinstance(task_id, str) else str(task_id)
+        return await self.runtime.resender.resend(broker, column_id, text)
 
     def decode(self, row: object, with_logs: bool = False) -> TaskiqResult[Any]:
         """The result in a row that you have selected yourself, whether it has expired or not.

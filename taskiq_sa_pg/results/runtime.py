@@ -4,12 +4,15 @@ import asyncio
 from typing import Final
 
 from taskiq_sa_pg.database import Database
+from taskiq_sa_pg.results.finding import Finding
 from taskiq_sa_pg.results.pruner import Pruner
 from taskiq_sa_pg.results.reader import Reader
+from taskiq_sa_pg.results.resend import Resender
 from taskiq_sa_pg.results.search import Search
 from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.results.status import Statuses
 from taskiq_sa_pg.results.wait import Wait
+from taskiq_sa_pg.results.workers import Workers
 from taskiq_sa_pg.results.writer import Writer
 from taskiq_sa_pg.schema import RESULTS, check, prepare
 from taskiq_sa_pg.telemetry import Telemetry
@@ -41,8 +44,11 @@ class Runtime:
         )
         self.waiters: Final = Waiters(config, self.reader.find_ready, self.listener, timings)
         self.wait: Final = Wait(config, self.reader, self.waiters)
+        self.finding: Final = Finding(settings, database)
         self.search: Final = Search(settings, database)
+        self.resender: Final = Resender(settings, database)
         self.statuses: Final = Statuses(settings, database, telemetry)
+        self.workers: Final = Workers(settings, database, self.writer)
         self.pruner: Final = Pruner(settings, database, telemetry)
 
     async def prepare(self) -> None:
@@ -77,6 +83,7 @@ class Runtime:
         if self.listener is not None:
             await self.listener.stop()
         await self.pruner.close()
+        await self.workers.close()
         await self.writer.close()
         await self.reader.close()
         await self.statuses.close()

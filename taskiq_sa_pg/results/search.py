@@ -75,6 +75,19 @@ def find_results(models: Models, where: Where, order_by: OrderBy, batch_size: in
         ConfigurationError: They ask another table, or batch_size is below 1.
     """
     check_whole("batch_size", batch_size)
+    return select_matching(models, *check_expressions(models, where, order_by))
+
+
+def check_expressions(
+    models: Models, where: Where, order_by: OrderBy = ()
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The conditions, and what to order by, each as a list.
+
+    Raises:
+        TypeError: where or order_by is no SQLAlchemy expression, such as the bool that comes of
+            comparing something else.
+        ConfigurationError: They ask another table.
+    """
     conditions = _expressions("where", where, "Result.is_err")
     order = _expressions("order_by", order_by, "Result.finished_at.desc()")
     statement = select_matching(models, conditions, order)
@@ -86,7 +99,7 @@ def find_results(models: Models, where: Where, order_by: OrderBy, batch_size: in
                 f"{getattr(source, 'description', source)}: use the attributes of that class, and "
                 "put another table into a subquery: Result.task_id.in_(select(...))"
             )
-    return statement
+    return conditions, order
 
 
 def _expressions(name: str, given: Any, example: str) -> Sequence[Any]:

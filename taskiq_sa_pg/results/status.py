@@ -27,7 +27,7 @@ from taskiq_sa_pg.telemetry import Telemetry
 from taskiq_sa_pg.window import Window
 
 Unfinished = Literal["queued", "started", "retrying"]
-State = Literal["unknown", Unfinished, "succeeded", "failed", "expired"]
+State = Literal["unknown", Unfinished, "lost", "succeeded", "failed", "expired"]
 
 # What can be written; "unknown" deletes.
 _WRITTEN: Final = (*get_args(Unfinished), "unknown")
@@ -39,9 +39,10 @@ class TaskStatus:
 
     Attributes:
         task_id: The task.
-        state: "queued" since queued_at; "started" at started_at by worker; "retrying", sent again
-            or to be sent again after a failure; "succeeded", "failed" at finished_at; "expired",
-            which was one of these; "unknown" if there is nothing of it.
+        state: "queued" since queued_at; "started" at started_at by worker; "lost", which was
+            started by a worker that has not been seen for a minute; "retrying", sent again or to
+            be sent again after a failure; "succeeded", "failed" at finished_at; "expired", which
+            was one of these; "unknown" if there is nothing of it.
         task_name: Its name.
         attempt: 0 for the first, and one more with each of taskiq's retries.
         queued_at: When this attempt was sent, by the sender's clock.

@@ -17,6 +17,7 @@ from taskiq.exceptions import TaskiqResultTimeoutError
 from taskiq_sa_pg.exceptions import ResultIsMissingError
 from taskiq_sa_pg.models import TableConfig
 from taskiq_sa_pg.results.reader import Reader
+from taskiq_sa_pg.statements import StoredProgress
 from taskiq_sa_pg.waiting import Waiters
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,14 @@ class Wait:
         self, task: Task[Any], timeout: float | None
     ) -> AsyncGenerator[TaskProgress[Any], None]:
         """The progress of a task, whenever it has changed, until its result is there."""
+        async with aclosing(self.watch_progress_rows(task, timeout)) as rows:
+            async for row in rows:
+                yield self._reader.decode_progress(row)
+
+    async def watch_progress_rows(
+        self, task: Task[Any], timeout: float | None = None
+    ) -> AsyncGenerator[StoredProgress, None]:
+        """The same, with the metadata as it is stored."""
         column_id = self._column_id_of(task)
         limit = _TimeLimit(timeout)
         reader = self._reader
@@ -108,7 +117,7 @@ class Wait:
             while True:
                 row = await limit.of(reader.read_progress(column_id))
                 if row is not None and row != last:
-                    yield reader.decode_progress(row)
+                    yield row
                     last = row
                 if is_over:
                     return
@@ -180,13 +189,18 @@ def _id_of(task: Task[Any]) -> str | UUID:
 def _restored(task: Task[Any], result: TaskiqResult[Any]) -> TaskiqResult[Any]:
     """The result with the return type that the task declares, as its own get_result() has it."""
     return_type: Any = None if isinstance(task, str | UUID) else task.return_type
+    return restore(_id_of(task), result, return_type)
+
+
+def restore(task_id: str | UUID, result: TaskiqResult[Any], return_type: Any) -> TaskiqResult[Any]:
+    """The result, its return value made what the type says; a value that does not fit stays."""
     if return_type is not None and not result.is_err:
         try:
             result.return_value = _adapter(return_type).validate_python(result.return_value)
         except Exception as exc:  # noqa: BLE001 - types and validators are the application's
             # The result may be deleted already: it has to be returned.
             complaint = "cannot make the result of task %s a %s: %s"
-            logger.warning(complaint, _id_of(task), return_type, type(exc).__qualname__)
+            logger.warning(complaint, task_id, return_type, type(exc).__qualname__)
     return result
 
 

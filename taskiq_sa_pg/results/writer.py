@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
+from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 
@@ -121,6 +122,36 @@ class Writer:
         """Stores progress."""
         await self._progress.submit(column_id, progress)
 
+    async def store_missing(
+        self,
+        find: Callable[[AsyncConnection], Awaitable[Mapping[Any, TaskiqResult[Any]]]],
+        purpose: str,
+        retry_timeout: float,
+    ) -> list[Any]:
+        """Stores results where there are none, in the transaction in which `find` makes them.
+
+        Returns:
+            The task ids of those that were stored.
+
+        Raises:
+            StorageError: PostgreSQL refused it or could not be reached.
+        """
+
+        async def work(connection: AsyncConnection) -> list[Any]:
+            rows = [
+                self._encode_extended(column_id, (result, self._extra_of(str(column_id), result)))
+                for column_id, result in (await find(connection)).items()
+            ]
+            stored = []
+            for call in self._insert_missing.of(rows):
+                stored += [row[0] for row in await connection.execute(*call)]
+            return stored
+
+        stored = await self._database.transact(work, purpose, retry_timeout=retry_timeout)
+        if stored and self._notifier is not None:
+            self._notifier.announce(self._models.config.results_channel, stored)
+        return stored
+
     async def close(self) -> None:
         """Refuses further calls, and returns when those before have been answered."""
         await asyncio.gather(self._results.close(), self._extended.close(), self._progress.close())
@@ -132,6 +163,10 @@ class Writer:
     @cached_property
     def _upsert_extended(self) -> ExtendedUpserts:
         return ExtendedUpserts(self._models, is_tracked=self._is_tracked)
+
+    @cached_property
+    def _insert_missing(self) -> ExtendedUpserts:
+        return ExtendedUpserts(self._models, is_tracked=self._is_tracked, if_missing=True)
 
     @cached_property
     def _upsert_progress(self) -> Upsert:
@@ -170,6 +205,9 @@ class Writer:
         _ = await self._database.fetch_all(self._upsert_progress.of(rows), purpose)
         self._announce(config.progress_channel, batch)
         return {}
+
+    def _extra_of(self, task_id: str, result: TaskiqResult[Any]) -> Mapping[str, Any]:
+        return {} if self._extra_values is None else self._extra_values.of(task_id, result)
 
     def _encode_extended(self, column_id: Any, item: _Extended) -> ExtendedRow:
         result, extra = item

@@ -95,6 +95,8 @@ async def check(
     ]
     if models.status_table is not None:
         expected.append(_Expected(models.status_table, StatusRow._fields, ["updated_at"]))
+    if models.workers_table is not None:
+        expected.append(_Expected(models.workers_table, ["worker", "started_at"], ["seen_at"]))
     await _check(database, models, RESULTS, expected, timeout, is_provisioned=is_provisioned)
 
 

@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 
 def _create_tables(op: Any, config: TableConfig, names: Collection[str]) -> None:
-    makers = (_create_results, _create_progress, _create_statuses)
+    makers = (_create_results, _create_progress, _create_statuses, _create_workers)
     for name, create in zip(config.table_names, makers, strict=True):
         if name in names:
             create(op, config)
@@ -73,7 +73,8 @@ def _create_results(op: Any, config: TableConfig) -> None:
     )
     place, is_set = config.table_name, sa.column("expires_at").is_not(None)
     finished_at, expires_at = config.finished_at_index_name, config.expires_at_index_name
-    _create_index(op, config, place, finished_at, ["finished_at"], postgresql_using="brin")
+    brin = {"postgresql_using": "brin", "postgresql_with": {"autosummarize": "on"}}
+    _create_index(op, config, place, finished_at, ["finished_at"], **brin)
     _create_index(op, config, place, expires_at, ["expires_at"], postgresql_where=is_set)
 
 
@@ -104,6 +105,18 @@ def _create_statuses(op: Any, config: TableConfig) -> None:
         sa.Column("started_at", _TIMESTAMP, nullable=True),
         sa.Column("worker", sa.Text(), nullable=True),
         sa.Column("updated_at", _TIMESTAMP, server_default=sa.func.now(), nullable=False),
+        postgresql_using=_HALF_FULL,
+    )
+
+
+def _create_workers(op: Any, config: TableConfig) -> None:
+    _create_table(
+        op,
+        config,
+        config.workers_table_name,
+        sa.Column("worker", sa.Text(), nullable=False),
+        sa.Column("started_at", _TIMESTAMP, server_default=sa.func.now(), nullable=False),
+        sa.Column("seen_at", _TIMESTAMP, server_default=sa.func.now(), nullable=False),
         postgresql_using=_HALF_FULL,
     )
 

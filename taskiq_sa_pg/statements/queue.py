@@ -41,6 +41,8 @@ from taskiq_sa_pg.models import as_interval
 from taskiq_sa_pg.statements.rows import Claimed, QueueRow
 from taskiq_sa_pg.statements.shapes import Inserted, Upsert, unnested
 
+MAX_PRIORITY: Final = 9
+
 _GIVEN: Final = "given_"  # before the names of parameters, which must not be those of columns
 NEVER: Final = literal_column("'infinity'::timestamptz", DateTime(timezone=True))
 

@@ -80,31 +80,48 @@ class StoredStatus(NamedTuple):
     finished_at: datetime | None
 
 
-class Details(NamedTuple):
-    """What select_details() returns of a result, beside a StoredResult: what people ask."""
+class StoredWorker(NamedTuple):
+    """A worker process, as select_workers() returns it."""
 
-    traceback: str | None
+    worker: str
+    started_at: datetime
+    seen_at: datetime
+    is_alive: bool
+    running: int  # tasks that it has started, without a result
+
+
+class StoredMessage(NamedTuple):
+    """What a result's row has of its message, as select_messages() returns it; JSON as text."""
+
     task_name: str | None
-    attempt: int
-    finished_at: datetime
-    expires_at: datetime | None
-    args: str | None  # JSON as text
+    args: str | None
     kwargs: str | None
-    worker: str | None
-    queued_at: datetime | None
-    started_at: datetime | None
+    labels: str
 
 
-class Listed(NamedTuple):
-    """One line of a list of results, as select_list() returns it."""
+class StoredRecord(NamedTuple):
+    """What finding a finished task returns, in the order of select_records()."""
 
     task_id: Any
     is_err: bool
-    error_type: str | None
     task_name: str | None
-    execution_time: float
+    worker: str | None
     attempt: int
+    error_type: str | None
+    execution_time: float
+    queued_at: datetime | None
+    started_at: datetime | None
     finished_at: datetime
+    expires_at: datetime | None
+    labels: str  # JSON as text
+
+
+class StoredDetails(NamedTuple):
+    """What select_details() returns of a finished task, beside its StoredRecord."""
+
+    traceback: str | None
+    args: str | None  # JSON as text
+    kwargs: str | None
 
 
 class Counts(NamedTuple):
@@ -153,6 +170,20 @@ class ScheduleRow(NamedTuple):
     is_labelled: bool
 
 
+class ListedSchedule(NamedTuple):
+    """A schedule with what became of it, in the order of list_schedules()."""
+
+    schedule_id: str
+    task_name: str
+    cron: str | None
+    interval: timedelta | None
+    time: datetime | None
+    message: bytes
+    is_labelled: bool
+    last_tick: datetime | None
+    created_at: datetime
+
+
 class Sent(NamedTuple):
     """What sending the task of a schedule returns."""
 
@@ -173,22 +204,23 @@ class OldTask(NamedTuple):
     queued_at: datetime
 
 
-class QueueCount(NamedTuple):
-    """The tasks of one queue and task name, as count_tasks() returns them.
+class Tally(NamedTuple):
+    """Tasks of one queue, priority, state and task name, as count_tasks() returns them.
 
-    A task is due, or later so because it was delayed, because a worker has it, or never: parked.
+    A task is due, and so "waiting"; or "later", because it was delayed or a worker has it; or never
+    due: "parked".
     """
 
     queue_name: str
+    priority: int
+    state: str
     task_name: str
-    waiting: int
-    delayed: int
-    running: int
-    parked: int
-    oldest_waiting: float | None  # for so many seconds it has been due
+    tasks: int
+    taken: int  # of them, those that a worker has, or had
+    oldest: float | None  # for so many seconds one has waited
 
 
-class ParkedTask(NamedTuple):
+class ParkedRow(NamedTuple):
     """A task that was delivered too often, in the order of select_parked()."""
 
     task_id: Any

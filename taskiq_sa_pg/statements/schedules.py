@@ -16,6 +16,7 @@ from sqlalchemy import (
     Double,
     Executable,
     Insert,
+    Integer,
     Interval,
     Select,
     Table,
@@ -40,7 +41,7 @@ from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.dialects.postgresql import insert
 
 from taskiq_sa_pg.statements.queue import replacing_claimed
-from taskiq_sa_pg.statements.rows import QueueRow, ScheduleRow
+from taskiq_sa_pg.statements.rows import ListedSchedule, QueueRow, ScheduleRow
 from taskiq_sa_pg.statements.shapes import Inserted, Upsert, as_stored, unnested, wire_type
 
 # A scheduler looks at whole seconds, and comes a little early or late.
@@ -167,6 +168,13 @@ def select_schedules(schedules: Table) -> Select[Any]:
     is_over = schedules.c.time.is_not(None) & schedules.c.last_tick.is_not(None)
     columns = [schedules.c[name] for name in ScheduleRow._fields]
     return select(*columns).where(~(schedules.c.is_labelled & is_over))
+
+
+def list_schedules(schedules: Table) -> Select[Any]:
+    """The first `size` of all schedules by task name, those that are over among them."""
+    columns = [schedules.c[name] for name in ListedSchedule._fields]
+    ordered = select(*columns).order_by(schedules.c.task_name, schedules.c.schedule_id)
+    return ordered.limit(bindparam("size", type_=Integer))
 
 
 def delete_schedule(schedules: Table) -> Executable:

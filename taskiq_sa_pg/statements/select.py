@@ -5,15 +5,27 @@ in it.
 """
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import JSON, Select, Table, Text, any_, bindparam, cast, func, select
+from sqlalchemy import (
+    JSON,
+    FromClause,
+    Select,
+    Table,
+    Text,
+    any_,
+    bindparam,
+    cast,
+    func,
+    select,
+    true,
+    tuple_,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql.elements import ColumnElement
 
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.statements.rows import Details, Listed, StoredProgress, StoredResult
+from taskiq_sa_pg.statements.rows import StoredProgress, StoredResult
 
 MAX_IDS: Final = 200
 
@@ -49,13 +61,6 @@ def select_having_progress(models: Models) -> Select[Any]:
     return select(progress.c.task_id).where(is_asked_for(progress))
 
 
-def select_details(models: Models) -> Select[Any]:
-    """What people ask of the results of the task ids, as Details."""
-    results = models.results_table
-    columns = readable(results, Details._fields)
-    return select(*columns).where(is_asked_for(results), is_live(results))
-
-
 def select_matching(
     models: Models, where: Sequence[ColumnElement[bool]], order_by: Sequence[ColumnElement[Any]]
 ) -> Select[Any]:
@@ -63,34 +68,6 @@ def select_matching(
     results = models.results_table
     columns = readable(results, StoredResult._fields)
     return select(*columns).where(is_live(results), *where).order_by(*order_by)
-
-
-def select_list(
-    models: Models,
-    *,
-    is_err: bool | None = None,
-    since: datetime | None = None,
-    task_name: str | None = None,
-    limit: int,
-) -> Select[Any]:
-    """The latest results first, as Listed.
-
-    Args:
-        models: The tables.
-        is_err: Failures alone, or successes alone; None for both.
-        since: Not those that finished before.
-        task_name: Those of one task.
-        limit: How many at most.
-    """
-    results = models.results_table
-    listed = select(*[results.c[name] for name in Listed._fields]).where(is_live(results))
-    if is_err is not None:
-        listed = listed.where(results.c.is_err.is_(is_err))
-    if since is not None:
-        listed = listed.where(results.c.finished_at >= since)
-    if task_name is not None:
-        listed = listed.where(results.c.task_name == task_name)
-    return listed.order_by(results.c.finished_at.desc(), results.c.task_id).limit(limit)
 
 
 def select_counts(models: Models) -> Select[Any]:
@@ -118,7 +95,7 @@ def notify() -> Select[Any]:
     return select(func.pg_notify(bindparam("channel", type_=Text), payload).label("sent"))
 
 
-def readable(source: Table, names: Sequence[str]) -> list[ColumnElement[Any]]:
+def readable(source: FromClause, names: Sequence[str]) -> list[ColumnElement[Any]]:
     """Columns as the codec reads them: JSON as text."""
     columns = [source.c[name] for name in names]
     return [cast(c, Text).label(c.name) if isinstance(c.type, JSON) else c for c in columns]
@@ -128,6 +105,14 @@ def is_live(results: Table) -> ColumnElement[bool]:
     """Whether a result has not expired; one that has is missing."""
     expires_at = results.c.expires_at
     return expires_at.is_(None) | (expires_at > func.now())
+
+
+def is_over(results: Table, status: Table) -> ColumnElement[bool]:
+    """Whether a result is not older than what the status table says of its task."""
+    of_result = tuple_(results.c.attempt, results.c.finished_at)
+    is_later = of_result >= tuple_(status.c.attempt, status.c.updated_at)
+    # The task id is used again.
+    return is_later & (status.c.queued_at > results.c.queued_at).is_not(true())
 
 
 def is_asked_for(source: Table) -> ColumnElement[bool]:

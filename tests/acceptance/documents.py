@@ -210,7 +210,7 @@ class Page:
         transaction = connection.transaction()
         await transaction.start()
         try:
-            await connection.execute(source.replace(_SHOWN_ROLE, "CURRENT_USER"))
+            await connection.execute(re.sub(rf"\b{_SHOWN_ROLE}\b", "CURRENT_USER", source))
         finally:
             await transaction.rollback()
             await connection.close()
@@ -226,6 +226,7 @@ def _check(block: Block) -> None:
     if block.language.startswith("{"):
         return  # a directive, which Sphinx carries out
     checks: Mapping[str, Callable[[str], object]] = {
+        "html": str,  # for browsers: the example application has it in its page, and a test
         "ini": configparser.ConfigParser(interpolation=None).read_string,
         "json": json.loads,
         "text": str,

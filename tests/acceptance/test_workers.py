@@ -105,6 +105,10 @@ async def test_what_runs_is_known_with_its_worker(tasks: Tasks) -> None:
 
     await eventually(all_run, TIMEOUT)
     running = {status.task_id: status for status in await tasks.backend.get_running()}
+    workers = [each for each in await tasks.backend.get_workers() if each.running]
+    assert all(each.is_alive for each in workers)
+    assert {each.worker for each in workers} == {status.worker for status in running.values()}
+    assert sum(each.running for each in workers) == len(ids)
     await tasks.backend.set_progress(gate, progress_of(None))
     for task in sent:
         result = await task.wait_result(timeout=TIMEOUT)

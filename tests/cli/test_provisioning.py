@@ -26,11 +26,13 @@ def test_tables_that_were_dropped_are_made_again(cli: Cli, env: dict[str, str]) 
     name = env.get("TASKIQ_SA_PG_TABLE_NAME", "taskiq_results")
     quoted = name.replace('"', '""')
     cli.ok("upgrade", env=env)
-    cli.execute(f'DROP TABLE "{quoted}", "{quoted}_progress", "{quoted}_status"')
+    cli.execute(
+        f'DROP TABLE "{quoted}", "{quoted}_progress", "{quoted}_status", "{quoted}_workers"'
+    )
     assert "`taskiq-sa-pg upgrade" in cli.fails("check", env=env)
     assert cli.ok("upgrade", env=env).splitlines() == [
         f"{name}_version records version 0001, and there was no table {name}, "
-        f"{name}_progress, {name}_status: made again, empty",
+        f"{name}_progress, {name}_status, {name}_workers: made again, empty",
         f"table {name}: is at 0001",
     ]
     assert cli.json("check", env=env)["is_fit"]

@@ -61,7 +61,7 @@ def test_a_limit_leaves_some(expired: Cli) -> None:
 
 def test_expired_results_are_shown_no_more(expired: Cli) -> None:
     assert "expired 1" in expired.fails("show", "expired 2").replace("expired 2", "expired 1")
-    assert [row["task_id"] for row in expired.json("list")] == ["there"]
+    assert [row["task_id"] for row in expired.json("list")["results"]] == ["there"]
     shown = expired.json("stats")
     assert (shown["results"], shown["failures"], shown["expired"]) == (1, 0, 3)
     assert shown["oldest"] == shown["newest"]

@@ -55,7 +55,7 @@ def test_what_runs_is_listed(tracked: Cli) -> None:
     assert head.split("  ")[0] == "started at"
     assert first.split()[-1] == "first"
     day, time, seconds, *cells = second.split()
-    assert cells == ["1", "build", "us\\x1b[1m", "second"]
+    assert cells == ["1", "started", "build", "us\\x1b[1m", "second"]
     assert datetime.fromisoformat(f"{day} {time}") == times_of_second()
     assert 3599 <= float(seconds) < 7200
 

@@ -70,6 +70,20 @@ async def test_a_server_that_stands_still_is_noticed(
     assert (await backend.get_result("task")).return_value == 2
 
 
+async def test_a_server_that_stands_still_holds_up_no_shutdown(
+    server: Server, driver: str, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = await start(server.dsn, driver=driver)
+    await backend.set_result("task", result_of(1))
+    await asyncio.to_thread(server.freeze)
+    try:
+        async with asyncio.timeout(30):
+            await backend.shutdown()
+    finally:
+        await asyncio.to_thread(server.freeze, signal.SIGCONT)
+    caplog.clear()  # SQLAlchemy tells of a connection that could not be closed
+
+
 async def test_asyncpg_s_own_limit_counts_where_it_is_the_shorter(
     server: Server, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,13 +7,14 @@ import asyncpg
 import pytest
 
 from taskiq_sa_pg import SchemaError, StorageError, TaskStatus
+from taskiq_sa_pg.statements import beat
 from taskiq_sa_pg.timings import Timings
 from tests.conftest import shut_down
 from tests.faults.conftest import Start
 from tests.faults.servers import PASSWORD, Server, ask
 from tests.tasks import progress_of, result_of
 
-TABLES = ["taskiq_results", "taskiq_results_progress", "taskiq_results_status"]
+TABLES = [f"taskiq_results{suffix}" for suffix in ("", "_progress", "_status", "_workers")]
 RIGHTS = ["SELECT", "INSERT", "UPDATE", "DELETE"]
 
 
@@ -46,6 +47,10 @@ async def use(start: Start, dsn: str, driver: str, **options: Any) -> None:
         assert (await keeper.wait_result("task", timeout=10)).return_value == 2
         assert await keeper.is_result_ready("task")
         assert (await taker.get_result("task")).return_value == 2
+        beating = {"of_worker": "us", "age": 1.0, "is_first": True, "is_own_name": True}
+        workers = keeper.models.workers_table
+        await keeper.runtime.database.fetch(beat(workers), beating, "beat")
+        assert [each.worker for each in await keeper.get_workers()] == ["us"]
     finally:
         await shut_down([keeper, taker])
 

@@ -12,11 +12,14 @@ from taskiq_sa_pg.statements import (
     QueueRow,
     acknowledge_claims,
     claim_tasks,
+    count_tasks,
     enqueue_tasks,
     park_claims,
     release_claims,
+    release_parked,
     renew_claims,
     select_next_due,
+    select_parked,
 )
 from tests.integration.brokers import Brokers, models_of
 
@@ -40,7 +43,7 @@ FILL = """
 def statements(
     queue_name: str, held: list[asyncpg.Record]
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """The statements of senders and workers, with their parameters."""
+    """The statements of senders, workers and people, with their parameters."""
     queue = models_of().queue_table
     assert queue is not None
     claims = {
@@ -55,6 +58,7 @@ def statements(
     claiming = {**pairs, "lease": 60.0, "given_worker": "me"}
     sent = [QueueRow(f"new-{i}", "default", 0, 0.0, 0, "task", b"") for i in range(50)]
     [(sending, rows)] = enqueue_tasks(queue).of(sent)
+    chosen = {"given_queue_name": queue_name, "given_task_name": "task"}
     return {
         "claim 1": (claim_tasks(queue), {**claiming, "size": 1}),
         "claim 50": (claim_tasks(queue), {**claiming, "size": 50}),
@@ -64,6 +68,9 @@ def statements(
         "park": (park_claims(queue), claims),
         "acknowledge": (acknowledge_claims(queue), claims),
         "send": (sending, rows),
+        "count": (count_tasks(queue), {"size": 20}),
+        "parked": (select_parked(queue), {**chosen, "size": 20, "most": 50}),
+        "release parked": (release_parked(queue), {**chosen, "size": 50}),
     }
 
 

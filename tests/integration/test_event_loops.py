@@ -97,7 +97,9 @@ async def test_a_thread_s_event_loop_is_refused_and_cannot_take_the_backend_over
 
     async def elsewhere() -> None:
         outcome.append(await refusals(backend))
-        with pytest.raises(NotStartedError, match=r"still runs.*make a backend for each"):
+        with pytest.raises(
+            NotStartedError, match=r"still runs.*make a broker or result backend for each"
+        ):
             await backend.startup()
 
     thread = threading.Thread(target=lambda: asyncio.run(elsewhere()))

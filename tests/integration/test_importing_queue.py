@@ -79,7 +79,7 @@ async def importer(database: Database) -> AsyncIterator[Importer]:
 
 @pytest.fixture
 async def old(database: Database) -> AsyncIterator[AsyncpgBroker]:
-    broker = AsyncpgBroker(database.dsn, write_kwargs={"min_size": 1})
+    broker = AsyncpgBroker(database.direct_dsn, write_kwargs={"min_size": 1})
     await broker.startup()
     yield broker
     await broker.shutdown()

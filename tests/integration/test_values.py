@@ -25,7 +25,12 @@ from taskiq.serializers import (
     PickleSerializer,
 )
 
-from taskiq_sa_pg import ResultDecodeError, ResultSerializationError, SQLAlchemyResultBackend
+from taskiq_sa_pg import (
+    ConfigurationError,
+    ResultDecodeError,
+    ResultSerializationError,
+    SQLAlchemyResultBackend,
+)
 from taskiq_sa_pg.database import make_engine
 from taskiq_sa_pg.models import PayloadField
 from tests.conftest import Database, NewDatabase
@@ -197,6 +202,10 @@ async def test_wait_result_gives_the_declared_type(backend: Backend) -> None:
         result = await task.wait_result(check_interval=0.01, timeout=10)
         assert not result.is_err, result.error
         assert_alike(result.return_value, value)
+        restored = await backend.get_result(task_id, return_type=declared)
+        assert_alike(restored.return_value, value)
+        with pytest.raises(ConfigurationError, match="as return_type="):
+            await backend.get_result(task_id, declared)  # it would be taken for with_logs
 
 
 @pytest.mark.parametrize("name", ["json", "jsonb"])

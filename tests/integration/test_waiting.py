@@ -349,8 +349,10 @@ async def test_a_return_type_that_cannot_be_restored_loses_no_result(
         for task in tasks:
             await backend.set_result(task.task_id, result_of(7))
         assert [result.return_value for result in await wait(tasks)] == [7, 7]
+    await backend.set_result(tasks[0].task_id, result_of(7))
+    assert (await backend.get_result(tasks[0].task_id, return_type=kind)).return_value == 7
     said = [record.getMessage() for record in caplog.records]
-    assert len([text for text in said if tasks[0].task_id in text]) == 2
+    assert len([text for text in said if tasks[0].task_id in text]) == 3
 
 
 @pytest.mark.parametrize("keep_results", [True, False], ids=["kept", "taken"])

@@ -144,8 +144,8 @@ async def test_who_is_slow_between_two_steps_is_not_interrupted(backends: Backen
     steps = []
 
     async def watch() -> None:
-        async for progress in backend.watch_progress(task_id, timeout=0.2):
-            await asyncio.sleep(0.4)
+        async for progress in backend.watch_progress(task_id, timeout=0.5):
+            await asyncio.sleep(0.7)
             steps.append(progress.meta)
 
     with pytest.raises(TaskiqResultTimeoutError):

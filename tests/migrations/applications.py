@@ -22,6 +22,7 @@ from taskiq_sa_pg import (
     ResultMixin,
     StatusMixin,
     TableConfig,
+    WorkerMixin,
     build_models,
 )
 

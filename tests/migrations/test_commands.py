@@ -241,7 +241,7 @@ async def test_an_upgrade_makes_tables_again_that_were_dropped(database: Databas
     assert "0001 (head)" in await alembic("current", **environment)
     message = await alembic_error("downgrade", "base", **environment)
     assert "make what is missing again first, with `alembic upgrade head`" in message
-    assert await tables(database) == [f"{NAME}_progress", f"{NAME}_version"]
+    assert await tables(database) == [f"{NAME}_progress", f"{NAME}_version", f"{NAME}_workers"]
     assert await alembic("upgrade", "head", **environment) == (
         f"{NAME}_version records version 0001, and there was no table {NAME}, {NAME}_status: made "
         "again, empty\n"

@@ -83,7 +83,7 @@ async def test_backends_for_two_tables_migrate_at_once_in_one_event_loop(
     backends = await asyncio.gather(
         *(start_backend(table_name=f"table {number % 2}") for number in range(8))
     )
-    suffixes = ("", "_progress", "_status", "_version")
+    suffixes = ("", "_progress", "_status", "_version", "_workers")
     made = [f"table {number}{suffix}" for number in (0, 1) for suffix in suffixes]
     assert await tables(database) == made
     assert await versions(database, "table 0") == await versions(database, "table 1") == ["0001"]

@@ -118,7 +118,7 @@ async def assert_history_goes_up_and_down(
     assert await catalogue(place, name, family) == []
 
 
-MAKES_THREE_TABLES = {"create_table": 3, "create_index": 2, "drop_index": 2, "drop_table": 3}
+MAKES_FOUR_TABLES = {"create_table": 4, "create_index": 2, "drop_index": 2, "drop_table": 4}
 
 
 @of_kinds(default="generic", odd="async", long="generic")
@@ -133,7 +133,7 @@ async def test_autogenerate_makes_exactly_the_tables(
     application.set_models(f"build_models(metadata=Base.metadata, {arguments_of(options)})")
     with pytest.raises(CommandError, match="add_table"):
         await application.alembic("check")
-    assert operations_in(await application.autogenerate("results")) == MAKES_THREE_TABLES
+    assert operations_in(await application.autogenerate("results")) == MAKES_FOUR_TABLES
     name = options.get("table_name", NAME)
     await assert_history_goes_up_and_down(application, expected, name)
 
@@ -151,7 +151,7 @@ async def test_autogenerate_makes_the_tables_in_a_schema(
     expected = await expected_catalogue(other_database, table_name=ODD_NAME)
     application = await new_application("async", options=only_schemas(place))
     application.set_models(f"build_models({ODD_NAME!r}, schema={place!r}, metadata=Base.metadata)")
-    assert operations_in(await application.autogenerate("results")) == MAKES_THREE_TABLES
+    assert operations_in(await application.autogenerate("results")) == MAKES_FOUR_TABLES
     await assert_history_goes_up_and_down(application, expected, ODD_NAME, other_database)
 
 
@@ -169,6 +169,9 @@ class Progress(ProgressMixin, Base):
     stage: Mapped[str] = mapped_column(server_default="early")
 
 class Status(StatusMixin, Base):
+    pass
+
+class Worker(WorkerMixin, Base):
     pass
 
 class Invoice(Base):
@@ -199,7 +202,7 @@ async def test_autogenerate_makes_columns_of_the_applications_own(
             revision.unlink()
     await application.alembic("upgrade", "head")
     at_once = operations_in(await application.autogenerate("all at once"))
-    assert (at_once["create_table"], at_once["create_index"]) == (4, 3)
+    assert (at_once["create_table"], at_once["create_index"]) == (5, 3)
     await application.alembic("upgrade", "head")
     assert await catalogue(database) == upgraded
     assert "No new upgrade operations" in await application.alembic("check")
@@ -249,7 +252,7 @@ async def test_autogenerate_makes_the_tables_of_the_broker_too(
     application.set_models(models)
     assert operations_in(await application.autogenerate("results and broker")) == {
         name: count + (2 if name.endswith("table") else 1)
-        for name, count in MAKES_THREE_TABLES.items()
+        for name, count in MAKES_FOUR_TABLES.items()
     }
     await application.alembic("upgrade", "head")
     assert await catalogue(application.database, ODD_NAME) == results
@@ -282,7 +285,8 @@ WITHOUT_ORDERS = "Base.metadata.remove(Order.__table__)"
 
 
 def all_of(name: str) -> set[str]:
-    return {name, f"{name}_progress", f"{name}_status", f"{name}_version"}
+    suffixes = ("", "_progress", "_status", "_workers", "_version")
+    return {f"{name}{suffix}" for suffix in suffixes}
 
 
 def queue_of(name: str) -> set[str]:

@@ -74,6 +74,8 @@ async def test_the_command_that_is_printed_makes_the_tables(
     [
         ("DROP TABLE {0}_progress", "table {0}_progress does not exist"),
         ("DROP TABLE {0}_status", "table {0}_status does not exist"),
+        ("DROP TABLE {0}_workers", "table {0}_workers does not exist"),
+        ("ALTER TABLE {0}_workers DROP COLUMN seen_at", "{0}_workers.seen_at is missing"),
         ("ALTER TABLE {0} DROP COLUMN log", "column {0}.log is missing"),
         ("ALTER TABLE {0} DROP COLUMN started_at", "column {0}.started_at is missing"),
         ("ALTER TABLE {0}_progress DROP COLUMN updated_at", "{0}_progress.updated_at is missing"),
@@ -236,7 +238,7 @@ async def test_a_role_that_may_only_read_and_write_rows_starts_stores_and_reads(
 
 
 async def names_of(database: Database) -> str:
-    names = (NAME, f"{NAME}_progress", f"{NAME}_status")
+    names = (NAME, f"{NAME}_progress", f"{NAME}_status", f"{NAME}_workers")
     return ", ".join(f"{database.schema}.{name}" for name in names)
 
 
@@ -293,7 +295,7 @@ async def test_rights_on_every_column_are_enough(
         columns = ", ".join(table.c.keys())
         rights = ", ".join(f"{right} ({columns})" for right in ("SELECT", "INSERT", "UPDATE"))
         await database.fetch(f"GRANT {rights}, DELETE ON {table.name} TO {role}")
-    await database.fetch(f"GRANT ALL ON {NAME}_status TO {role}")
+    await database.fetch(f"GRANT ALL ON {NAME}_status, {NAME}_workers TO {role}")
     reader = await start_backend(with_password(database.dsn, username=role), run_migrations=False)
     await reader.set_result("1", RESULT)
     assert (await reader.get_result("1")).return_value == 7
@@ -321,7 +323,7 @@ async def test_a_table_of_taskiq_postgres_is_told_with_the_commands_that_switch(
 
 
 @pytest.mark.parametrize(
-    "dropped", [("", "_progress", "_status"), ("_progress",)], ids=["all", "one"]
+    "dropped", [("", "_progress", "_status", "_workers"), ("_workers",)], ids=["all", "one"]
 )
 async def test_tables_that_were_dropped_are_made_again(
     database: Database,

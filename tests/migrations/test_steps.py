@@ -96,6 +96,7 @@ async def test_the_catalogue_of_these_tests_sees_what_matters(database: Database
     found = await catalogue(database)
     assert ("taskiq_results_progress", ["fillfactor=50"], b"p", "heap") in found
     assert ("taskiq_results_status", ["fillfactor=50"], b"p", "heap") in found
+    assert ("taskiq_results_workers", ["fillfactor=50"], b"p", "heap") in found
     assert ("taskiq_results", "attempt", "integer", True, "0") in found
     assert ("taskiq_results", "expires_at", "timestamp with time zone", False, None) in found
     assert ("taskiq_results", "taskiq_results_pkey", "PRIMARY KEY (task_id)") in found
@@ -103,12 +104,15 @@ async def test_the_catalogue_of_these_tests_sees_what_matters(database: Database
     assert indexes == [
         "CREATE INDEX taskiq_results_expires_at_idx ON taskiq_results USING btree (expires_at) "
         "WHERE (expires_at IS NOT NULL)",
-        "CREATE INDEX taskiq_results_finished_at_idx ON taskiq_results USING brin (finished_at)",
+        "CREATE INDEX taskiq_results_finished_at_idx ON taskiq_results USING brin (finished_at) "
+        "WITH (autosummarize='on')",
         "CREATE UNIQUE INDEX taskiq_results_pkey ON taskiq_results USING btree (task_id)",
         "CREATE UNIQUE INDEX taskiq_results_progress_pkey ON taskiq_results_progress "
         "USING btree (task_id)",
         "CREATE UNIQUE INDEX taskiq_results_status_pkey ON taskiq_results_status "
         "USING btree (task_id)",
+        "CREATE UNIQUE INDEX taskiq_results_workers_pkey ON taskiq_results_workers "
+        "USING btree (worker)",
     ]
 
 
@@ -119,7 +123,7 @@ async def test_a_schema_is_where_the_tables_go(
     await upgrade_to_latest(database.dsn, **options)
     assert await tables(database) == []
     assert await tables(other_database) == sorted(
-        f"{NAMES[1]}{suffix}" for suffix in ("", "_progress", "_status")
+        f"{NAMES[1]}{suffix}" for suffix in ("", "_progress", "_status", "_workers")
     )
     for version in range(LATEST_VERSION, 0, -1):
         await downgrade(database.dsn, version, **options)

@@ -3,18 +3,21 @@
 import asyncio
 import logging
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
-from taskiq_sa_pg import ConfigurationError, SQLAlchemyResultBackend, StorageError
+from taskiq_sa_pg import (
+    ConfigurationError,
+    SQLAlchemyBroker,
+    SQLAlchemyResultBackend,
+    StorageError,
+)
 from tests.conftest import BackendFactory, Database
 from tests.integration.engines import make
-from tests.pooler import Pooler, pgbouncer
+from tests.pgbouncer.conftest import unfitting
 from tests.tasks import new_id, progress_of, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -25,18 +28,6 @@ REMEDIES = {
 }
 
 each_driver = pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-
-
-@pytest.fixture(scope="module")
-def old_pooler(server_dsn: str) -> Iterator[Pooler]:
-    """A PgBouncer with two servers for each user, which carries no prepared statements."""
-    with pgbouncer(server_dsn, pool_size=2, has_prepared_statements=False) as pooler:
-        yield pooler
-
-
-@pytest.fixture
-def old(database: Database, old_pooler: Pooler) -> Database:
-    return replace(database, pooler=old_pooler)
 
 
 async def call_everything(backend: Backend, times: int = 30) -> None:
@@ -78,12 +69,6 @@ async def test_nothing_stays_prepared(old: Database, start_backend: BackendFacto
     assert len(sessions) == 2
     for client in clients:
         await client.close()
-
-
-def unfitting(old: Database, driver: str) -> str:
-    """The address without the setting that the driver needs."""
-    assert old.pooler is not None
-    return old.pooler.dsn(old.schema, driver, is_fitting=False)
 
 
 @each_driver
@@ -129,6 +114,16 @@ async def test_an_engine_that_prepares_statements_is_refused_at_startup(
     backend: Backend = await start_backend(engine=engine)
     await call_everything(backend, times=3)
     await backend.shutdown()
+    await engine.dispose()
+
+
+@each_driver
+async def test_a_broker_refuses_such_an_engine_too(driver: str, old: Database) -> None:
+    engine = make(unfitting(old, driver))
+    broker = SQLAlchemyBroker(engine=engine)
+    with pytest.raises(ConfigurationError) as caught:
+        await broker.startup()
+    assert REMEDIES[driver] in str(caught.value)
     await engine.dispose()
 
 

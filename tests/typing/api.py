@@ -5,27 +5,39 @@ from datetime import timedelta
 from typing import Any, assert_type
 from uuid import UUID, uuid4
 
-from sqlalchemy import URL, Engine, select
+from fastapi import APIRouter, Depends, Request
+from sqlalchemy import URL, ColumnElement, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, scoped_session
+from starlette.routing import Route
 from taskiq import AsyncTaskiqTask, InMemoryBroker, TaskiqResult
 from taskiq.depends.progress_tracker import TaskProgress
 from taskiq.serializers import JSONSerializer
 
 from taskiq_sa_pg import (
     Models,
+    Page,
+    ParkedTask,
     ProgressMixin,
     Pruned,
+    QueueCount,
     ResultMixin,
+    ScheduleInfo,
     SQLAlchemyBroker,
     SQLAlchemyResultBackend,
     Stats,
     StatusMixin,
     StorageError,
     TableConfig,
+    TaskDetails,
+    TaskRecord,
     TaskStatus,
+    WorkerInfo,
+    WorkerMixin,
     build_models,
 )
+from taskiq_sa_pg.fastapi import task_router
+from taskiq_sa_pg.starlette import task_routes
 from taskiq_sa_pg.testing import InProcessBroker
 
 
@@ -45,6 +57,10 @@ class Status(StatusMixin, Base):
     __table_config__ = TableConfig("orders_results", field_for_task_id="Uuid")
 
 
+class Worker(WorkerMixin, Base):
+    __table_config__ = TableConfig("orders_results", field_for_task_id="Uuid")
+
+
 def tenant_of(task_id: str, result: TaskiqResult[Any]) -> dict[str, str]:
     return {"tenant": result.labels["tenant"]}
 
@@ -58,7 +74,7 @@ def arguments(engine: AsyncEngine) -> None:
     SQLAlchemyResultBackend[int](lambda: URL.create("postgresql"), pool_size=3)
     SQLAlchemyResultBackend[int]("postgresql://", notify=False, max_connections=2)
     SQLAlchemyResultBackend[int](engine=engine, listen_dsn=lambda: URL.create("postgresql"))
-    models = Models(Result, Progress, Status)
+    models = Models(Result, Progress, Status, Worker=Worker)
     SQLAlchemyResultBackend[int](engine=engine, models=Models(Result, Progress), track="started")
     SQLAlchemyResultBackend[int](engine=engine, models=models)
     SQLAlchemyResultBackend[int](engine=engine, models=models, extra_values=tenant_of)
@@ -74,6 +90,8 @@ async def reading(backend: SQLAlchemyResultBackend[int], session: AsyncSession) 
     assert_type(await backend.is_result_ready("id"), bool)
     assert_type(await backend.get_result(uuid4()), TaskiqResult[int])
     assert_type(await backend.get_results([uuid4()]), dict[UUID, TaskiqResult[int]])
+    assert_type(await backend.get_result("id", return_type=str), TaskiqResult[str])
+    assert_type(await backend.get_result("id", True, return_type=str | None), TaskiqResult[Any])
     models = build_models("results", metadata=Base.metadata)
     await session.scalars(select(models.Result.task_name).where(models.Result.is_err))
 
@@ -113,11 +131,18 @@ async def asking(backend: SQLAlchemyResultBackend[int], session: AsyncSession) -
     backend.iter_results(order_by=[Result.finished_at, Result.waited.desc()])
     backend.iter_results(True)  # type: ignore[arg-type]  # no condition
     assert_type(await backend.forget(["id"]), int)
+    page = await backend.find(where, window=timedelta(1), outcome="failed", argument={0: 1})
+    assert_type(page.records[0], TaskRecord)
+    assert_type(await backend.find(after=page.next, label={"user": 42}), Page)
+    await backend.find(outcome="success")  # type: ignore[arg-type]  # it is "succeeded"
+    assert_type(await backend.get_details("id", with_result=True), TaskDetails)
 
 
 async def tending(backend: SQLAlchemyResultBackend[int]) -> None:
     assert_type(await backend.get_status("id"), TaskStatus)
     assert_type(await backend.get_running(limit=10), list[TaskStatus])
+    assert_type(await backend.get_workers(), list[WorkerInfo])
+    assert_type(await backend.resend(InMemoryBroker(), uuid4()), AsyncTaskiqTask[Any])
     assert_type(await backend.prune(limit=10, time_budget=timedelta(minutes=1)), Pruned)
     assert_type(backend.stats(), Stats)
 
@@ -160,6 +185,15 @@ async def sending(session: AsyncSession) -> None:
     await in_session.kiq(count, 1)  # type: ignore[call-overload]
 
 
+async def administering() -> None:
+    assert_type(await broker.get_queues(limit=100), list[QueueCount])
+    assert_type(await mail.get_parked("mail", "pack", 3), list[ParkedTask])
+    assert_type(await broker.release_parked(queue_name="mail"), int)
+    assert_type(await broker.discard_parked(["one", UUID(int=2)]), int)
+    assert_type(await broker.get_schedules(), list[ScheduleInfo])
+    await broker.release_parked("mail", "pack")  # type: ignore[call-arg]  # a name is no list of ids
+
+
 def sending_sync(
     session: Session,
     scoped: scoped_session[Session],
@@ -183,3 +217,26 @@ async def testing(session: AsyncSession, is_test: bool) -> None:
     await either.in_session(session).kiq(pack, 1)
     either.listening_to("mail")
     await in_process.wait_all()
+
+
+def may_see(request: Request, task_id: str) -> bool:
+    return bool(task_id)
+
+
+async def may_see_async(request: Request, task_id: str) -> bool:
+    return bool(task_id)
+
+
+async def may_list(request: Request) -> bool | ColumnElement[bool]:
+    return Result.tenant == request.headers["tenant"]
+
+
+def serving(backend: SQLAlchemyResultBackend[int]) -> None:
+    router = task_router(backend, may_see=may_see, dependencies=[Depends(may_see)])
+    assert_type(router, APIRouter)
+    task_router(backend, may_see=may_see_async, may_list=may_list, unknown="pending")
+    routes = task_routes(backend, may_see=may_see, may_list=lambda request: Result.is_err)
+    assert_type(routes, list[Route])
+    task_router(broker)  # type: ignore[arg-type]
+    task_router(backend, unknown="404")  # type: ignore[arg-type]
+    task_routes(backend, may_see=lambda task_id: True)  # type: ignore[arg-type, misc]

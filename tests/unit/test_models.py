@@ -19,6 +19,7 @@ from taskiq_sa_pg import (
     ScheduleMixin,
     StatusMixin,
     TableConfig,
+    WorkerMixin,
     build_models,
 )
 from taskiq_sa_pg.models import primary_key_name
@@ -51,6 +52,7 @@ STATUS_COLUMNS = [
     *("task_id", "state", "task_name", "attempt", "queued_at", "started_at", "worker"),
     "updated_at",
 ]
+WORKER_COLUMNS = ["worker", "started_at", "seen_at"]
 QUEUE_COLUMNS = [
     *("task_id", "queue_name", "priority", "available_at", "claim", "deliveries", "worker"),
     *("task_name", "message", "queued_at"),
@@ -67,7 +69,7 @@ def table_of(table: sa.Table | None) -> sa.Table:
 
 
 def ddl(models: Models) -> list[str]:
-    tables = (models.results_table, *models.other_tables)
+    tables = (models.results_table, *models.other_tables, table_of(models.workers_table))
     indexes = sorted(models.results_table.indexes, key=lambda index: str(index.name))
     return [*map(compiled, map(CreateTable, tables)), *map(compiled, map(CreateIndex, indexes))]
 
@@ -81,6 +83,7 @@ def test_names_are_in_the_ddl_to_the_letter(name: str, schema: str | None) -> No
     assert f"CREATE TABLE {prefix}{quoted(name)} (" in text
     assert f"CREATE TABLE {prefix}{quoted(config.progress_table_name)} (" in text
     assert f"CREATE TABLE {prefix}{quoted(config.status_table_name)} (" in text
+    assert f"CREATE TABLE {prefix}{quoted(config.workers_table_name)} (" in text
     assert f"CREATE INDEX {quoted(config.finished_at_index_name)} ON {prefix}" in text
     assert f"CREATE INDEX {quoted(config.expires_at_index_name)} ON {prefix}" in text
     for table_name in config.table_names:
@@ -93,6 +96,7 @@ def test_the_columns_stand_in_the_documented_order() -> None:
     assert models.progress_table.c.keys() == PROGRESS_COLUMNS
     assert models.status_table is not None
     assert models.status_table.c.keys() == STATUS_COLUMNS
+    assert table_of(models.workers_table).c.keys() == WORKER_COLUMNS
     models = build_models(queue=True)
     assert table_of(models.queue_table).c.keys() == QUEUE_COLUMNS
     assert table_of(models.schedules_table).c.keys() == SCHEDULE_COLUMNS
@@ -103,6 +107,7 @@ def test_the_other_tables_are_those_whose_rows_go_with_a_result() -> None:
     assert models.other_tables == [models.progress_table, models.status_table]
     without_status = Models(models.Result, models.Progress)
     assert without_status.status_table is None
+    assert without_status.workers_table is None
     assert without_status.other_tables == [models.progress_table]
 
 
@@ -110,7 +115,8 @@ def test_the_other_tables_are_those_whose_rows_go_with_a_result() -> None:
     ("field", "ddl_type"), [("VarChar", "VARCHAR"), ("Text", "TEXT"), ("Uuid", "UUID")]
 )
 def test_both_task_ids_have_the_chosen_type(field: Any, ddl_type: str) -> None:
-    for table in build_models(field_for_task_id=field).metadata.tables.values():
+    models = build_models(field_for_task_id=field)
+    for table in (models.results_table, *models.other_tables):
         assert f"task_id {ddl_type} NOT NULL" in compiled(CreateTable(table))
 
 
@@ -143,13 +149,15 @@ def test_the_columns_are_not_null_and_default_as_documented() -> None:
 
 def test_finished_at_has_a_brin_index_and_expires_at_a_partial_one() -> None:
     *_, expires_at, finished_at = ddl(build_models())
-    assert finished_at.endswith('ON "taskiq_results" USING brin (finished_at)')
+    assert finished_at.endswith(
+        '"taskiq_results" USING brin (finished_at) WITH (autosummarize = on)'
+    )
     assert expires_at.endswith('ON "taskiq_results" (expires_at) WHERE expires_at IS NOT NULL')
 
 
 def test_rows_that_change_often_have_room_for_it_and_no_index_but_the_key() -> None:
     models = build_models()
-    for table in models.other_tables:
+    for table in (*models.other_tables, table_of(models.workers_table)):
         assert "WITH (fillfactor = 50)" in compiled(CreateTable(table))
         assert not table.indexes
     assert "fillfactor" not in compiled(CreateTable(models.results_table))
@@ -238,7 +246,12 @@ def test_a_given_metadata_gets_the_tables() -> None:
     metadata = sa.MetaData()
     models = build_models("results", metadata=metadata)
     assert models.metadata is metadata
-    assert set(metadata.tables) == {"results", "results_progress", "results_status"}
+    assert set(metadata.tables) == {
+        "results",
+        "results_progress",
+        "results_status",
+        "results_workers",
+    }
 
 
 def test_a_given_metadata_may_hold_several_pairs_of_tables() -> None:
@@ -246,7 +259,7 @@ def test_a_given_metadata_may_hold_several_pairs_of_tables() -> None:
     build_models("one", metadata=metadata)
     build_models("two", metadata=metadata)
     build_models("one", metadata=metadata, schema="app")
-    assert len(metadata.tables) == 9
+    assert len(metadata.tables) == 12
 
 
 def test_the_schema_of_a_given_metadata_is_the_default() -> None:
@@ -272,7 +285,10 @@ def test_a_naming_convention_changes_no_name() -> None:
 
 @pytest.mark.parametrize(
     "present",
-    ["results", "results_progress", "results_status", "results_queue", "results_schedules"],
+    [
+        f"results{suffix}"
+        for suffix in ("", "_progress", "_status", "_workers", "_queue", "_schedules")
+    ],
 )
 def test_a_metadata_that_has_one_of_the_tables_is_refused_and_left_as_it_is(present: str) -> None:
     metadata = sa.MetaData()
@@ -357,6 +373,7 @@ def test_no_column_of_ours_may_have_another_type() -> None:
         StatusMixin: models.Status,
         QueueMixin: models.Queue,
         ScheduleMixin: models.Schedule,
+        WorkerMixin: models.Worker,
     }
     for mixin, model in usual.items():
         for column in sa.inspect(model).columns:

@@ -51,6 +51,8 @@ def test_an_argument_that_cannot_work_is_named(argument: str, value: Any) -> Non
     ("arguments", "text"),
     [
         ({}, "give either dsn= .* or engine="),
+        ({"dsn": DSN, "queue_names": "q"}, "no argument queue_names: did you mean queue_name?"),
+        ({"dsn": DSN, "max_delivery": 3}, "Invalid argument.*max_delivery"),
         ({"dsn": DSN, "notify": False, "listen_dsn": DSN}, "listen_dsn is for notify=True"),
         ({"dsn": DSN, "models": build_models("other")}, "needs the model of its queue"),
         ({"dsn": DSN, "models": "models"}, "models must be a Models, not str"),

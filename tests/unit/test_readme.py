@@ -59,7 +59,7 @@ def test_every_error_is_in_the_table_and_described() -> None:
 
 def test_every_column_has_its_row_in_this_order() -> None:
     page = (REFERENCE / "models.md").read_text()
-    # In the order of the classes: Result, Progress, Status, Queue, Schedule.
+    # In the order of the classes: Result, Progress, Status, Worker, Queue, Schedule.
     tables = build_models(queue=True).metadata.tables.values()
     columns = chain(*[table.c for table in tables])
     assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [c.name for c in columns]

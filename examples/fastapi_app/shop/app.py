@@ -1,27 +1,24 @@
 """The web application. `uvicorn shop.app:app` serves it."""
 
-import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
-from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
-from taskiq import TaskiqResult
 
-from shop.database import engine, get_session
+from shop.admin import admin
+from shop.database import Session, engine, get_session
 from shop.models import Order, Result
 from shop.tasks import backend, broker, pack
-from taskiq_sa_pg import ResultIsMissingError, StorageError
-
-logger = logging.getLogger(__name__)
+from taskiq_sa_pg import ResultMixin
+from taskiq_sa_pg.fastapi import TaskError, task_router
 
 
 @asynccontextmanager
@@ -34,8 +31,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(title="Shop", lifespan=lifespan)
 
-# Closed before the response is sent: an event stream would keep its connection for minutes.
-SessionOfRequest = Annotated[AsyncSession, Depends(get_session, scope="function")]
+SessionOfRequest = Annotated[AsyncSession, Depends(get_session)]
 
 
 class NewOrder(BaseModel):
@@ -48,43 +44,26 @@ class Accepted(BaseModel):
     task_id: UUID
 
 
-class TaskError(BaseModel):
-    type: str
-    message: str
-
-
-class TaskStatus(BaseModel):
-    state: Literal["running", "succeeded", "failed"]
-    value: Any = None
-    error: TaskError | None = None
-
-
-class Failure(BaseModel):
-    model_config = ConfigDict(from_attributes=True)
-
+class OrderStatus(BaseModel):
     order_id: int
     task_id: UUID
     customer: str
     quantity: int
-    error_type: str | None
-    finished_at: datetime
+    ordered_at: datetime
+    state: Literal["pending", "succeeded", "failed"] = "pending"
+    value: Any = None
+    error: TaskError | None = None
 
 
-def to_status(result: TaskiqResult[Any]) -> TaskStatus:
-    if result.error is None:
-        return TaskStatus(state="succeeded", value=result.return_value)
-    error = TaskError(type=type(result.error).__name__, message=str(result.error))
-    return TaskStatus(state="failed", error=error)
+async def is_of_an_order(request: Request, task_id: str) -> bool:
+    # The place to ask whose order it is. The session is closed before an event stream begins.
+    async with Session() as session:
+        order = select(Order.id).where(Order.task_id == UUID(task_id))
+        return await session.scalar(order) is not None
 
 
-async def find_order(task_id: UUID, session: SessionOfRequest) -> Order:
-    order = await session.scalar(select(Order).where(Order.task_id == task_id))
-    if order is None:
-        raise HTTPException(404, f"no order has the task {task_id}")
-    return order
-
-
-OrderOfTask = Annotated[Order, Depends(find_order)]
+app.include_router(task_router(backend, may_see=is_of_an_order), prefix="/tasks", tags=["tasks"])
+app.mount("/admin", admin)
 
 
 @app.get("/", include_in_schema=False)
@@ -106,47 +85,31 @@ async def place_order(
     return Accepted(order_id=order.id, task_id=order.task_id)
 
 
-@app.get("/tasks/{task_id}", responses={202: {"model": TaskStatus}})
-async def get_task(order: OrderOfTask, response: Response) -> TaskStatus:
-    try:
-        return to_status(await backend.get_result(str(order.task_id)))
-    except ResultIsMissingError:
-        response.status_code = 202
-        return TaskStatus(state="running")
-
-
-@app.get("/tasks/{task_id}/events", response_class=EventSourceResponse)
-async def stream_events(order: OrderOfTask) -> AsyncIterator[ServerSentEvent]:
-    task_id = str(order.task_id)
-    async with aclosing(backend.watch_progress(task_id)) as changes:
-        async for progress in changes:
-            yield ServerSentEvent(event="progress", data=progress.meta)
-    result = await backend.get_result(task_id)
-    yield ServerSentEvent(event="result", data=to_status(result))
-
-
-@app.get("/failures")
-async def list_failures(
+@app.get("/orders")
+async def list_orders(
     session: SessionOfRequest, limit: Annotated[int, Query(ge=1, le=100)] = 20
-) -> list[Failure]:
-    failures = (
-        select(
-            Order.id.label("order_id"),
-            Order.task_id,
-            Order.customer,
-            Order.quantity,
-            Result.error_type,
-            Result.finished_at,
-        )
-        .join(Result, Result.task_id == Order.task_id)
-        .where(Result.is_err)
-        .order_by(Result.finished_at.desc())
+) -> list[OrderStatus]:
+    latest = (
+        select(Order, Result)
+        .outerjoin(Result, Result.task_id == Order.task_id)
+        .order_by(Order.id.desc())
         .limit(limit)
     )
-    return [Failure.model_validate(row) for row in await session.execute(failures)]
+    return [to_status(order, row) for order, row in await session.execute(latest)]
 
 
-@app.exception_handler(StorageError)
-async def say_unavailable(request: Request, exc: StorageError) -> JSONResponse:
-    logger.error("%s %s: %s", request.method, request.url.path, exc)
-    return JSONResponse({"detail": "the results cannot be read now"}, status_code=503)
+def to_status(order: Order, row: ResultMixin | None) -> OrderStatus:
+    status = OrderStatus(
+        order_id=order.id,
+        task_id=order.task_id,
+        customer=order.customer,
+        quantity=order.quantity,
+        ordered_at=order.ordered_at,
+    )
+    if row is None:
+        return status
+    result = backend.decode(row)
+    if result.error is None:
+        return status.model_copy(update={"state": "succeeded", "value": result.return_value})
+    error = TaskError(type=type(result.error).__name__, message=str(result.error))
+    return status.model_copy(update={"state": "failed", "error": error})

@@ -10,13 +10,19 @@ from taskiq.depends.progress_tracker import ProgressTracker, TaskState
 
 from shop.database import Session, engine
 from shop.models import Order, task_models
-from taskiq_sa_pg import SQLAlchemyBroker, SQLAlchemyResultBackend
+from taskiq_sa_pg import SQLAlchemyBroker, SQLAlchemyResultBackend, TaskMetadataMiddleware
 
 STOCK = 10
 SECONDS_PER_ITEM = 0.25
 
-backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(engine=engine, models=task_models)
-broker = SQLAlchemyBroker(engine=engine, models=task_models).with_result_backend(backend)
+backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
+    engine=engine, models=task_models, track="started"
+)
+broker = (
+    SQLAlchemyBroker(engine=engine, models=task_models)
+    .with_result_backend(backend)
+    .with_middlewares(TaskMetadataMiddleware(record_args=True))
+)
 
 
 @broker.on_event(TaskiqEvents.WORKER_STARTUP)

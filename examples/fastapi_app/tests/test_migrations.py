@@ -18,6 +18,7 @@ TABLES = {
         "taskiq_results_queue",
         "taskiq_results_schedules",
         "taskiq_results_status",
+        "taskiq_results_workers",
     },
 }
 

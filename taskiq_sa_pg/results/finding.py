@@ -1,0 +1,410 @@
+"""Finished tasks as typed records, the latest first, a page at a time; and one with everything."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from typing import Any, Final, Literal, NamedTuple, TypeGuard, get_args
+
+from sqlalchemy import Select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.elements import ColumnElement
+from taskiq import TaskiqResult
+
+from taskiq_sa_pg import statements as sql
+from taskiq_sa_pg.codec import (
+    Seconds,
+    check_seconds,
+    is_plain,
+    read_labels,
+    storable_text,
+)
+from taskiq_sa_pg.database import Database, sqlstate_of
+from taskiq_sa_pg.exceptions import (
+    ConfigurationError,
+    ResultDecodeError,
+    ResultIsMissingError,
+    StorageError,
+    check_whole,
+)
+from taskiq_sa_pg.models import Models, TableConfig
+from taskiq_sa_pg.results.search import Where, check_expressions
+from taskiq_sa_pg.results.settings import Settings
+
+Outcome = Literal["succeeded", "failed"]
+
+DEFAULT_LIMIT: Final = 50
+MAX_LIMIT: Final = 1_000
+
+# Between them lies whatever is found: on both sides a bound, so that the index can be used.
+_FIRST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST: Final = datetime(9999, 12, 31, tzinfo=UTC)
+
+# A busy table has a page in its last minute, and one of a few tasks a day in a few statements.
+_FIRST_SPAN: Final = timedelta(minutes=1)
+_GROWTH: Final = 4
+
+# Of command_timeout, for one statement: the server ends it before we would take it for silent, ask
+# again and replace all connections. All of them together end in time, too, as each takes some four
+# times as long as the one before.
+_SHARE: Final = 1 / 3
+
+_QUERY_CANCELED: Final = "57014"
+
+_CURSOR: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6})Z_(.*)", re.DOTALL)
+
+# Characters of a wrong argument.
+_MAX_SHOWN: Final = 200
+
+# What a position of an argument can be for PostgreSQL.
+_MAX_POSITION: Final = 2_147_483_647
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """A finished task, without its values.
+
+    Attributes:
+        task_id: The task.
+        outcome: "succeeded", or "failed" where it has an error.
+        task_name: Its name; None, like worker, queued_at and started_at, where
+            TaskMetadataMiddleware did not record it.
+        worker: Who executed it.
+        attempt: 0 for the first, and one more with each of taskiq's retries.
+        error_type: The class of the exception, with its module.
+        execution_time: Seconds.
+        queued_at: When this attempt was sent, by the sender's clock; all times are in UTC.
+        started_at: When it was started, by the worker's clock.
+        finished_at: When its result was stored, by the database's clock.
+        expires_at: When the result will be missing; None for never.
+        labels: As get_result() gives them. A value that neither JSON nor bytes can hold, and so
+            only the serializer can read, is "(serialized)": nothing is unpickled.
+    """
+
+    task_id: str
+    outcome: Outcome
+    task_name: str | None
+    worker: str | None
+    attempt: int
+    error_type: str | None
+    execution_time: float
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime
+    expires_at: datetime | None
+    labels: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDetails:
+    """Everything that is stored of a finished task.
+
+    Attributes:
+        record: What a list of tasks has of it.
+        args: The positional arguments, as JSON has them; None where they were not recorded.
+        kwargs: The keyword arguments, likewise.
+        traceback: That of the exception, as text; None for a success.
+        result: The result; None where it was not asked for or cannot be decoded.
+        undecodable: Why the result, though asked for, cannot be decoded.
+    """
+
+    record: TaskRecord
+    args: list[Any] | None
+    kwargs: dict[str, Any] | None
+    traceback: str | None
+    result: TaskiqResult[Any] | None
+    undecodable: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Finished tasks, the latest first.
+
+    Attributes:
+        records: The tasks.
+        next: What to pass as `after` for the next page; None if there is nothing more.
+    """
+
+    records: list[TaskRecord]
+    next: str | None
+
+
+class Cursor(NamedTuple):
+    """The task after which a page begins."""
+
+    finished_at: datetime
+    column_id: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What find() looks for, checked."""
+
+    conditions: Sequence[ColumnElement[bool]]
+    window: float | None  # seconds
+    after: Cursor | None
+    limit: int
+
+
+class _TooLongError(Exception):
+    """The server has canceled a statement; none that the database's retries know."""
+
+
+class Finding:
+    """Finds finished tasks of one results table, and never deletes any."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._database = database
+        self._codec = settings.codec
+        self._models = settings.models
+        self._table = settings.table
+
+    async def find(self, query: Query) -> Page:
+        """One page.
+
+        Raises:
+            StorageError: PostgreSQL refused it or could not be reached, or it took too long.
+        """
+        limit = self._database.command_timeout * _SHARE
+
+        async def read(connection: AsyncConnection) -> list[sql.StoredRecord]:
+            now = (await connection.execute(sql.begin_search(limit))).scalar_one()
+            found: list[sql.StoredRecord] = []
+            for span in _spans(now.astimezone(UTC), query.window, query.after):
+                # One more, to know whether there are more.
+                missing = query.limit + 1 - len(found)
+                statement = sql.select_records(self._models, query.conditions, span, missing)
+                try:
+                    rows = await connection.execute(statement)
+                except DBAPIError as exc:
+                    if sqlstate_of(exc) == _QUERY_CANCELED:
+                        raise _TooLongError from exc
+                    raise
+                found += map(sql.StoredRecord._make, rows)
+                if len(found) > query.limit:
+                    break
+            return found
+
+        purpose = f"find results in table {self._table}"
+        try:
+            found = await self._database.transact(read, purpose)
+        except _TooLongError as exc:
+            raise StorageError(
+                f"cannot {purpose}: a statement was canceled, by default after {limit:g} s, a "
+                "third of command_timeout. Few results meet the conditions, so much of the table "
+                "was read: pass window=, or make an index for the conditions",
+                _QUERY_CANCELED,
+            ) from exc
+        records = [_record_of(stored) for stored in found[: query.limit]]
+        return Page(records, _cursor_of(records[-1]) if len(found) > query.limit else None)
+
+    async def read_details(self, column_id: Any, *, with_result: bool) -> TaskDetails:
+        """Everything of one task; its result only where it `with_result` is asked for.
+
+        Raises:
+            ResultIsMissingError: It has no result.
+            StorageError: PostgreSQL refused it or could not be reached.
+        """
+        statement = self._select_all if with_result else self._select_details
+        purpose = f"read the details of a result in table {self._table}"
+        rows = await self._database.fetch(statement, {"task_ids": [column_id]}, purpose)
+        if not rows:
+            raise ResultIsMissingError(str(column_id), self._table)
+        values = list(rows[0])
+        of_record, of_details = len(sql.StoredRecord._fields), len(sql.StoredDetails._fields)
+        stored = sql.StoredRecord._make(values[:of_record])
+        details = sql.StoredDetails._make(values[of_record:][:of_details])
+        result = undecodable = None
+        if with_result:
+            try:
+                result = self._decode(stored, *values[of_record + of_details :])
+            except ResultDecodeError as exc:
+                undecodable = str(exc)
+        return TaskDetails(
+            _record_of(stored),
+            None if details.args is None else json.loads(details.args),
+            None if details.kwargs is None else json.loads(details.kwargs),
+            details.traceback,
+            result,
+            undecodable,
+        )
+
+    def _decode(
+        self, stored: sql.StoredRecord, return_value: Any, error: Any, log: str | None
+    ) -> TaskiqResult[Any]:
+        whole = sql.StoredResult(
+            stored.task_id,
+            stored.is_err,
+            return_value,
+            error,
+            stored.error_type,
+            stored.execution_time,
+            stored.labels,
+            log,
+        )
+        return self._codec.decode_result(whole, with_logs=True)
+
+    @cached_property
+    def _select_details(self) -> Select[Any]:
+        return sql.select_details(self._models, with_payload=False)
+
+    @cached_property
+    def _select_all(self) -> Select[Any]:
+        return sql.select_details(self._models, with_payload=True)
+
+
+def check_query(
+    models: Models,
+    where: Where = (),
+    *,
+    window: Seconds | None,
+    outcome: Outcome | None,
+    name: str | None,
+    worker: str | None,
+    label: Mapping[str, Any] | None,
+    argument: Any,
+    after: str | None,
+    limit: int,
+) -> Query:
+    """What find() is to look for.
+
+    Raises:
+        TypeError: where is no SQLAlchemy expression.
+        ConfigurationError: An argument that cannot be, which it names.
+    """
+    conditions = list(check_expressions(models, where)[0])
+    if outcome is not None:
+        if outcome not in get_args(Outcome):
+            allowed = ", ".join(map(repr, get_args(Outcome)))
+            raise ConfigurationError(f"outcome must be one of {allowed}, or None, not {outcome!r}")
+        conditions.append(sql.has_outcome(models, is_err=outcome == "failed"))
+    for argument_name, column, text in (("name", "task_name", name), ("worker", "worker", worker)):
+        if text is not None:
+            if not isinstance(text, str):
+                raise ConfigurationError(f"{argument_name} must be a str or None, not {text!r}")
+            conditions.append(sql.has_text(models, column, _storable(argument_name, text)))
+    conditions += _conditions_on_labels(models, label)
+    conditions += _conditions_on_arguments(models, argument)
+    check_whole("limit", limit)
+    if limit > MAX_LIMIT:
+        raise ConfigurationError(f"limit must be at most {MAX_LIMIT}, not {limit}")
+    return Query(conditions, check_seconds("window", window), _parse(after, models.config), limit)
+
+
+def _conditions_on_labels(models: Models, label: object) -> Iterator[ColumnElement[bool]]:
+    if label is None:
+        return
+    if not isinstance(label, Mapping) or not all(isinstance(key, str) for key in label):
+        raise ConfigurationError(
+            f'label must be a dict of values by name, such as {{"user": 42}}, not {label!r}'
+        )
+    for key, value in label.items():
+        yield sql.has_label(models, _storable("label", key), _alike("label", value))
+
+
+def _conditions_on_arguments(models: Models, argument: object) -> Iterator[ColumnElement[bool]]:
+    if argument is None:
+        return
+    if not isinstance(argument, Mapping):
+        yield sql.has_any_argument(models, _alike("argument", argument))
+        return
+    for key, value in argument.items():
+        if isinstance(key, str):
+            key = _storable("argument", key)  # noqa: PLW2901
+        elif not isinstance(key, int) or isinstance(key, bool) or abs(key) > _MAX_POSITION:
+            raise ConfigurationError(
+                "argument must be a value, or a dict of values by name or position, such as "
+                f'{{"order_id": 42}} or {{0: 42}}: {key!r} is neither'
+            )
+        yield sql.has_argument(models, key, _alike("argument", value))
+
+
+def _alike(argument: str, value: object) -> list[sql.Scalar]:
+    """The values that are the same as text: 42 and "42".
+
+    Raises:
+        ConfigurationError: It is none that can be compared.
+    """
+    if isinstance(value, str):
+        _storable(argument, value)
+        with suppress(ValueError, RecursionError):
+            parsed = json.loads(value)
+            if _is_scalar(parsed) and not isinstance(parsed, str):
+                return [value, parsed]
+        return [value]
+    if not _is_scalar(value):
+        raise ConfigurationError(
+            f"{argument} must have values that JSON can hold, such as a str, an int, True or None, "
+            f"and not this {type(value).__qualname__}"
+        )
+    return [value, json.dumps(value)]
+
+
+def _is_scalar(value: object) -> TypeGuard[sql.Scalar]:
+    return isinstance(value, str | int | float | bool | None) and is_plain(value)
+
+
+def _storable(argument: str, text: str) -> str:
+    if text != storable_text(text):
+        raise ConfigurationError(
+            f"{argument} has NUL or lone surrogates, which PostgreSQL cannot hold: "
+            f"{text[:_MAX_SHOWN]!r}"
+        )
+    return text
+
+
+def _spans(now: datetime, window: float | None, after: Cursor | None) -> Iterator[sql.Span]:
+    """The slices of time in which to look, one after the other."""
+    oldest = _FIRST
+    if window is not None:
+        oldest = now - timedelta(seconds=min(window, (now - _FIRST).total_seconds()))
+    # After a failover, results may be of a clock that was ahead: they are found, too.
+    end, before_id = (_LAST, None) if after is None else after
+    span, start = _FIRST_SPAN, min(end, now)
+    while end > oldest or (end == oldest and before_id is not None):
+        start = max(oldest, start - span) if start - oldest > span else oldest
+        yield sql.Span(start, end, before_id)
+        end, before_id, span = start, None, span * _GROWTH
+
+
+def _cursor_of(record: TaskRecord) -> str:
+    at = record.finished_at.replace(tzinfo=None).isoformat(timespec="microseconds")
+    return f"{at}Z_{record.task_id}"
+
+
+def _parse(after: object, config: TableConfig) -> Cursor | None:
+    if after is None:
+        return None
+    if isinstance(after, str) and (match := _CURSOR.fullmatch(after)):
+        with suppress(ValueError):  # no time, or no task id
+            at = datetime.fromisoformat(match[1]).replace(tzinfo=UTC)
+            return Cursor(at, config.to_column_task_id(match[2]))
+    raise ConfigurationError(
+        f"after must be the `next` of a page of find(), or None, not {repr(after)[:_MAX_SHOWN]}"
+    )
+
+
+def _record_of(stored: sql.StoredRecord) -> TaskRecord:
+    return TaskRecord(
+        task_id=str(stored.task_id),
+        outcome="failed" if stored.is_err else "succeeded",
+        task_name=stored.task_name,
+        worker=stored.worker,
+        attempt=stored.attempt,
+        error_type=stored.error_type,
+        execution_time=stored.execution_time,
+        queued_at=_in_utc(stored.queued_at),
+        started_at=_in_utc(stored.started_at),
+        finished_at=stored.finished_at.astimezone(UTC),
+        expires_at=_in_utc(stored.expires_at),
+        labels=read_labels(stored.labels),
+    )
+
+
+def _in_utc(time: datetime | None) -> datetime | None:
+    # Drivers give times in various zones.
+    return None if time is None else time.astimezone(UTC)

@@ -1,0 +1,173 @@
+"""The worker processes: the beat of one, the list of all, and which tasks were lost with theirs."""
+
+from datetime import timedelta
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Double,
+    Insert,
+    Integer,
+    Select,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    literal_column,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import insert
+
+from taskiq_sa_pg.models import Models, as_interval
+from taskiq_sa_pg.statements.rows import StatusRow
+from taskiq_sa_pg.statements.select import is_live, is_over
+
+# Seconds without a sign of life, four beats, after which a worker counts as gone.
+LOST_AFTER: Final = 60
+
+# Two processes of one name that started further apart than this are not the same one. A process
+# tells how long ago it started, and the statement may be late by the time limit of a beat.
+_SAME_START: Final = 15
+
+_WORKER: Final = bindparam("of_worker", type_=Text)
+
+
+def beat(workers: Table) -> Insert:
+    """Stores that `of_worker` is alive, and deletes the rows that nobody has renewed for a day.
+
+    Takes `age`, for how many seconds its process has run, `is_first`, whether this is its first
+    beat, and `is_own_name`, whether no other process can have this name at the same time. Returns
+    seen_at, and seen_at as it was before.
+    """
+    before = select(workers.c.seen_at).where(workers.c.worker == _WORKER).cte("before")
+    old = (
+        select(workers.c.worker)
+        .where(workers.c.seen_at < func.now() - _seconds(86_400), workers.c.worker != _WORKER)
+        .with_for_update(of=workers, skip_locked=True)
+        .cte("old")
+    )
+    swept = delete(workers).where(workers.c.worker.in_(select(old.c.worker))).cte("swept")
+    started_at = func.now() - as_interval(bindparam("age", type_=Double))
+    statement = insert(workers).values({"worker": _WORKER, "started_at": started_at})
+    new, row = statement.excluded, workers.c
+    # An earlier process of this name, such as that of a container that was started again: what it
+    # had begun is lost. Processes that share a name keep what the first of them has stored.
+    started_apart = row.started_at < new.started_at - _seconds(_SAME_START)
+    was_gone = row.seen_at < new.seen_at - _seconds(LOST_AFTER)
+    is_another = and_(
+        bindparam("is_first", type_=Boolean),
+        case((bindparam("is_own_name", type_=Boolean), started_apart), else_=was_gone),
+    )
+    first = case((is_another, new.started_at), else_=func.least(row.started_at, new.started_at))
+    return (
+        statement.on_conflict_do_update(
+            index_elements=["worker"], set_={"seen_at": new.seen_at, "started_at": first}
+        )
+        .returning(row.seen_at, select(before.c.seen_at).scalar_subquery().label("before"))
+        .add_cte(swept)
+    )
+
+
+def delete_worker(workers: Table) -> Select[Any]:
+    """Deletes the row of `of_worker`, unless another process has renewed it since `seen_at`."""
+    is_own = workers.c.seen_at == bindparam("was_seen_at", type_=workers.c.seen_at.type)
+    gone = delete(workers).where(workers.c.worker == _WORKER, is_own).returning(workers.c.worker)
+    return select(func.count()).select_from(gone.cte("gone"))
+
+
+def select_workers(models: Models, workers: Table) -> Select[Any]:
+    """All workers by name, as StoredWorker; one is alive that was seen in the last `max_age`."""
+    status = models.status_table
+    is_alive = workers.c.seen_at >= func.now() - as_interval(bindparam("max_age", type_=Double))
+    running: ColumnElement[Any] = literal_column("0", Integer)
+    columns = [workers.c.worker, workers.c.started_at, workers.c.seen_at, is_alive]
+    if status is None:
+        return select(*columns, running).order_by(workers.c.worker)
+    begun = (
+        select(status.c.worker, func.count().label("running"))
+        .join(workers, workers.c.worker == status.c.worker)
+        .where(is_started(models, status), status.c.updated_at >= workers.c.started_at)
+        .group_by(status.c.worker)
+        .subquery("begun")
+    )
+    return (
+        select(*columns, func.coalesce(begun.c.running, running))
+        .select_from(workers.outerjoin(begun, begun.c.worker == workers.c.worker))
+        .order_by(workers.c.worker)
+    )
+
+
+def select_lost(models: Models, status: Table, workers: Table) -> Select[Any]:
+    """At most `limit` lost tasks without any result, as StatusRow, the longest lost first.
+
+    None while another transaction does the same, and none that the queue still has.
+    """
+    results, queue = models.results_table, models.queue_table
+    result = select(results.c.task_id).where(
+        results.c.task_id == status.c.task_id, is_live(results)
+    )
+    conditions = [
+        is_started(models, status),
+        is_lost(status, workers),
+        result.scalar_subquery().is_(None),
+        _may_run(models),
+    ]
+    if queue is not None:
+        conditions.append(
+            ~exists(select(queue.c.task_id).where(queue.c.task_id == status.c.task_id))
+        )
+    return (
+        select(*[status.c[name] for name in StatusRow._fields])
+        .select_from(with_worker(status, status, workers))
+        .where(*conditions)
+        .order_by(status.c.updated_at, status.c.task_id)
+        .limit(bindparam("limit", type_=Integer))
+    )
+
+
+def with_worker(source: Any, status: Table, workers: Table) -> Any:
+    """The source, which has the status, joined with the worker that it names."""
+    return source.outerjoin(workers, workers.c.worker == status.c.worker)
+
+
+def is_started(models: Models, status: Table) -> ColumnElement[bool]:
+    """Whether a task was started and has no result since."""
+    results = models.results_table
+    result = select(results.c.task_id).where(
+        results.c.task_id == status.c.task_id, is_over(results, status)
+    )
+    # Not EXISTS, for which PostgreSQL may read all of the results.
+    is_without = result.scalar_subquery().is_(None)
+    return and_(status.c.state == literal_column("'started'", Text), is_without)
+
+
+def is_lost(status: Table, workers: Table) -> ColumnElement[bool]:
+    """Whether a started task's worker is gone, or was another process; by the database's clock.
+
+    A task of which no worker is known is never lost.
+    """
+    long_ago = func.now() - _seconds(LOST_AFTER)
+    return case(
+        (status.c.worker.is_(None), literal_column("false", Boolean)),
+        (workers.c.worker.is_(None), status.c.updated_at < long_ago),
+        else_=or_(workers.c.seen_at < long_ago, status.c.updated_at < workers.c.started_at),
+    )
+
+
+def _seconds(number: int) -> ColumnElement[timedelta]:
+    return as_interval(literal_column(str(number), Integer))
+
+
+def _may_run(models: Models) -> ColumnElement[bool]:
+    name = f"taskiq_sa_pg abandon {models.config.table_name}"
+    key = func.hashtextextended(name, 0, type_=BigInteger)
+    has_lock = func.pg_try_advisory_xact_lock(key, type_=Boolean)
+    return select(case((has_lock, true()))).scalar_subquery()
