@@ -73,7 +73,8 @@ async def test_a_server_that_stands_still_is_noticed(
 async def test_a_server_that_stands_still_holds_up_no_shutdown(
     server: Server, driver: str, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    backend = await start(server.dsn, driver=driver)
+    # A notification on its way would be waited for, as long as for any statement.
+    backend = await start(server.dsn, driver=driver, notify=False)
     await backend.set_result("task", result_of(1))
     await asyncio.to_thread(server.freeze)
     try:
