@@ -1,6 +1,8 @@
 """Every code block of the documentation works, on a schema of its own; and none escapes."""
 
+import logging
 import re
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -8,6 +10,14 @@ import pytest
 
 from tests.acceptance.documents import PAGES, ROOT, Page, blocks_of, text_of
 from tests.conftest import Database
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Litestar, in an application of a page, has the root logger tell of everything."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 def _name(page: Path) -> str:

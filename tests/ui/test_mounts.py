@@ -44,7 +44,8 @@ def nested(app: Any) -> Place:
 
 
 def in_litestar(app: Any) -> Place:
-    return Litestar([asgi("/admin/tasks", is_mount=True, copy_scope=True)(app)]), "/admin/tasks/"
+    handler = asgi("/admin/tasks", is_mount=True, copy_scope=True)(app)
+    return Litestar([handler], logging_config=None), "/admin/tasks/"
 
 
 def with_root_path(app: Any) -> Place:
