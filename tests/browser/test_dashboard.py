@@ -211,7 +211,7 @@ async def test_no_row_moves_away_from_under_the_pointer(page: Page, address: str
     page.on("request", lambda request: asked.append(request.url))
     await page.locator("tbody a").first.hover()
     await page.wait_for_timeout(6_500)  # the list refreshes every 5 seconds
-    assert asked == []
+    assert [url for url in asked if "/static/" not in url] == []  # a browser's icon comes late
     async with page.expect_request("**/tasks?*"):
         await page.mouse.move(0, 0)
 
