@@ -8,13 +8,12 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import to_jsonable_python
 
-from taskiq_sa_pg.results import TaskDetails, TaskRecord, TaskStatus
+from taskiq_sa_pg.results import Outcome, TaskDetails, TaskRecord, TaskStatus
 
 _MAX_DESCRIPTION: Final = 500
 _POSITION: Final = re.compile(r"-?\d+")
 _ADDRESS: Final = re.compile(r" at 0x[0-9A-Fa-f]+")
 
-Outcome = Literal["succeeded", "failed"]
 State = Literal["pending", "queued", "started", "retrying", "lost", "succeeded", "failed"]
 
 
@@ -164,11 +163,19 @@ def _by_name(parameter: str, pairs: list[str]) -> dict[str, str]:
     return values
 
 
+def _state_of(status: TaskStatus) -> State:
+    match status.state:
+        case "unknown" | "expired":
+            return "pending"
+        case state:
+            return state
+
+
 def unfinished(status: TaskStatus, progress: Progress | None) -> TaskAnswer:
     """A task that has no result yet."""
     return TaskAnswer(
         task_id=status.task_id,
-        state="pending" if status.state in {"unknown", "expired"} else status.state,  # type: ignore[arg-type]
+        state=_state_of(status),
         task_name=status.task_name,
         attempt=status.attempt,
         queued_at=status.queued_at,

@@ -314,7 +314,7 @@ def _conditions_on_arguments(models: Models, argument: object) -> Iterator[Colum
         return
     for key, value in argument.items():
         if isinstance(key, str):
-            key = _storable("argument", key)  # noqa: PLW2901
+            _storable("argument", key)
         elif not isinstance(key, int) or isinstance(key, bool) or abs(key) > _MAX_POSITION:
             raise ConfigurationError(
                 "argument must be a value, or a dict of values by name or position, such as "

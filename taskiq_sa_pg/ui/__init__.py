@@ -1,8 +1,8 @@
 """The dashboard (extra `ui`): pages about tasks, to be mounted into an application."""
 
 try:
-    import jinja2 as _jinja2  # noqa: F401
-    import starlette as _starlette  # noqa: F401
+    import jinja2 as _jinja2  # noqa: F401 - only to see whether it is there
+    import starlette as _starlette  # noqa: F401 - as above
 except ModuleNotFoundError as exc:
     raise ImportError(
         "taskiq_sa_pg.ui needs Starlette and Jinja2: pip install 'taskiq-sa-pg[ui]'"

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
 from taskiq_sa_pg.exceptions import ConfigurationError
+from taskiq_sa_pg.results import Outcome
 from taskiq_sa_pg.results import Page as Found
 from taskiq_sa_pg.ui.site import Page, Site
 
@@ -32,8 +33,6 @@ DEFAULT_WINDOW: Final = "24h"
 # Of an argument. No task has more, and int() refuses what is very long.
 _POSITION: Final = re.compile(r"-?[0-9]{1,6}")
 
-_OUTCOMES: Final = ("succeeded", "failed")
-
 
 @dataclass(frozen=True)
 class Filter:
@@ -50,7 +49,7 @@ class Filter:
     def of(cls, query: QueryParams) -> "Filter":
         """That of a URL, without what cannot be."""
         given = {name: query.get(name, "").strip() for name in asdict(cls())}
-        if given["outcome"] not in _OUTCOMES:
+        if given["outcome"] not in get_args(Outcome):
             given["outcome"] = ""
         if given["window"] not in WINDOWS:
             given["window"] = DEFAULT_WINDOW
