@@ -11,6 +11,7 @@ from taskiq_sa_pg.results.finding import check_query as check_query
 from taskiq_sa_pg.results.methods import ResultMethods as ResultMethods
 from taskiq_sa_pg.results.pruner import Pruned as Pruned
 from taskiq_sa_pg.results.resend import REDACTED_LABEL as REDACTED_LABEL
+from taskiq_sa_pg.results.resend import RERUN_LABEL as RERUN_LABEL
 from taskiq_sa_pg.results.runtime import Runtime as Runtime
 from taskiq_sa_pg.results.settings import DEFAULT_GATHER_WINDOW as DEFAULT_GATHER_WINDOW
 from taskiq_sa_pg.results.settings import Settings as Settings

@@ -17,7 +17,9 @@ from taskiq_sa_pg.statements import StoredMessage, select_messages
 # On a result whose arguments are not those of the task.
 REDACTED_LABEL: Final = "taskiq_sa_pg_redacted"
 
-_RERUN_LABEL: Final = "rerun_of"
+# On a task that was sent again: the id of the first.
+RERUN_LABEL: Final = "rerun_of"
+
 _DELAY_LABEL: Final = "delay"
 
 # Of one message, and not of the task: what taskiq's retries, requeues, schedules and tracing, and
@@ -81,7 +83,7 @@ class Resender:
         kicker: AsyncKicker[..., Any] = AsyncKicker(
             stored.task_name,
             broker,
-            labels | {_RERUN_LABEL: task_id},
+            labels | {RERUN_LABEL: task_id},
             return_type=getattr(task, "return_type", None),
         )
         sent: AsyncTaskiqTask[Any] = await kicker.kiq(*args, **kwargs)

@@ -4,25 +4,21 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from taskiq_sa_pg.endpoints import EventResponse, encode_event
 from taskiq_sa_pg.exceptions import ResultIsMissingError
-from taskiq_sa_pg.results import TaskDetails, TaskStatus
+from taskiq_sa_pg.results import RERUN_LABEL, Outcome, TaskDetails, TaskStatus
 from taskiq_sa_pg.ui.formatting import pretty
 from taskiq_sa_pg.ui.progress import may_decode, read_progress
 from taskiq_sa_pg.ui.site import Page, Site
 
-# The label of a task that was sent again: the id of the first.
-RERUN_LABEL: Final = "rerun_of"
-
 # No id is longer: an index holds them.
 _MAX_ID: Final = 3_000
 
-_FINISHED: Final = frozenset({"succeeded", "failed"})
 _MOVING: Final = frozenset({"queued", "started", "retrying", "lost"})
 
 
@@ -173,7 +169,7 @@ def error_text(details: TaskDetails) -> str | None:
 
 def steps_of(status: TaskStatus, details: TaskDetails | None, now: datetime) -> list[Step]:
     """A task's life as a line; of one that is not finished, with what is to come."""
-    if status.state in _FINISHED and details is not None:
+    if status.state in get_args(Outcome) and details is not None:
         record = details.record
         return _line(
             [
