@@ -80,8 +80,14 @@ screenshots: .venv/.browser  ## take pictures of the dashboard's pages: docs/ima
 	.venv/bin/python -m scripts.screenshots $(ARGS)
 
 .PHONY: test-pgbouncer
-test-pgbouncer: .venv/.test  ## run the tests of backend, broker and dashboard through a PgBouncer in transaction mode
-	.venv/bin/python -m pytest --pgbouncer tests/integration tests/pgbouncer tests/ui tests/endpoints $(ARGS)
+MODE ?= transaction
+test-pgbouncer: .venv/.test  ## run the tests through a PgBouncer; in transaction mode, or MODE=session
+	.venv/bin/python -m pytest --pgbouncer=$(MODE) \
+		tests/integration tests/pgbouncer tests/ui tests/endpoints tests/cli $(ARGS)
+
+.PHONY: test-citus
+test-citus: .venv/.test  ## run all operations on the Citus cluster that TASKIQ_SA_PG_CITUS_DSN names
+	.venv/bin/python -m pytest -n0 tests/citus $(ARGS)
 
 .PHONY: test-eager
 test-eager: .venv/.test  ## run the integration tests with asyncio's eager tasks, of Python 3.12 and later
@@ -92,7 +98,7 @@ bench: .venv/.bench  ## compare the speed with taskiq-postgres and taskiq-redis;
 	.venv/bin/python -m benchmarks $(ARGS)
 
 .PHONY: bench-large
-bench-large: .venv/.bench  ## measure on a million rows, and prune them; ARGS=--quick for a short look
+bench-large: .venv/.bench  ## measure on a million rows, prune them, and run several processes; ARGS=--quick for a short look
 	.venv/bin/python -m benchmarks.large $(ARGS)
 
 .PHONY: bench-find
@@ -106,6 +112,10 @@ bench-broker: .venv/.bench  ## compare sending and executing tasks with other br
 .PHONY: soak
 soak: .venv/.test  ## ten minutes of load with a fault every few seconds; ARGS="--seconds 60"
 	.venv/bin/python -m tests.faults.soak $(ARGS)
+
+.PHONY: overlap
+overlap: .venv/.test  ## a minute of two processes that store and delete the same results; ARGS="--seconds 10"
+	.venv/bin/python -m tests.faults.overlap $(ARGS)
 
 .PHONY: chaos
 chaos: .venv/.test  ## send 100,000 tasks to workers that are killed all the time; ARGS="--tasks 20000"

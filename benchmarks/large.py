@@ -1,4 +1,4 @@
-"""`python -m benchmarks.large [--quick]`: what a million results cost, and what pruning costs.
+"""`python -m benchmarks.large [--quick]`: what many results cost, pruning, and many processes.
 
 The full run replaces LARGE.md beside this file; a quick one leaves its own in build/bench/.
 """
@@ -24,6 +24,7 @@ from benchmarks.contenders import OURS, make_payload, make_result, new_ids, star
 from benchmarks.environment import read_environment
 from benchmarks.markdown import number, table
 from benchmarks.measure import Call, Sample, measure, medians, percentiles
+from benchmarks.processes import MAX_CONNECTIONS, measure_processes, processes_report
 from benchmarks.servers import DURABLE, connected
 from taskiq_sa_pg import Models, SQLAlchemyResultBackend
 from taskiq_sa_pg.embedded import postgres
@@ -48,9 +49,13 @@ class Plan(NamedTuple):
     rounds: int = 9
     seconds: float = 0.3
     window: float = 0.5
+    process_rounds: int = 7
+    process_seconds: float = 0.8
 
 
-QUICK: Final = Plan(rows=50_000, rounds=2, seconds=0.1, window=0.1)
+QUICK: Final = Plan(
+    rows=50_000, rounds=2, seconds=0.1, window=0.1, process_rounds=2, process_seconds=0.2
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,9 @@ async def measure_all(dsn: str, plan: Plan) -> str:
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(connected(dsn))
         environment = await read_environment(servers)
+        # Before there are large tables, which would keep autovacuum at work.
+        rounds, seconds = plan.process_rounds, plan.process_seconds
+        costs = await measure_processes(servers.postgres, rounds, seconds)
         both = []
         for name in ("few", "many"):
             contender = replace(OURS, table=name)
@@ -161,7 +169,9 @@ async def measure_all(dsn: str, plan: Plan) -> str:
         few, many = both
         calls = await measure_calls(few, many, plan)
         pruning, latencies = await measure_pruning(many, plan)
-    return report(plan, environment, calls, pruning, latencies)
+    parts = [report(plan, environment, calls, pruning, latencies)]
+    parts.append(processes_report(costs, rounds, seconds))
+    return "\n".join(parts)
 
 
 def report(plan: Plan, environment: Rows, calls: Rows, pruning: str, latencies: Rows) -> str:
@@ -198,7 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large")
     parser.add_argument("--quick", action="store_true", help="a short look, at fewer rows")
     is_quick = parser.parse_args().quick
-    with postgres(settings=DURABLE) as server:
+    settings = DURABLE | {"max_connections": str(MAX_CONNECTIONS)}
+    with postgres(settings=settings) as server:
         markdown = asyncio.run(measure_all(server.dsn, QUICK if is_quick else Plan()))
     print(f"\n{markdown}")
     directory = DIRECTORY.parent / "build" / "bench" if is_quick else DIRECTORY

@@ -46,11 +46,19 @@ class Sample(NamedTuple):
 
 
 async def measure(call: Call, task_ids: Iterator[str], callers: int, seconds: float) -> Sample:
-    latencies: list[float] = []
-    least = _CALLS_PER_CALLER * callers
     gc.collect()
     started = time.perf_counter()
-    deadline = started + seconds
+    latencies = await call_until(call, task_ids, callers, seconds)
+    return Sample(len(latencies) / (time.perf_counter() - started), *percentiles(latencies))
+
+
+async def call_until(
+    call: Call, task_ids: Iterator[str], callers: int, seconds: float
+) -> list[float]:
+    """Calls for so many seconds; returns the latency of each call, in ms."""
+    latencies: list[float] = []
+    least = _CALLS_PER_CALLER * callers
+    deadline = time.perf_counter() + seconds
 
     async def caller() -> None:
         before = time.perf_counter()
@@ -61,7 +69,7 @@ async def measure(call: Call, task_ids: Iterator[str], callers: int, seconds: fl
             before = after
 
     await asyncio.gather(*(caller() for _ in range(callers)))
-    return Sample(len(latencies) / (time.perf_counter() - started), *percentiles(latencies))
+    return latencies
 
 
 async def call_each(call: Call, task_ids: Iterable[str], callers: int) -> None:

@@ -1,5 +1,6 @@
 """The servers that the backends use, and what the servers know of their clients."""
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -8,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import asyncpg
 from redis.asyncio import Redis
@@ -41,6 +42,11 @@ class PostgresServer:
         """How many statements of others the server has run; it has to be a COUNTING one."""
         count: int = await self.connection.fetchval(_COUNT_STATEMENTS)
         return count
+
+    async def cpu_seconds(self) -> float:
+        """What all processes of the server have used; it runs on this machine, a Linux."""
+        backend: int = await self.connection.fetchval("SELECT pg_backend_pid()")
+        return _cpu_seconds_of_family(_Process.read(backend).parent)
 
     async def empty(self, table: str) -> None:
         await self.connection.execute(f"TRUNCATE {table}")
@@ -94,6 +100,34 @@ async def connected(dsn: str, redis_url: str | None = None) -> AsyncIterator[Ser
             client = await stack.enter_async_context(Redis.from_url(redis_url))
             redis = RedisServer(redis_url, client)
         yield Servers(postgres, redis)
+
+
+def _cpu_seconds_of_family(parent: int) -> float:
+    """Of a process and its children; those that have ended are in the parent's own figures."""
+    family = _Process.read(parent)
+    pids = (int(each.name) for each in Path("/proc").iterdir() if each.name.isdecimal())
+    children = [each for each in map(_Process.read, pids) if each.parent == parent]
+    return family.seconds + family.seconds_of_ended + sum(each.seconds for each in children)
+
+
+class _Process(NamedTuple):
+    parent: int
+    seconds: float
+    seconds_of_ended: float  # children
+
+    @classmethod
+    def read(cls, pid: int) -> "_Process":
+        """See proc_pid_stat(5); nobody's, where there is no such process."""
+        directory = Path(f"/proc/{pid}")
+        try:
+            # After the name, which may hold anything.
+            fields = (directory / "stat").read_text("utf-8").rpartition(")")[2].split()
+            # In nanoseconds; the other file has hundredths of a second.
+            nanoseconds = int((directory / "schedstat").read_text("utf-8").split()[0])
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            return cls(0, 0, 0)
+        ended = int(fields[13]) + int(fields[14])
+        return cls(int(fields[1]), nanoseconds / 1e9, ended / os.sysconf("SC_CLK_TCK"))
 
 
 @contextmanager

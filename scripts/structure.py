@@ -123,7 +123,7 @@ def measure(root: Path) -> Iterator[Figure]:
         if isinstance(node, Function)
     }
     yield Figure("files", len(lines))
-    yield Figure("lines", sum(lines.values()), 22_400)
+    yield Figure("lines", sum(lines.values()), 23_600)
     for what, sizes, bound in (("file", lines, 450), ("function", lengths, 60)):
         longest = max(sizes, key=sizes.__getitem__)
         yield Figure(f"lines of the longest {what}", sizes[longest], bound, longest)

@@ -37,6 +37,7 @@ from taskiq_sa_pg.models import (
     build_models,
 )
 from taskiq_sa_pg.results import Page, Pruned, TaskDetails, TaskRecord, TaskStatus, WorkerInfo
+from taskiq_sa_pg.task_ids import make_task_id
 from taskiq_sa_pg.telemetry import BatchStats, Stats
 
 __all__ = [
@@ -78,4 +79,5 @@ __all__ = [
     "WorkerInfo",
     "WorkerMixin",
     "build_models",
+    "make_task_id",
 ]

@@ -93,7 +93,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         notify: Whether to tell waiting processes of what was stored, and to listen for it. False
             sends no notifications, and waiting looks ten times a second.
         listen_dsn: Address for the listening connection, where the other leads through a
-            transaction pooler. None takes the other.
+            transaction pooler or to a read replica. None takes the other.
         result_ttl: For how many seconds after its completion, by the database's clock, a success
             is kept, or a timedelta. Then it is missing, for every read, and prune() deletes it.
             The label `result_ttl` of a task, seconds or None, goes before it. None keeps results

@@ -220,7 +220,8 @@ def well_spelled(given: dict[str, Any], owner: type) -> dict[str, Any]:
         ConfigurationError: One is; names the argument that may have been meant.
     """
     # Who gets them refuses the others, too, and knows no better ones.
-    ours = inspect.signature(owner).parameters
+    parameters = inspect.signature(owner).parameters.values()
+    ours = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
     for name in given:
         # json_serializer, which is an engine's, is 0.8 like serializer.
         for close in get_close_matches(name, ours, n=1, cutoff=0.85):

@@ -28,7 +28,7 @@ Operation = Literal[
     "get_status",
 ]
 
-ListenerState = Literal["off", "idle", "connecting", "listening"]
+ListenerState = Literal["off", "idle", "connecting", "replica", "listening"]
 
 _SCOPE: Final = "taskiq_sa_pg"
 
@@ -65,8 +65,9 @@ class Stats:
         operations: The calls by operation: "set_result", "get_result" and so on.
         retries: How often a statement was tried again.
         pruned: Deleted rows by table: "results", "progress", "status".
-        listener: "listening" while waiters are woken by push, "connecting" before that, "idle"
-            where nobody waits, "off" with notify=False.
+        listener: "listening" while waiters are woken by push, "connecting" before that, "replica"
+            where the server is a read replica and so cannot, "idle" where nobody waits, "off" with
+            notify=False.
         waiters: How many wait for results or progress now.
     """
 

@@ -20,7 +20,7 @@ from sqlalchemy.pool import QueuePool
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from taskiq_sa_pg.embedded import postgres
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS
-from tests.pooler import NOT_THROUGH_A_POOLER, Pooler, pgbouncer
+from tests.pooler import Pooler, left_out, pgbouncer
 
 # No time limits, which a busy machine breaks; in CI the same examples every time.
 settings.register_profile(
@@ -44,8 +44,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pgbouncer",
-        action="store_true",
-        help="have the library connect through a PgBouncer in transaction mode",
+        choices=["transaction", "session"],
+        help="have the library connect through a PgBouncer in this mode",
     )
     parser.addoption(
         "--eager",
@@ -73,13 +73,13 @@ NOT_EAGER = ("test_metadata_cost_no_statement", "test_other_middlewares_and_requ
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     parts: list[str] = []
-    if config.getoption("pgbouncer"):
-        parts += NOT_THROUGH_A_POOLER
+    if mode := config.getoption("pgbouncer"):
+        parts += left_out(mode)
     if config.getoption("eager"):
         parts += NOT_EAGER
-    left_out = [item for item in items if any(part in item.nodeid for part in parts)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    others = [item for item in items if any(part in item.nodeid for part in parts)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +97,11 @@ def server_dsn() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def pooler(request: pytest.FixtureRequest, server_dsn: str) -> Iterator[Pooler | None]:
     """With --pgbouncer, a PgBouncer in front of the server."""
-    if not request.config.getoption("pgbouncer"):
+    mode = request.config.getoption("pgbouncer")
+    if not mode:
         yield None
         return
-    with pgbouncer(server_dsn) as pooler:
+    with pgbouncer(server_dsn, mode=mode) as pooler:
         yield pooler
 
 
@@ -134,6 +135,11 @@ class Database:
     def dsn_of(self, driver: str) -> str:
         """The same, served by this driver."""
         return self.dsn if driver == "asyncpg" else self.psycopg_dsn
+
+    @property
+    def is_deaf(self) -> bool:
+        """Whether no notification arrives there."""
+        return self.pooler is not None and self.pooler.mode == "transaction"
 
     async def create(self) -> None:
         """Makes the schema; with a pooler, which sets no search_path, also a user who has it."""

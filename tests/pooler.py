@@ -1,4 +1,4 @@
-"""A PgBouncer in transaction mode in front of the tests' server, for `make test-pgbouncer`."""
+"""A PgBouncer in front of the tests' server, for `make test-pgbouncer`."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote
 
 import psycopg
 import pytest
@@ -25,11 +26,6 @@ _REMEDY: Final = (
 NOT_THROUGH_A_POOLER: Final[Mapping[str, str]] = {
     "test_embedded.py": "is about a server of its own, without a pooler",
     "test_connections_lost.py": "ends sessions of the server's, or sees what runs in each",
-    "test_listening_takes_no_place_in_the_pool": "listens without a listen_dsn",
-    "test_a_pool_without_places_can_listen": "listens without a listen_dsn",
-    "test_the_listener_is_told": "listens without a listen_dsn",
-    "test_who_waits_for_a_lost_task_is_told": "listens without a listen_dsn",
-    "test_a_loop_that_ends_without_shutdown_ends_the_listening": "listens without a listen_dsn",
     "test_a_startup_that_fails_leaves_nothing_open": "spoils the server's own address",
     "test_what_a_pooled_connection_is_told": "has the server's session listen",
     "test_an_owned_engine_is_disposed_at_shutdown": "counts the server's sessions",
@@ -46,9 +42,32 @@ NOT_THROUGH_A_POOLER: Final[Mapping[str, str]] = {
     "test_the_next_user_of_a_connection": "its settings are those of whichever server it meets",
     "test_only_a_deleting_read_opens_a_transaction": "gives a driver the other's settings",
     "test_broker_outages.py": "ends sessions of the server's, or sees what runs in each",
+    "test_many_processes.py": "counts the server's sessions",
     "test_broker_sharing.py": "counts the server's sessions, or listens without a listen_dsn",
     "test_a_broker_that_is_shut_down_ends": "sees what runs in the server's sessions",
+    "cli/test_importing.py": "stores with taskiq-postgres, which cannot turn off what it prepares",
+    "test_the_schema_is_named": "reads the schema from the server's own address",
+    "test_a_role_that_may_not_read_the_queues": "takes a role by a setting that PgBouncer refuses",
     "settings of the server's": "PgBouncer refuses those settings, which tests/pgbouncer shows",
+}
+NOT_IN_TRANSACTION_MODE: Final[Mapping[str, str]] = {
+    "test_listening_takes_no_place_in_the_pool": "listens without a listen_dsn",
+    "test_a_pool_without_places_can_listen": "listens without a listen_dsn",
+    "test_the_listener_is_told": "listens without a listen_dsn",
+    "test_beats.py::test_who_waits_for_a_lost_task_is_told": "listens without a listen_dsn",
+    "test_a_loop_that_ends_without_shutdown_ends_the_listening": "listens without a listen_dsn",
+}
+NOT_IN_SESSION_MODE: Final[Mapping[str, str]] = {
+    "tests/pgbouncer/": "is about transaction mode, or starts a PgBouncer for each mode",
+}
+# How drivers' prepared statements are turned on and off.
+PREPARED: Final[Mapping[str, tuple[str, Any]]] = {
+    "asyncpg": ("statement_cache_size", 100),
+    "psycopg": ("prepare_threshold", 5),
+}
+UNPREPARED: Final[Mapping[str, tuple[str, Any]]] = {
+    "asyncpg": ("statement_cache_size", 0),
+    "psycopg": ("prepare_threshold", None),
 }
 
 # Ends PgBouncer when its standard input does: with us, however we end. No signal but this one is
@@ -77,12 +96,13 @@ admin_users = postgres
 pool_mode = {mode}
 default_pool_size = {pool_size}
 server_round_robin = 1
-server_idle_timeout = 3
+server_idle_timeout = 1
 max_client_conn = 2000
 """
 
 _PORT: Final = 6432
-_FIRST_THAT_PREPARES: Final = (1, 21)
+_PREFIX: Final = "pgbouncer-"
+_FIRST_THAT_CARRIES: Final = (1, 21)
 _START_TIMEOUT: Final = 30
 
 
@@ -90,27 +110,40 @@ class Pooler:
     """A running PgBouncer.
 
     Attributes:
-        version: Its version: (1, 24).
-        has_prepared_statements: Whether it carries prepared statements from server to server.
+        mode: How long a client keeps a server session: "transaction" or "session".
+        carries: Whether it carries prepared statements from server session to server session.
+        prepare: What its addresses say of prepared statements, if anything: on or off.
     """
 
-    def __init__(self, root: Path, version: tuple[int, int], has_prepared_statements: bool) -> None:
+    def __init__(self, root: Path, mode: str, carries: bool, prepare: bool | None = None) -> None:
         self._root = root
-        self.version = version
-        self.has_prepared_statements = has_prepared_statements
+        self.mode = mode
+        self.carries = carries
+        self.prepare = prepare
 
-    def dsn(self, user: str, driver: str = "asyncpg", *, is_fitting: bool = True) -> str:
+    def preparing(self) -> "Pooler":
+        """The same, whose addresses turn prepared statements on."""
+        return Pooler(self._root, self.mode, self.carries, prepare=True)
+
+    @property
+    def socket(self) -> Path:
+        """Where it is reached."""
+        return self._root / f".s.PGSQL.{_PORT}"
+
+    def dsn(self, user: str, driver: str = "asyncpg", *, prepare: bool | None = None) -> str:
         """Where this user reaches the server.
 
         Args:
             user: Whose server sessions they are.
             driver: For which driver.
-            is_fitting: Whether it has what the driver needs behind this PgBouncer.
+            prepare: What it says of prepared statements instead of what is usual here.
         """
         parameters = f"host={self._root}&port={_PORT}"
-        if is_fitting and not self.has_prepared_statements:
-            off = {"asyncpg": "statement_cache_size=0", "psycopg": "prepare_threshold=none"}
-            parameters += f"&{off[driver]}"
+        if prepare is None:
+            prepare = self.prepare
+        if prepare is not None:
+            name, value = (PREPARED if prepare else UNPREPARED)[driver]
+            parameters += f"&{name}={str(value).lower()}"
         scheme = "postgresql" if driver == "asyncpg" else "postgresql+psycopg"
         return f"{scheme}://{user}@/postgres?{parameters}"
 
@@ -127,39 +160,51 @@ class Pooler:
         return [row for row in rows if row["user"] == user]
 
 
+def left_out(mode: str) -> list[str]:
+    """Parts of the names of the tests that do not run in this mode."""
+    in_mode = {"transaction": NOT_IN_TRANSACTION_MODE, "session": NOT_IN_SESSION_MODE}
+    return [*NOT_THROUGH_A_POOLER, *in_mode[mode]]
+
+
+def is_pooled(dsn: str) -> bool:
+    """Whether an address leads through one of these."""
+    return f"/{_PREFIX}" in unquote(dsn)
+
+
 @contextlib.contextmanager
 def pgbouncer(
     server_dsn: str,
     *,
     mode: str = "transaction",
-    pool_size: int = 5,
-    has_prepared_statements: bool = True,
+    pool_size: int | None = None,
+    carries: bool = True,
 ) -> Iterator[Pooler]:
     """A PgBouncer in front of a server that trusts local users, on a Unix socket of its own.
 
     Args:
         server_dsn: The server, on a Unix socket.
-        mode: How long a client keeps a server session: "transaction" or "session".
-        pool_size: How many server sessions each user has.
-        has_prepared_statements: Whether it carries them, where it can.
+        mode: As of the pooler.
+        pool_size: How many server sessions each user has; else as many as the tests need.
+        carries: Whether it carries prepared statements, where it can.
     """
     executable = _find()
     version = _version_of(executable)
-    has_prepared_statements = has_prepared_statements and version >= _FIRST_THAT_PREPARES
+    carries = carries and version >= _FIRST_THAT_CARRIES
     server = {"port": "5432", **make_url(server_dsn).query}
     # Where every user can reach it, and the path of a socket is short enough.
-    root = Path(tempfile.mkdtemp(prefix="pgbouncer-", dir="/tmp"))
+    root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
     settings = _SETTINGS.format(
         server_host=server["host"],
         server_port=server["port"],
         port=_PORT,
         root=root,
         mode=mode,
-        pool_size=pool_size,
+        # In session mode one for each connection of a test.
+        pool_size=pool_size or {"transaction": 5, "session": 40}[mode],
     )
-    if version >= _FIRST_THAT_PREPARES:
+    if version >= _FIRST_THAT_CARRIES:
         # By default it carries them since 1.24.
-        settings += f"max_prepared_statements = {200 if has_prepared_statements else 0}\n"
+        settings += f"max_prepared_statements = {200 if carries else 0}\n"
     (root / "users").write_text('"postgres" ""\n')
     (root / "settings").write_text(settings)
     run_as: dict[str, Any] = {}
@@ -180,7 +225,7 @@ def pgbouncer(
         )
     try:
         _await_ready(root, process)
-        yield Pooler(root, version, has_prepared_statements)
+        yield Pooler(root, mode, carries)
     finally:
         assert process.stdin is not None
         process.stdin.close()

@@ -1,7 +1,7 @@
 """SQLAlchemyScheduleSource: schedules in a table of the broker's database."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -21,6 +21,7 @@ from taskiq_sa_pg.broker.schedule_rows import (
     times_of,
 )
 from taskiq_sa_pg.broker.ticks import Tick, has_tick, set_tick
+from taskiq_sa_pg.database import Parameters
 from taskiq_sa_pg.exceptions import ConfigurationError, StorageError
 from taskiq_sa_pg.statements import (
     ScheduleRow,
@@ -244,7 +245,7 @@ class SQLAlchemyScheduleSource(ScheduleSource):
                 yield row.schedule_id, (schedule, times_of(schedule))
 
     async def _fetch(
-        self, statement: Executable, parameters: Mapping[str, Any], purpose: str
+        self, statement: Executable, parameters: Parameters, purpose: str
     ) -> Sequence[Any]:
         database = self._broker.runtime.database
         return await database.fetch(statement, parameters, f"{purpose} table {self._table}")

@@ -6,6 +6,7 @@ from taskiq_sa_pg.cli import (
     finding,
     importing,
     listing,
+    partitions,
     provisioning,
     pruning,
     queue,
@@ -45,6 +46,7 @@ app.command("running")(command(tracking.running))
 app.command("workers")(command(workers.workers))
 app.command("retry")(command(workers.retry))
 app.command("prune")(command(pruning.prune))
+app.command("partitions")(command(partitions.partitions))
 app.command("watch")(command(watching.watch))
 app.command("import-results")(command(importing.import_old_results))
 app.command("queue")(command(queue.queue))

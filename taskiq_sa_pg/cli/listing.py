@@ -11,7 +11,7 @@ from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_line
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ResultDecodeError, ResultIsMissingError
 from taskiq_sa_pg.results import TaskDetails
-from taskiq_sa_pg.schema import select_sizes
+from taskiq_sa_pg.schema import has_citus, select_sizes
 
 
 async def show(
@@ -107,7 +107,9 @@ async def stats(target: Target, json: JsonOption = False) -> None:
         fetch, models = runtime.database.fetch, target.models
         [row] = await fetch(sql.select_counts(models), {}, "count results")
         [[progress]] = await fetch(sql.count_progress(models), {}, "count progress")
-        sizes = await fetch(select_sizes(target.config), {}, "measure the tables")
+        purpose = "measure the tables"
+        [[is_citus]] = await fetch(has_citus(), {}, purpose)
+        sizes = await fetch(select_sizes(target.config, is_citus=is_citus), {}, purpose)
     counts = sql.Counts._make(row)
     shown = {
         "results": counts.results,

@@ -17,7 +17,7 @@ async def prune(
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="How many rows at most.")] = None,
     time_budget: Annotated[
-        float | None, typer.Option(help="Seconds after which no further 100 rows are deleted.")
+        float | None, typer.Option(help="Seconds after which no further 500 rows are deleted.")
     ] = None,
     progress_ttl: Annotated[
         float | None,
@@ -31,8 +31,7 @@ async def prune(
 ) -> None:
     """Deletes results that have expired, with their progress.
 
-    In statements of at most 100 rows that nobody has to wait for; it may be interrupted and run
-    again.
+    In transactions of at most 500 rows; it may be interrupted and run again.
     """
     check_seconds("--time-budget", time_budget)
     check_seconds("--progress-ttl", progress_ttl)

@@ -86,8 +86,17 @@ class Target:
                 "default is the backend's: pickle, and json with Jsonb.",
             ),
         ] = None,
+        listen_dsn: Annotated[
+            str | None,
+            typer.Option(
+                envvar="TASKIQ_SA_PG_LISTEN_DSN",
+                help="Where to listen: the server's own address behind a transaction pooler, the "
+                "primary's on a read replica.",
+            ),
+        ] = None,
     ) -> None:
         self._dsn: Final = dsn
+        self._listen_dsn: Final = listen_dsn
         self._serializer: Final = serializer
         self.models: Final = build_models(
             table_name,
@@ -158,6 +167,7 @@ class Target:
             models = runtime.settings.models
         backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
             self.dsn,
+            listen_dsn=self._listen_dsn or None,
             models=models,
             serializer=self._find_serializer(),
             check_schema=check_schema,

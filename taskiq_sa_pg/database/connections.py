@@ -10,7 +10,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Mapping,
     Sequence,
 )
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -28,6 +27,7 @@ from taskiq_sa_pg.database.direct import (
     SECONDS_TO_GIVE_UP,
     DirectExecution,
     Execution,
+    Parameters,
     Texts,
     has_direct_path,
     is_closed_of,
@@ -80,7 +80,7 @@ class Connections:
         return len(self._kept)
 
     async def fetch(
-        self, statement: Executable, parameters: Mapping[str, Any], timeout: float
+        self, statement: Executable, parameters: Parameters, timeout: float
     ) -> Sequence[Any]:
         """The rows of a statement in AUTOCOMMIT; the timeout includes the way to a connection."""
         deadline = self.loop.time() + timeout
@@ -350,10 +350,10 @@ async def disposing(connections: Connections) -> AsyncGenerator[None, None]:
         try:
             await connections.close()
         finally:
-            await _dispose(connections.engine)
+            await dispose(connections.engine)
 
 
-async def _dispose(engine: AsyncEngine) -> None:
+async def dispose(engine: AsyncEngine) -> None:
     """Closes the connections of a pool, or leaves them alone if the server stands still."""
     try:
         async with asyncio.timeout(MAX_SECONDS_TO_CLOSE):

@@ -14,13 +14,21 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
-from sqlalchemy import Engine, Executable, NullPool, Select
+from sqlalchemy import Engine, Executable, NullPool, Select, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskiq_sa_pg.database.connections import Connections, disposing
+from taskiq_sa_pg.database.connections import Connections, dispose, disposing
+from taskiq_sa_pg.database.direct import Parameters, time_limit
 from taskiq_sa_pg.database.dsn import DsnSource, parse_dsn
-from taskiq_sa_pg.database.engine import keep_notifications, make_engine, may_be_of, refuse_pooler
+from taskiq_sa_pg.database.engine import (
+    check_engine,
+    keep_notifications,
+    make_engine,
+    may_be_of,
+    refuse_pooler,
+)
 from taskiq_sa_pg.database.errors import (
+    READ_ONLY,
     NoAddressError,
     describe,
     errors_of,
@@ -52,6 +60,8 @@ _NOT_STARTED: Final = (
     "not started: call `await broker.startup()` first, or the startup() of a result backend that "
     "is used alone"
 )
+
+_AT_REPLICA: Final = "the server is a read replica (a hot standby), which has no notifications"
 
 _T = TypeVar("_T")
 
@@ -90,7 +100,7 @@ class Database:
                 "and never disposed)"
             )
         if engine is not None:
-            _check_engine(engine, engine_kwargs)
+            check_engine(engine, engine_kwargs)
         # A callable is asked when it is needed.
         if dsn is not None and not callable(dsn):
             make_engine(dsn, **engine_kwargs or {})
@@ -104,6 +114,7 @@ class Database:
         self._engine_kwargs = dict(engine_kwargs or {})
         self._max_connections = max_connections
         self._listen_dsn = listen_dsn
+        self._by_listen_dsn: Connections | None = None  # while somebody listens there
         self._place = _place_of(dsn, engine)
         self._retry = Retry(
             retry_timeout,
@@ -251,7 +262,7 @@ class Database:
     async def fetch(
         self,
         statement: Executable,
-        parameters: Mapping[str, Any],
+        parameters: Parameters,
         purpose: str,
         *,
         retry_timeout: float | None = None,
@@ -270,7 +281,7 @@ class Database:
             raise self._told(exc, purpose) from exc
 
     async def fetch_all(
-        self, calls: Sequence[tuple[Executable, Mapping[str, Any]]], purpose: str
+        self, calls: Sequence[tuple[Executable, Parameters]], purpose: str
     ) -> Sequence[Any]:
         """Runs statements with their parameters, all or none, and returns the rows of all."""
         if len(calls) == 1:
@@ -349,22 +360,24 @@ class Database:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[Any]:
-        """A connection of the driver's own, outside of every pool; closed at the end.
-
-        It leads to listen_dsn where there is one.
+        """A connection of the driver's own, outside of every pool, to listen_dsn if there is one.
 
         Raises:
-            StorageError: PostgreSQL could not be reached.
+            StorageError: PostgreSQL could not be reached; READ_ONLY where it is a read replica.
         """
         purpose = "listen for notifications"
         connections, engine = self._running(purpose), None
         if self._listen_dsn is not None:
-            engine = make_engine(self._listen_dsn, "listen_dsn", poolclass=NullPool)
-            connections = Connections(engine, 1, keep=False)
+            engine = make_engine(self._listen_dsn, "listen_dsn", pool_size=1)
+            connections = self._by_listen_dsn = Connections(engine, 1, keep=False)
         try:
             async with AsyncExitStack() as stack:
                 detached = connections.detached("AUTOCOMMIT", self._command_timeout)
-                _, driver = await stack.enter_async_context(detached)
+                connection, driver = await stack.enter_async_context(detached)
+                async with time_limit(self._command_timeout):
+                    # LISTEN would leave an error in the server's log each time.
+                    if await connection.scalar(select(func.pg_is_in_recovery())):
+                        raise StorageError(f"cannot {purpose}: {_AT_REPLICA}", READ_ONLY)
                 keep_notifications(driver)
                 yield driver
         except errors_of(connections.engine) as exc:
@@ -372,7 +385,24 @@ class Database:
             raise StorageError(*describe(exc, purpose, place)) from exc
         finally:
             if engine is not None:
-                await engine.dispose()
+                self._by_listen_dsn = None
+                await dispose(engine)
+
+    async def fetch_by_listen_dsn(
+        self, statement: Executable, parameters: Parameters, purpose: str
+    ) -> Sequence[Any]:
+        """Runs a statement once where listen_dsn leads, beside the connection that listens there.
+
+        Raises:
+            StorageError: There is no listen_dsn, so that the server is a read replica.
+        """
+        connections = self._by_listen_dsn
+        if connections is None:
+            raise StorageError(f"cannot {purpose}: {_AT_REPLICA}", READ_ONLY)
+        try:
+            return await connections.fetch(statement, parameters, self._command_timeout)
+        except errors_of(connections.engine) as exc:
+            raise StorageError(*describe(exc, purpose, _place_of(self._listen_dsn, None))) from exc
 
     def _told(self, exc: Exception, purpose: str) -> StorageError:
         self._note_error(exc)
@@ -417,20 +447,3 @@ def _place_of(dsn: DsnSource | None, engine: AsyncEngine | None) -> str:
         url = engine.url
         return f"{url.host}:{url.port or 5432}" if url.host else ""
     return "" if dsn is None or callable(dsn) else parse_dsn(dsn).place
-
-
-def _check_engine(engine: object, engine_kwargs: Mapping[str, Any] | None) -> None:
-    if not isinstance(engine, AsyncEngine):
-        raise ConfigurationError(
-            f"engine must be an AsyncEngine, as create_async_engine() makes it, not "
-            f"{type(engine).__qualname__}"
-        )
-    if engine.dialect.name != "postgresql":
-        raise ConfigurationError(
-            f"engine must be one for PostgreSQL, not for {engine.dialect.name}"
-        )
-    if engine_kwargs:
-        raise ConfigurationError(
-            f"{', '.join(sorted(engine_kwargs))}: arguments for an engine go with dsn=; the "
-            "engine that was given is used as it is"
-        )

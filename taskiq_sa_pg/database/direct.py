@@ -21,6 +21,9 @@ from taskiq_sa_pg.database.errors import is_stale_plan
 # it is interrupted again.
 SECONDS_TO_GIVE_UP: Final = 1.0
 
+# Of a statement; of one that SQLAlchemy makes for several rows, those of each row.
+Parameters = Mapping[str, Any] | list[dict[str, Any]]
+
 _ENGINE_EVENTS: Final = (
     "before_execute",
     "after_execute",
@@ -41,7 +44,7 @@ class Execution:
         self._is_autocommit = False
 
     async def fetch(
-        self, statement: Executable, parameters: Mapping[str, Any], deadline: float
+        self, statement: Executable, parameters: Parameters, deadline: float
     ) -> Sequence[Any]:
         """The rows of a statement, until the deadline by the event loop's clock."""
         async with time_limit(deadline - asyncio.get_running_loop().time()):
@@ -84,13 +87,15 @@ class DirectExecution(Execution):
         self._texts = texts
 
     async def fetch(
-        self, statement: Executable, parameters: Mapping[str, Any], deadline: float
+        self, statement: Executable, parameters: Parameters, deadline: float
     ) -> Sequence[Any]:
         """As Execution.fetch().
 
         Raises:
             StatementError: A value cannot be converted.
         """
+        if isinstance(parameters, list):
+            return await super().fetch(statement, parameters, deadline)
         try:
             compiled = self._texts[statement]
         except KeyError:

@@ -1,6 +1,7 @@
 """An engine for a DSN."""
 
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -36,8 +37,8 @@ def make_engine(source: DsnSource, name: str = "dsn", /, **engine_kwargs: Any) -
         name: What errors call it.
         **engine_kwargs: As for `create_async_engine`; `connect_args` win over the DSN.
 
-    The first connection to each address finds out whether a pooler stands between; then statements
-    are not prepared, unless the DSN or `connect_args` say how they are.
+    Each new connection finds out whether a pooler stands between, until one does; from then on
+    statements are not prepared there, unless the DSN or `connect_args` say how they are.
 
     Raises:
         ConfigurationError: As parse_dsn(), or arguments that create_async_engine refuses.
@@ -78,10 +79,32 @@ def make_engine(source: DsnSource, name: str = "dsn", /, **engine_kwargs: Any) -
             cparams.pop(part, None)
         cparams.update(current.connect_arguments(), **connect_args)
 
-    event.listen(engine.sync_engine, "do_connect", partial(_connect_as_pooled, {}))
+    event.listen(engine.sync_engine, "do_connect", partial(_connect_as_pooled, set()))
     is_asyncpg = address.drivername == "postgresql+asyncpg"
     event.listen(engine.sync_engine, "connect", _notice_silence if is_asyncpg else _drop_all)
     return engine
+
+
+def check_engine(engine: object, engine_kwargs: Mapping[str, Any] | None) -> None:
+    """Refuses an engine that is none of ours to use, and arguments for one that is made.
+
+    Raises:
+        ConfigurationError: It is no AsyncEngine on PostgreSQL, or there are such arguments.
+    """
+    if not isinstance(engine, AsyncEngine):
+        raise ConfigurationError(
+            f"engine must be an AsyncEngine, as create_async_engine() makes it, not "
+            f"{type(engine).__qualname__}"
+        )
+    if engine.dialect.name != "postgresql":
+        raise ConfigurationError(
+            f"engine must be one for PostgreSQL, not for {engine.dialect.name}"
+        )
+    if engine_kwargs:
+        raise ConfigurationError(
+            f"{', '.join(sorted(engine_kwargs))}: arguments for an engine go with dsn=; the "
+            "engine that was given is used as it is"
+        )
 
 
 def may_be_of(own: Dsn | AsyncEngine | None, engine: Engine) -> bool:
@@ -123,25 +146,25 @@ async def refuse_pooler(driver: Any) -> None:
 
 
 def _connect_as_pooled(
-    found: dict[str, bool], dialect: Any, _record: Any, cargs: Any, cparams: dict[str, Any]
+    pooled: set[str], dialect: Any, _record: Any, cargs: Any, cparams: dict[str, Any]
 ) -> Any:
     setting, off = _UNPREPARED[dialect.driver]
     if setting in cparams:
         return None
     place = str((cparams.get("host"), cparams.get("port")))
-    if place not in found:
+    if place not in pooled:
+        # Each time: it may be several hosts, or a pooler that has come there since.
         connection = dialect.connect(*cargs, **cparams)
         is_usable = False
         try:
-            found[place] = connection.run_async(_is_pooled)
-            is_usable = not found[place]
+            is_usable = not connection.run_async(_is_pooled)
         finally:
             if not is_usable:
                 dialect.do_terminate(connection)
         if is_usable:
             return connection
-    if found[place]:
-        cparams[setting] = off
+        pooled.add(place)
+    cparams[setting] = off
     return None
 
 

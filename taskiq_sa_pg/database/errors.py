@@ -10,7 +10,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 # https://www.postgresql.org/docs/18/errcodes-appendix.html
-_READ_ONLY: Final = "25006"
+READ_ONLY: Final = "25006"
 
 # What a person can do about an SQLSTATE.
 _REMEDIES: Final[Mapping[str, str]] = {
@@ -22,7 +22,9 @@ _REMEDIES: Final[Mapping[str, str]] = {
     "and USAGE on its schema",
     "3D000": "create the database, or correct the dsn",
     "28P01": "correct user and password in the dsn",
-    _READ_ONLY: "name all hosts in the dsn, with target_session_attrs=read-write",
+    READ_ONLY: "the server is a read replica (a hot standby), or was made read-only. Writes need "
+    "the primary: name all hosts in the dsn, with target_session_attrs=read-write. A process that "
+    "only reads uses keep_results=True",
 }
 
 # A statement was prepared on one of a pooler's servers, and is missed on another, or its
@@ -56,7 +58,7 @@ _SHORTAGES: Final = "53"
 # statement_timeout, idle_in_transaction_session_timeout and transaction_timeout of the server's
 # own; and a disk that failed to answer.
 _TRANSIENT: Final = frozenset(
-    {"40001", "40P01", "55P03", _READ_ONLY, "57014", "25P03", "25P04", "58030"}
+    {"40001", "40P01", "55P03", READ_ONLY, "57014", "25P03", "25P04", "58030"}
 )
 
 # What psycopg goes on to hear for a statement that it has prepared, once a table was altered.
@@ -191,7 +193,7 @@ def is_unfit_value(error: BaseException | None) -> bool:
 
 def invalidates_all(error: Exception) -> bool:
     """Whether the other connections that were opened until now are probably of no use either."""
-    return is_disconnect(error) or is_stale_plan(error) or sqlstate_of(error) == _READ_ONLY
+    return is_disconnect(error) or is_stale_plan(error) or sqlstate_of(error) == READ_ONLY
 
 
 def describe(error: Exception, purpose: str, place: str = "") -> tuple[str, str | None]:
@@ -206,12 +208,13 @@ def describe(error: Exception, purpose: str, place: str = "") -> tuple[str, str 
         # asyncpg raises it bare where no server answers.
         return f"cannot {purpose}: no connection to PostgreSQL: {reason_of(error)}{at}", None
     sqlstate = sqlstate_of(error)
-    remedy = _remedy(error)
+    remedy = remedy_of(error)
     said = reason_of(error) + (f" ({sqlstate})" if sqlstate else "")
     return f"cannot {purpose}: {said}{at}" + (f"; {remedy}" if remedy else ""), sqlstate
 
 
-def _remedy(error: Exception) -> str | None:
+def remedy_of(error: Exception) -> str | None:
+    """What a person can do about it, as far as that is known."""
     sqlstate, said = sqlstate_of(error), _said(error)
     if sqlstate in _UNPREPARED or _ANOTHER_PREPARED in str(said):
         return _POOLER_REMEDIES.get(type(said).__module__.partition(".")[0])

@@ -8,7 +8,13 @@ from typing import Final, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
-from taskiq_sa_pg.database.errors import is_transient, is_unknown_host, reason_of, sqlstate_of
+from taskiq_sa_pg.database.errors import (
+    is_transient,
+    is_unknown_host,
+    reason_of,
+    remedy_of,
+    sqlstate_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +94,15 @@ class Retry:
             deadline = started_at + timeout
             if asyncio.get_running_loop().time() >= deadline:
                 raise
+            reason = exc
         else:
             self._note_success()
             return result
-        return await self._repeat(attempt, deadline)
+        return await self._repeat(attempt, deadline, reason)
 
-    async def _repeat(self, attempt: Callable[[float], Awaitable[_T]], deadline: float) -> _T:
+    async def _repeat(
+        self, attempt: Callable[[float], Awaitable[_T]], deadline: float, reason: Exception
+    ) -> _T:
         # Not for the first attempt: tenacity takes longer than a small statement.
         loop = asyncio.get_running_loop()
         repeat = AsyncRetrying(
@@ -104,12 +113,17 @@ class Retry:
         )
 
         async def counted() -> _T:
+            nonlocal reason
             self._on_retry()
+            seconds = min(self._attempt_timeout, deadline - loop.time())
             try:
-                return await attempt(min(self._attempt_timeout, deadline - loop.time()))
-            except Exception as exc:
+                return await attempt(seconds)
+            except Exception as exc:  # noqa: BLE001 - it is raised below
                 self._on_error(exc)
-                raise
+                # What the end of all attempts has cut short says less than what was before it.
+                if not (isinstance(exc, TimeoutError) and seconds < self._attempt_timeout):
+                    reason = exc
+            raise reason
 
         result: _T = await repeat(counted)
         self._note_success()
@@ -118,9 +132,10 @@ class Retry:
     def _note_outage(self, exc: Exception, timeout: float) -> None:
         if self._outage_since is None and not (sqlstate_of(exc) or "").startswith(_CONFLICTS):
             self._outage_since = asyncio.get_running_loop().time()
-            reason = reason_of(exc)
+            remedy = remedy_of(exc)
             logger.warning(
-                "PostgreSQL%s: %s; trying again for up to %g s", self._at, reason, timeout
+                "PostgreSQL%s: %s; trying again for up to %g s%s",
+                *(self._at, reason_of(exc), timeout, f"; {remedy}" if remedy else ""),
             )
 
     def _note_success(self) -> None:

@@ -158,6 +158,10 @@ class TableConfig:
             self.available_at_index_name,
         )
 
+    def partition_name(self, suffix: str) -> str:
+        """A partition of the results table."""
+        return _derive(self.table_name, f"_{suffix}")
+
     @property
     def qualified_name(self) -> str:
         """The results table as messages name it; not quoted, not for SQL."""

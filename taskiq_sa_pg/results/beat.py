@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any, Final
 from weakref import WeakSet
 
-from sqlalchemy import Insert, Select
+from sqlalchemy import Select
 
 from taskiq_sa_pg.background import end_task, is_running, start_task
 from taskiq_sa_pg.database import Database
@@ -44,7 +44,7 @@ class Beat:
     def __init__(
         self,
         name: str,
-        statements: tuple[Insert, Select[Any]],
+        statements: tuple[Select[Any], Select[Any]],
         database: Database,
         timings: Timings,
         *,

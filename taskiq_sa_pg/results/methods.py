@@ -308,13 +308,13 @@ class ResultMethods(FindingMethods, Generic[_ReturnType]):
     async def prune(self, limit: int | None = None, time_budget: Seconds | None = None) -> Pruned:
         """Deletes expired results with their progress, and what is older than progress_ttl.
 
-        In statements of at most 100 rows, each committed by itself, that wait for nobody: what
-        somebody else has locked is left for the next time.
+        In transactions of at most 500 rows. Where somebody else has locked one of them for longer
+        than half a second, they are left for the next time.
 
         Args:
             limit: How many rows to delete at most; progress and status of expired results are not
                 counted.
-            time_budget: Seconds, or a timedelta, after which no further statement is begun.
+            time_budget: Seconds, or a timedelta, after which no further transaction is begun.
 
         Raises:
             ConfigurationError: limit or time_budget is not above 0.

@@ -4,21 +4,26 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import timedelta
+from functools import cached_property, partial
 from math import inf
-from typing import Any
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Select, Table
+from sqlalchemy import Column, Select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from taskiq_sa_pg.background import end_task, is_running, start_task
 from taskiq_sa_pg.codec import Seconds, check_seconds
-from taskiq_sa_pg.database import Database
+from taskiq_sa_pg.database import Database, sqlstate_of
 from taskiq_sa_pg.exceptions import TaskiqSaPgError, check_whole
 from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import (
+    LIMIT_WAITING_ON_NODES,
     Slice,
+    begin_slice,
     count_expired,
     count_stale,
     prune_results,
@@ -27,6 +32,12 @@ from taskiq_sa_pg.statements import (
 from taskiq_sa_pg.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
+
+# SQLSTATE.
+_LOCK_NOT_AVAILABLE: Final = "55P03"
+
+# PostgreSQL's resolution of a time.
+_NEXT_MOMENT: Final = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,11 @@ class Pruner:
         self._progress_ttl = settings.progress_ttl
         self._interval = settings.prune_interval
         self._purpose = f"prune table {settings.table}"
+        self.is_distributed = False  # whether Citus sends rows to other nodes
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
+        # Where the next run at regular times goes on, which others may have ended early.
+        self._resume_at: dict[str, Any] = {}
 
     @property
     def is_running(self) -> bool:
@@ -93,29 +107,64 @@ class Pruner:
             StorageError: PostgreSQL refused it or could not be reached.
         """
         rest = _Rest(limit, time_budget)
-        parameters: dict[str, Any] = {"size": self._at_once, "is_exclusive": is_exclusive}
+        lock = f"prune {self._models.config.table_name}" if is_exclusive else None
         deleted = {}
         with self._telemetry.pruning():
-            for name, statement in self._statements.items():
-                if name != "results":
-                    parameters["seconds"] = self._progress_ttl
-                deleted[name] = await self._prune(name, statement, parameters, rest)
+            for name, source in self._sources.items():
+                deleted[name] = await self._prune(name, source, lock, rest)
         return _pruned(deleted, is_complete=not rest.was_too_little)
 
-    async def _prune(
-        self, name: str, statement: Select[Any], parameters: Mapping[str, Any], rest: "_Rest"
-    ) -> int:
-        deleted, start, is_last = 0, None, False
-        while not is_last and rest.has_more():
-            most = self._at_once if rest.rows is None else rest.rows
-            given = {**parameters, "start": start, "most": most}
-            [row] = await self._database.fetch(statement, given, self._purpose)
-            gone, start, is_last = Slice._make(row)
+    async def _prune(self, name: str, source: "_Source", lock: str | None, rest: "_Rest") -> int:
+        deleted, start = 0, None
+        if lock is not None and source.is_stale:
+            start = self._resume_at.pop(name, None)
+        while rest.has_more():
+            done = await self._delete_slice(source, start, rest.rows, lock)
+            if done is None:
+                break  # another process is at it
+            part, gone = done
             self._telemetry.note_pruned(name, gone)
             deleted += gone
-            if rest.rows is not None:
-                rest.rows -= gone
+            rest.note(gone)
+            if part.end is None and not (source.is_stale and rest.rows == 0):
+                return deleted
+            start = part.end
+            if part.is_one_moment and not gone:
+                start += _NEXT_MOMENT  # what somebody keeps is left for the next run
+        if lock is not None and source.is_stale:
+            self._resume_at[name] = start
         return deleted
+
+    async def _delete_slice(
+        self, source: "_Source", start: Any, most: int | None, lock: str | None
+    ) -> tuple[Slice, int] | None:
+        """Deletes a slice and returns it with how many rows that were; None if it may not."""
+        size = self._at_once
+        if most is not None and most < size and not source.is_stale:
+            size = most  # all of its rows have expired
+
+        async def work(connection: AsyncConnection) -> tuple[Slice, int] | None:
+            begin = begin_slice(source.column, start, size, lock=lock)
+            _, may_run, end = (await connection.execute(begin)).one()
+            if not may_run:
+                return None
+            if self.is_distributed:
+                for setting in LIMIT_WAITING_ON_NODES:
+                    await connection.execute(setting)
+            part = Slice(start, end, size, most)
+            parameters = {"seconds": self._progress_ttl} if source.is_stale else {}
+            try:
+                deleted = await connection.scalar(source.delete(part), parameters)
+            except DBAPIError as exc:
+                if sqlstate_of(exc) == _LOCK_NOT_AVAILABLE:
+                    raise _LockedError(part) from exc
+                raise
+            return part, deleted
+
+        try:
+            return await self._database.transact(work, self._purpose)
+        except _LockedError as exc:
+            return exc.part, 0  # it is left for the next run
 
     async def count(self) -> Pruned:
         """What run() would delete.
@@ -124,14 +173,10 @@ class Pruner:
             StorageError: PostgreSQL refused it or could not be reached.
         """
         deleted = {}
-        for name, table in self._tables.items():
-            statement = (
-                count_stale(self._models, table)
-                if name != "results"
-                else count_expired(self._models)
-            )
-            parameters = {"seconds": self._progress_ttl} if name != "results" else {}
-            [[deleted[name]]] = await self._database.fetch(statement, parameters, self._purpose)
+        for name, source in self._sources.items():
+            parameters = {"seconds": self._progress_ttl} if source.is_stale else {}
+            rows = await self._database.fetch(source.counting, parameters, self._purpose)
+            [[deleted[name]]] = rows
         return _pruned(deleted, is_complete=True)
 
     async def _run_regularly(self, interval: float) -> None:
@@ -147,22 +192,36 @@ class Pruner:
                     logger.info("pruned: %s", pruned)
             await asyncio.sleep(interval * random.uniform(0.9, 1.1))  # noqa: S311 - as above
 
-    @property
-    def _tables(self) -> dict[str, Table]:
-        tables = {"results": self._models.results_table}
-        if self._progress_ttl is not None:
-            others = zip(("progress", "status"), self._models.other_tables, strict=False)
-            tables.update(others)
-        return tables
-
     @cached_property
-    def _statements(self) -> dict[str, Select[Any]]:
-        return {
-            name: prune_results(self._models)
-            if name == "results"
-            else prune_stale(self._models, table)
-            for name, table in self._tables.items()
+    def _sources(self) -> dict[str, "_Source"]:
+        models = self._models
+        results = models.results_table
+        sources = {
+            "results": _Source(
+                results.c.expires_at, partial(prune_results, models), count_expired(models)
+            )
         }
+        if self._progress_ttl is not None:
+            for name, table in zip(("progress", "status"), models.other_tables, strict=False):
+                delete, count = partial(prune_stale, models, table), count_stale(models, table)
+                sources[name] = _Source(table.c.task_id, delete, count, is_stale=True)
+        return sources
+
+
+class _Source(NamedTuple):
+    """Something to prune."""
+
+    column: Column[Any]  # the one that slices go by
+    delete: Callable[[Slice], Select[Any]]
+    counting: Select[Any]
+    is_stale: bool = False  # whether its rows are deleted by their age
+
+
+class _LockedError(Exception):
+    """A row of a slice is locked by somebody else."""
+
+    def __init__(self, part: Slice) -> None:
+        self.part = part
 
 
 def _pruned(deleted: Mapping[str, int], *, is_complete: bool) -> Pruned:
@@ -172,7 +231,7 @@ def _pruned(deleted: Mapping[str, int], *, is_complete: bool) -> Pruned:
 
 
 class _Rest:
-    """How much may still be done: so many `rows`, None for any number."""
+    """How much may still be done: so many `rows`, None for any number, and for how long."""
 
     def __init__(self, rows: int | None, time_budget: float | None) -> None:
         self.rows = rows
@@ -183,6 +242,12 @@ class _Rest:
         """Whether a further slice may be begun."""
         self.was_too_little = self.rows == 0 or time.monotonic() >= self._deadline
         return not self.was_too_little
+
+    def note(self, deleted: int) -> None:
+        """Notes rows that were deleted."""
+        if self.rows is not None:
+            # More than there were as their slice was begun, if others have just stored some.
+            self.rows = max(0, self.rows - deleted)
 
 
 def check_limits(limit: int | None, time_budget: Seconds | None) -> float | None:

@@ -60,17 +60,23 @@ class Runtime:
         """
         settings, database = self.settings, self.database
         extra = {} if settings.extra_values is None else settings.extra_values.columns
-        await prepare(
-            database,
-            settings.models.config,
-            RESULTS,
-            lambda: check(
+
+        async def check_tables() -> None:
+            is_distributed = await check(
                 database,
                 settings.models,
                 settings.startup_timeout,
                 extra_columns=extra,
                 is_provisioned=settings.run_migrations,
-            ),
+            )
+            self.writer.by_values = self.statuses.by_values = is_distributed
+            self.pruner.is_distributed = is_distributed
+
+        await prepare(
+            database,
+            settings.models.config,
+            RESULTS,
+            check_tables,
             run_migrations=settings.run_migrations,
             check_schema=settings.check_schema,
             timeout=settings.startup_timeout,

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, get_args
 from sqlalchemy import Select, Table
 
 from taskiq_sa_pg.batching import Batcher, Entry
-from taskiq_sa_pg.database import Database
+from taskiq_sa_pg.database import Database, Parameters
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.results.reader import Lookup
 from taskiq_sa_pg.results.settings import Settings
@@ -68,6 +68,7 @@ class Statuses:
         self._database = database
         self._models = settings.models
         self._retry_timeout = settings.timings.status_retry
+        self.by_values = False  # whether rows go by VALUES
         self._table = settings.table
         config = settings.models.config
         self._status_name = config.qualified(config.status_table_name)
@@ -143,7 +144,7 @@ class Statuses:
             await self._fetch(self._delete, arrays, purpose)
         return {}
 
-    async def _fetch(self, statement: Any, parameters: Mapping[str, Any], purpose: str) -> None:
+    async def _fetch(self, statement: Any, parameters: Parameters, purpose: str) -> None:
         await self._database.fetch(
             statement, parameters, purpose, retry_timeout=self._retry_timeout
         )
@@ -155,7 +156,7 @@ class Statuses:
 
     @cached_property
     def _upsert(self) -> Upsert:
-        return upsert_status(self._status_table)
+        return upsert_status(self._status_table, by_values=self.by_values)
 
     @cached_property
     def _delete(self) -> Select[Any]:

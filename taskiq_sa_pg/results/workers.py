@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import Any, Final
 
-from sqlalchemy import Insert, Select
+from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from taskiq import TaskiqResult
 
@@ -26,6 +26,7 @@ from taskiq_sa_pg.statements import (
     delete_worker,
     select_lost,
     select_workers,
+    try_lock,
 )
 
 logger = logging.getLogger(__name__)
@@ -142,16 +143,20 @@ class Workers:
             purpose = f"give up the lost tasks of table {self._settings.table}"
             # Not for longer, whoever has locked the results: the next beat must not be late.
             seconds = self._settings.timings.beat
-            for task_id in await self._writer.store_missing(self._find_lost, purpose, seconds):
+            for task_id in await self._writer.store_missing(self.find_lost, purpose, seconds):
                 logger.error("task %s was lost with its worker: it has an error result", task_id)
 
-    async def _find_lost(self, connection: AsyncConnection) -> Mapping[Any, TaskiqResult[Any]]:
+    async def find_lost(self, connection: AsyncConnection) -> Mapping[Any, TaskiqResult[Any]]:
+        """Error results of lost tasks; none if another transaction is at it."""
+        lock = try_lock(f"abandon {self._models.config.table_name}")
+        if not await connection.scalar(select(lock)):
+            return {}
         rows = await connection.execute(self._select_lost, {"limit": _AT_ONCE})
         lost = [StatusRow._make(row) for row in rows]
         return {row.task_id: _result_of_lost(row) for row in lost}
 
     @cached_property
-    def _statements(self) -> tuple[Insert, Select[Any]]:
+    def _statements(self) -> tuple[Select[Any], Select[Any]]:
         assert self._models.workers_table is not None
         return beat(self._models.workers_table), delete_worker(self._models.workers_table)
 

@@ -61,6 +61,7 @@ class Writer:
         self._is_tracked = settings.is_tracked
         # Until a TaskMetadataMiddleware is at work, or was missed.
         self.awaits_middleware = settings.is_tracked
+        self.by_values = False  # whether rows go by VALUES
         self._purpose = f"store its result in table {settings.table}"
         meters = telemetry.meters
         self._results: Batcher[Any, TaskiqResult[Any], ResultRow, None] = Batcher(
@@ -142,9 +143,10 @@ class Writer:
                 self._encode_extended(column_id, (result, self._extra_of(str(column_id), result)))
                 for column_id, result in (await find(connection)).items()
             ]
-            stored = []
+            stored: list[Any] = []
             for call in self._insert_missing.of(rows):
-                stored += [row[0] for row in await connection.execute(*call)]
+                result = await connection.execute(*call)
+                stored += result.scalars() if result.returns_rows else ()
             return stored
 
         stored = await self._database.transact(work, purpose, retry_timeout=retry_timeout)
@@ -158,19 +160,21 @@ class Writer:
 
     @cached_property
     def _upsert_results(self) -> Upsert:
-        return upsert_results(self._models, is_tracked=self._is_tracked)
+        return upsert_results(self._models, is_tracked=self._is_tracked, by_values=self.by_values)
 
     @cached_property
     def _upsert_extended(self) -> ExtendedUpserts:
-        return ExtendedUpserts(self._models, is_tracked=self._is_tracked)
+        return ExtendedUpserts(self._models, is_tracked=self._is_tracked, by_values=self.by_values)
 
     @cached_property
     def _insert_missing(self) -> ExtendedUpserts:
-        return ExtendedUpserts(self._models, is_tracked=self._is_tracked, if_missing=True)
+        return ExtendedUpserts(
+            self._models, is_tracked=self._is_tracked, if_missing=True, by_values=self.by_values
+        )
 
     @cached_property
     def _upsert_progress(self) -> Upsert:
-        return upsert_progress(self._models)
+        return upsert_progress(self._models, by_values=self.by_values)
 
     def _miss_middleware(self, task_id: str) -> None:
         self.awaits_middleware = False

@@ -3,6 +3,7 @@
 from taskiq_sa_pg.schema.catalogue import OLD_PAYLOAD_TYPE as OLD_PAYLOAD_TYPE
 from taskiq_sa_pg.schema.catalogue import OLD_TASK_ID_TYPES as OLD_TASK_ID_TYPES
 from taskiq_sa_pg.schema.catalogue import describe_columns as describe_columns
+from taskiq_sa_pg.schema.catalogue import has_citus as has_citus
 from taskiq_sa_pg.schema.catalogue import is_of_taskiq_postgres as is_of_taskiq_postgres
 from taskiq_sa_pg.schema.catalogue import select_sizes as select_sizes
 from taskiq_sa_pg.schema.check import check as check
@@ -11,6 +12,13 @@ from taskiq_sa_pg.schema.families import QUEUE as QUEUE
 from taskiq_sa_pg.schema.families import RESULTS as RESULTS
 from taskiq_sa_pg.schema.families import Family as Family
 from taskiq_sa_pg.schema.families import chosen_families as chosen_families
+from taskiq_sa_pg.schema.partitions import InTheWayError as InTheWayError
+from taskiq_sa_pg.schema.partitions import Partition as Partition
+from taskiq_sa_pg.schema.partitions import Partitioned as Partitioned
+from taskiq_sa_pg.schema.partitions import count_in_the_way as count_in_the_way
+from taskiq_sa_pg.schema.partitions import drop_partition as drop_partition
+from taskiq_sa_pg.schema.partitions import find_partitions as find_partitions
+from taskiq_sa_pg.schema.partitions import make_partition as make_partition
 from taskiq_sa_pg.schema.prepare import SchemaCheck as SchemaCheck
 from taskiq_sa_pg.schema.prepare import check_schema_check as check_schema_check
 from taskiq_sa_pg.schema.prepare import prepare as prepare

@@ -4,13 +4,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, aggregate_order_by
 
 from taskiq_sa_pg.models import TableConfig
 
 # As PostgreSQL calls the types of taskiq-postgres' columns.
 OLD_TASK_ID_TYPES: Final = ("character varying", "text", "uuid")
 OLD_PAYLOAD_TYPE: Final = "bytea"
+
+# TRIGGER_TYPE_DELETE, a bit of pg_trigger.tgtype.
+_ON_DELETE: Final[sa.ColumnElement[int]] = sa.literal_column("8")
 
 
 def is_of_taskiq_postgres(types: Mapping[str, str]) -> bool:
@@ -27,7 +30,8 @@ def describe_columns(table_names: Sequence[str], schema: str | None) -> sa.Selec
 
     Rows of table name, column name, type name, whether a value is required (NOT NULL without a
     default), and whether the column alone is unique, as ON CONFLICT needs it; then the table's
-    schema, the current role, whether it may use the schema, and its missing rights on the table.
+    schema, the current role, whether it may use the schema, its missing rights on the table, and
+    whether the database has the extension Citus.
     """
     classes, namespaces, found = _find_relations(table_names, schema)
     columns = _catalogue(
@@ -59,6 +63,7 @@ def describe_columns(table_names: Sequence[str], schema: str | None) -> sa.Selec
         _current_role(),
         sa.func.has_schema_privilege(namespaces.c.oid, "USAGE", type_=sa.Boolean).label("is_open"),
         _missing_rights(classes).label("missing_rights"),
+        _has_citus().label("has_citus"),
     ]
     return (
         found.with_only_columns(*described)
@@ -68,11 +73,89 @@ def describe_columns(table_names: Sequence[str], schema: str | None) -> sa.Selec
     )
 
 
-def select_sizes(config: TableConfig) -> sa.Select[Any]:
-    """Name and bytes, with indexes and TOAST, of each of the tables that exists."""
+def has_citus() -> sa.Select[Any]:
+    """Whether the database has the extension Citus."""
+    return sa.select(_has_citus())
+
+
+def select_sizes(config: TableConfig, *, is_citus: bool = False) -> sa.Select[Any]:
+    """Name and bytes, with indexes and TOAST, of each of the tables that exists.
+
+    Of a partitioned table with its partitions; where Citus has distributed one, of all its shards.
+    """
     classes, _, found = _find_relations(config.table_names, config.schema)
-    size = sa.func.pg_total_relation_size(classes.c.oid, type_=sa.BigInteger)
+    size: sa.ColumnElement[int] = sa.func.pg_total_relation_size(classes.c.oid, type_=sa.BigInteger)
+    part = sa.func.pg_partition_tree(classes.c.oid).table_valued("relid")
+    of_part = sa.func.pg_total_relation_size(part.c.relid, type_=sa.BigInteger)
+    # Of a table that is not partitioned there is no tree, and a partitioned one has no pages.
+    of_parts = sa.select(sa.cast(sa.func.sum(of_part), sa.BigInteger)).scalar_subquery()
+    size = sa.func.coalesce(of_parts, size)
+    if is_citus:
+        distributed = _catalogue("pg_dist_partition", "logicalrelid")
+        is_distributed = sa.exists().where(distributed.c.logicalrelid == classes.c.oid)
+        # Without an error for a table that is dropped meanwhile.
+        of_shards = sa.func.citus_total_relation_size(
+            classes.c.oid, sa.false(), type_=sa.BigInteger
+        )
+        size = sa.case((is_distributed, of_shards), else_=size)
     return found.with_only_columns(classes.c.relname, size).order_by(classes.c.relname)
+
+
+def select_partitioned(config: TableConfig) -> sa.Select[Any]:
+    """How the results table is partitioned, as it is now.
+
+    A row of its schema, "RANGE (task_id)" or the like, NULL where it is not partitioned, the
+    server's time, whether task ids are of type uuid, and the names of the columns that can be given
+    a value.
+    """
+    classes, namespaces, found = _find_relations([config.table_name], config.schema)
+    names = "attrelid attname atttypid attnum attisdropped attgenerated"
+    column = _catalogue("pg_attribute", names)
+    is_own = sa.and_(
+        column.c.attrelid == classes.c.oid,
+        column.c.attnum > 0,
+        ~column.c.attisdropped,
+        column.c.attgenerated == "",
+    )
+    of_all = sa.func.array_agg(aggregate_order_by(column.c.attname, column.c.attnum))
+    type_name = sa.func.format_type(column.c.atttypid, None, type_=sa.Text)
+    is_uuid = sa.select(type_name == "uuid").where(is_own, column.c.attname == "task_id")
+    described: list[sa.ColumnElement[Any]] = [
+        sa.cast(namespaces.c.nspname, sa.Text).label("schema_name"),
+        sa.func.pg_get_partkeydef(classes.c.oid, type_=sa.Text).label("key"),
+        sa.func.now().label("now"),
+        is_uuid.scalar_subquery().label("is_uuid"),
+        sa.cast(sa.select(of_all).where(is_own).scalar_subquery(), ARRAY(sa.Text)).label("columns"),
+    ]
+    return found.with_only_columns(*described)
+
+
+def select_partitions(config: TableConfig) -> sa.Select[Any]:
+    """The partitions of the results table, and their parts, which have a level above 1.
+
+    Rows of schema, name, relkind, bounds as SQL, level, and whether triggers, such as those of
+    foreign keys, act on a DELETE.
+    """
+    parents, _, found = _find_relations([config.table_name], config.schema)
+    parts = _catalogue("pg_class", "oid relname relnamespace relkind relpartbound").alias("part")
+    namespaces = _catalogue("pg_namespace", "oid nspname").alias("place")
+    tree = sa.func.pg_partition_tree(parents.c.oid).table_valued("relid", "level")
+    trigger = _catalogue("pg_trigger", "tgrelid tgtype")
+    acts = (trigger.c.tgrelid == parts.c.oid) & (trigger.c.tgtype.op("&")(_ON_DELETE) != 0)
+    described: list[sa.ColumnElement[Any]] = [
+        sa.cast(namespaces.c.nspname, sa.Text).label("schema_name"),
+        sa.cast(parts.c.relname, sa.Text).label("name"),
+        sa.cast(parts.c.relkind, sa.Text).label("relkind"),
+        sa.func.pg_get_expr(parts.c.relpartbound, parts.c.oid, type_=sa.Text).label("bounds"),
+        tree.c.level,
+        sa.exists().where(acts).label("has_triggers"),
+    ]
+    return (
+        found.with_only_columns(*described)
+        .join(tree, tree.c.level > 0)
+        .join(parts, parts.c.oid == tree.c.relid)
+        .join(namespaces, namespaces.c.oid == parts.c.relnamespace)
+    )
 
 
 def select_closed_schemas(table_name: str) -> sa.Select[Any]:
@@ -86,6 +169,19 @@ def select_closed_schemas(table_name: str) -> sa.Select[Any]:
     search_path = sa.func.current_setting("search_path", type_=sa.Text).label("search_path")
     selected: list[sa.ColumnElement[Any]] = [name, _current_role(), search_path]
     return found.with_only_columns(*selected).where(~is_open)
+
+
+def select_is_distributed(table_name: str, schema: str | None) -> sa.Select[Any]:
+    """Whether Citus distributes the rows of a table over nodes; only where there is Citus."""
+    classes, _, found = _find_relations([table_name], schema)
+    partition = _catalogue("pg_dist_partition", "logicalrelid partmethod")
+    by_hash = sa.and_(partition.c.logicalrelid == classes.c.oid, partition.c.partmethod == "h")
+    return found.with_only_columns(sa.exists().where(by_hash))
+
+
+def _has_citus() -> sa.ColumnElement[bool]:
+    extension = _catalogue("pg_extension", "extname")
+    return sa.exists().where(extension.c.extname == "citus")
 
 
 def _current_role() -> sa.ColumnElement[str]:

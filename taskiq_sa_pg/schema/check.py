@@ -17,6 +17,7 @@ from taskiq_sa_pg.schema.catalogue import (
     describe_columns,
     is_of_taskiq_postgres,
     select_closed_schemas,
+    select_is_distributed,
 )
 from taskiq_sa_pg.schema.families import QUEUE, RESULTS, Family
 from taskiq_sa_pg.statements import ProgressRow, ResultRow, StatusRow
@@ -77,12 +78,15 @@ async def check(
     *,
     extra_columns: Mapping[str, sa.Column[Any]] = MappingProxyType({}),
     is_provisioned: bool = False,
-) -> None:
+) -> bool:
     """Compares the tables with the models, by one query of the catalogue.
 
     A silent PostgreSQL is tried for `timeout` seconds, with None for as long as usual. The
     extra_columns are those of the application's own in the results table that it may fill.
     is_provisioned says that the tables have just been brought to the latest version.
+
+    Returns:
+        Whether Citus distributes the rows of the results.
 
     Raises:
         SchemaError: A table is absent or unfit, or the role lacks a right; names the differences
@@ -97,7 +101,14 @@ async def check(
         expected.append(_Expected(models.status_table, StatusRow._fields, ["updated_at"]))
     if models.workers_table is not None:
         expected.append(_Expected(models.workers_table, ["worker", "started_at"], ["seen_at"]))
-    await _check(database, models, RESULTS, expected, timeout, is_provisioned=is_provisioned)
+    rows = await _check(database, models, RESULTS, expected, timeout, is_provisioned=is_provisioned)
+    if not rows[0].has_citus:
+        return False
+    config = located(database, models.config)
+    statement = select_is_distributed(config.table_name, config.schema)
+    purpose = f"look how table {config.qualified_name} is distributed"
+    [[is_distributed]] = await _fetch(database, statement, purpose, timeout)
+    return bool(is_distributed)
 
 
 async def check_queue(
@@ -128,7 +139,7 @@ async def _check(
     timeout: float | None,
     *,
     is_provisioned: bool,
-) -> None:
+) -> list[sa.Row[Any]]:
     config = located(database, models.config)
     place = family.place(config)
     purpose = f"check the schema of table {place}"
@@ -152,6 +163,7 @@ async def _check(
             f"{'; '.join((*differences, *flaws_of_own))}{remedy}"
         )
     _check_rights(family, place, {each.table.name for each in expected}, rows)
+    return rows
 
 
 async def _fetch(

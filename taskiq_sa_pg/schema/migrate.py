@@ -25,7 +25,7 @@ from alembic.script import ScriptDirectory
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError
 
-from taskiq_sa_pg.database import Database, reason_of
+from taskiq_sa_pg.database import READ_ONLY, Database, reason_of
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError, TaskiqSaPgError
 from taskiq_sa_pg.models import TableConfig, quoted
 from taskiq_sa_pg.schema.check import (
@@ -359,6 +359,9 @@ def _remedies(config: TableConfig, family: Family) -> dict[str, str]:
         "42P01": f"make what is missing again first, with {upgrade_commands(config, family)}",
         "55P03": "other transactions hold locks on the table: let them end (pg_stat_activity lists "
         "them), and try again",
+        READ_ONLY: "the server is a read replica (a hot standby), or was made read-only. Do this "
+        "on the primary, from which replicas get their tables, and give processes that only read "
+        "no run_migrations=True",
         "3D000": "create the database first (`createdb NAME`), or correct the dsn",
         "3F000": f"create the schema first (CREATE SCHEMA); the tables go into {schema}",
         "42501": "run this as the owner of the tables or, to make them, as a role that may: "

@@ -1,12 +1,7 @@
 """From models to SQLAlchemy Core statements: nothing here awaits, connects or formats a name."""
 
-from taskiq_sa_pg.statements.delete import Slice as Slice
-from taskiq_sa_pg.statements.delete import count_expired as count_expired
-from taskiq_sa_pg.statements.delete import count_stale as count_stale
 from taskiq_sa_pg.statements.delete import delete_statuses as delete_statuses
 from taskiq_sa_pg.statements.delete import forget_results as forget_results
-from taskiq_sa_pg.statements.delete import prune_results as prune_results
-from taskiq_sa_pg.statements.delete import prune_stale as prune_stale
 from taskiq_sa_pg.statements.delete import put_back as put_back
 from taskiq_sa_pg.statements.delete import take_results as take_results
 from taskiq_sa_pg.statements.delete import taken_columns as taken_columns
@@ -24,6 +19,14 @@ from taskiq_sa_pg.statements.overview import Bucket as Bucket
 from taskiq_sa_pg.statements.overview import select_buckets as select_buckets
 from taskiq_sa_pg.statements.overview import select_nothing as select_nothing
 from taskiq_sa_pg.statements.overview import select_oldest_queued as select_oldest_queued
+from taskiq_sa_pg.statements.prune import LIMIT_WAITING_ON_NODES as LIMIT_WAITING_ON_NODES
+from taskiq_sa_pg.statements.prune import Slice as Slice
+from taskiq_sa_pg.statements.prune import begin_slice as begin_slice
+from taskiq_sa_pg.statements.prune import count_expired as count_expired
+from taskiq_sa_pg.statements.prune import count_stale as count_stale
+from taskiq_sa_pg.statements.prune import prune_results as prune_results
+from taskiq_sa_pg.statements.prune import prune_stale as prune_stale
+from taskiq_sa_pg.statements.prune import try_lock as try_lock
 from taskiq_sa_pg.statements.queue import MAX_PRIORITY as MAX_PRIORITY
 from taskiq_sa_pg.statements.queue import acknowledge_claims as acknowledge_claims
 from taskiq_sa_pg.statements.queue import claim_tasks as claim_tasks

@@ -24,6 +24,7 @@ from taskiq_sa_pg.statements.rows import StatusRow
 from taskiq_sa_pg.statements.select import is_live
 
 _TIME = DateTime(timezone=True)
+_NOTHING = literal_column("0", Integer)
 
 
 class Bucket(NamedTuple):
@@ -58,6 +59,8 @@ def select_buckets(models: Models) -> Select[Any]:
             results.c.finished_at < bindparam("until", type_=_TIME),
             is_live(results),
         )
+        # Citus makes no ROLLUP of distributed rows: with this, it first fetches them.
+        .offset(_NOTHING)
         .subquery()
     )
     shares = literal_column("'{0.5,0.95}'::float8[]", ARRAY(Float))

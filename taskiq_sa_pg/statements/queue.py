@@ -44,6 +44,8 @@ from taskiq_sa_pg.statements.shapes import Inserted, Upsert, unnested
 MAX_PRIORITY: Final = 9
 
 _GIVEN: Final = "given_"  # before the names of parameters, which must not be those of columns
+_ZERO: Final = literal_column("0", Integer)
+_ONE: Final = literal_column("1", Integer)
 NEVER: Final = literal_column("'infinity'::timestamptz", DateTime(timezone=True))
 
 
@@ -64,7 +66,8 @@ def replacing_claimed(queue: Table, statement: PostgresInsert) -> PostgresInsert
     """An INSERT of a task, with what becomes of one of the same id that is there."""
     overwritten = (*QueueRow._fields[1:], "queued_at")
     values: dict[str, Any] = {name: statement.excluded[name] for name in overwritten}
-    values |= {"claim": queue.c.claim + 1, "deliveries": 0, "worker": null()}
+    # No parameters: behind an INSERT ... SELECT, Citus does not know their types.
+    values |= {"claim": queue.c.claim + _ONE, "deliveries": _ZERO, "worker": null()}
     return statement.on_conflict_do_update(
         index_elements=["task_id"], set_=values, where=queue.c.worker.is_not(None)
     )

@@ -32,7 +32,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 
-from taskiq_sa_pg.statements.delete import select_locked
 from taskiq_sa_pg.statements.queue import MAX_PRIORITY, NEVER, is_any_of
 from taskiq_sa_pg.statements.rows import OldTask, ParkedRow
 from taskiq_sa_pg.statements.select import is_asked_for
@@ -117,14 +116,13 @@ def release_parked(queue: Table, *, by_id: bool = False) -> Executable:
         "worker": null(),
     }
     returned = queue.c.task_id, queue.c.queue_name
-    found = _lock_parked(queue, by_id)
-    return update(queue).where(is_any_of(queue, found)).values(values).returning(*returned)
+    return update(queue).where(*_are_chosen(queue, by_id)).values(values).returning(*returned)
 
 
 def discard_parked(queue: Table, *, by_id: bool = False) -> Executable:
     """Deletes parked tasks; parameters and rows are those of release_parked()."""
     returned = queue.c.task_id, queue.c.queue_name
-    return delete(queue).where(is_any_of(queue, _lock_parked(queue, by_id))).returning(*returned)
+    return delete(queue).where(*_are_chosen(queue, by_id)).returning(*returned)
 
 
 def insert_old_tasks(queue: Table) -> Upsert:
@@ -142,12 +140,13 @@ def select_queued(queue: Table) -> Select[Any]:
     return select(queue.c.task_id).where(is_asked_for(queue))
 
 
-def _lock_parked(queue: Table, by_id: bool) -> CTE:
+def _are_chosen(queue: Table, by_id: bool) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    # That it is parked is asked of the row itself, which another process may just have released.
     if by_id:
-        return select_locked(queue, _is_parked(queue) & is_asked_for(queue)).cte("found")
+        return is_asked_for(queue), _is_parked(queue)
     size = bindparam("size", type_=Integer)
     some = select(_find_parked(queue, ["task_id"], size).c.task_id).limit(size).cte("some")
-    return select_locked(queue, _is_parked(queue) & is_any_of(queue, some)).cte("found")
+    return is_any_of(queue, some), _is_parked(queue)
 
 
 def _find_parked(

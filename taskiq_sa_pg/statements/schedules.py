@@ -74,21 +74,37 @@ def send_at_interval(queue: Table, schedules: Table) -> Executable:
 
     Ticks keep their distance: one that is noticed a little late does not put off the next.
     """
-    due_at = schedules.c.last_tick + schedules.c.interval
-    seconds = cast(extract("epoch", due_at - func.now()), Double)
+    last_tick, interval = schedules.c.last_tick, schedules.c.interval
+    due_at = last_tick + interval
+    tick = case((due_at >= func.now() - _LATE, due_at), else_=func.now())
+    # Selected, because Citus adds no interval to a column in an UPDATE. Whoever moves last_tick
+    # first has sent the task.
+    due = (
+        select(last_tick, interval, tick.label("tick"), _seconds_until(tick + interval))
+        .where(
+            _is_the_one(schedules),
+            interval.is_not(None),
+            or_(last_tick.is_(None), due_at <= func.now() + _EARLY),
+        )
+        .cte("due")
+    )
     won = (
         update(schedules)
         .where(
             _is_the_one(schedules),
-            schedules.c.interval.is_not(None),
-            or_(schedules.c.last_tick.is_(None), due_at <= func.now() + _EARLY),
+            last_tick.is_not_distinct_from(due.c.last_tick),
+            interval == due.c.interval,
         )
-        .values(last_tick=case((due_at >= func.now() - _LATE, due_at), else_=func.now()))
-        .returning(seconds.label("seconds"))
+        .values(last_tick=due.c.tick)
+        .returning(due.c.seconds)
         .cte("won")
     )
-    left = select(seconds).where(_is_the_one(schedules)).scalar_subquery()
+    left = select(_seconds_until(due_at)).where(_is_the_one(schedules)).scalar_subquery()
     return _sending(queue, won, left)
+
+
+def _seconds_until(time: ColumnElement[Any]) -> ColumnElement[float]:
+    return cast(extract("epoch", time - func.now()), Double).label("seconds")
 
 
 def send_once(queue: Table, schedules: Table) -> Executable:

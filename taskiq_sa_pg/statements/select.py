@@ -90,9 +90,13 @@ def count_progress(models: Models) -> Select[Any]:
 
 
 def notify() -> Select[Any]:
-    """Sends notifications: on `channel` the `payloads`, texts of less than 8,000 bytes each."""
+    """Sends notifications: on `channel` the `payloads`, texts of less than 8,000 bytes each.
+
+    A row for each; none where the server is a read replica, which has no notifications.
+    """
     payload = func.unnest(bindparam("payloads", type_=ARRAY(Text))).column_valued("payload")
-    return select(func.pg_notify(bindparam("channel", type_=Text), payload).label("sent"))
+    sent = func.pg_notify(bindparam("channel", type_=Text), payload).label("sent")
+    return select(sent).where(~func.pg_is_in_recovery())
 
 
 def readable(source: FromClause, names: Sequence[str]) -> list[ColumnElement[Any]]:
@@ -101,13 +105,13 @@ def readable(source: FromClause, names: Sequence[str]) -> list[ColumnElement[Any
     return [cast(c, Text).label(c.name) if isinstance(c.type, JSON) else c for c in columns]
 
 
-def is_live(results: Table) -> ColumnElement[bool]:
+def is_live(results: FromClause) -> ColumnElement[bool]:
     """Whether a result has not expired; one that has is missing."""
     expires_at = results.c.expires_at
     return expires_at.is_(None) | (expires_at > func.now())
 
 
-def is_over(results: Table, status: Table) -> ColumnElement[bool]:
+def is_over(results: FromClause, status: FromClause) -> ColumnElement[bool]:
     """Whether a result is not older than what the status table says of its task."""
     of_result = tuple_(results.c.attempt, results.c.finished_at)
     is_later = of_result >= tuple_(status.c.attempt, status.c.updated_at)

@@ -1,9 +1,9 @@
-"""How rows become an INSERT: some as VALUES, or any number as one array for each column.
+"""How rows become an INSERT: as VALUES, or as one array for each column.
 
 JSON travels as text, so that neither the driver's nor the application's JSON codec has a say in it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import starmap
 from operator import itemgetter
@@ -14,16 +14,15 @@ from sqlalchemy import (
     BindParameter,
     Column,
     Double,
+    Executable,
     FromClause,
     Insert,
     Table,
     Text,
     bindparam,
     cast,
-    column,
     func,
     select,
-    values,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
@@ -32,32 +31,39 @@ from sqlalchemy.types import TypeEngine
 
 from taskiq_sa_pg.models import as_interval
 
-# How many rows a text with VALUES has. Few sizes, so that each is compiled and prepared once.
-_SIZES: Final = (64, 16, 4, 1)
-
 # Times that travel as seconds from now, by the database's clock.
 _FROM_NOW: Final = frozenset({"expires_at", "available_at"})
 
+# How many rows a statement with VALUES has at most. Each number of rows is a text of its own, and
+# a connection keeps the last hundred prepared: with texts of up to 500 rows, the server took 370 MB
+# for each connection.
+_MOST_VALUES: Final = 64
+
 NOTHING: Final[Mapping[str, Column[Any]]] = MappingProxyType({})
 
-# A statement and its parameters.
-Call = tuple[Insert, dict[str, Any]]
+# A statement and its parameters; of several rows, if they go as VALUES, those of each row.
+Call = tuple[Executable, dict[str, Any] | list[dict[str, Any]]]
 
-# Some columns of the rows that an INSERT stores, for other parts of its statement.
-Inserted = Callable[[Sequence[Column[Any]]], FromClause]
+# Some columns of the rows that an INSERT stores, for other parts of its statement; None where those
+# can have no part in it.
+Inserted = Callable[[Sequence[Column[Any]]], FromClause] | None
 
 
 class Upsert:
-    """Stores rows: one by a text of its own, any number by one with an array for each column.
+    """Stores rows: one by a statement of its own, several as an array for each column.
 
-    Rows with values for the application's own columns, and those of a table of which SQLAlchemy has
-    to compute a default for each row, are stored by VALUES with several rows.
+    By VALUES go rows with values for the application's own columns, those of a table of which
+    SQLAlchemy has to compute a default for each row, and those of a table that Citus distributes:
+    it would send arrays to one node first. SQLAlchemy makes VALUES of as many rows as there are, a
+    bounded number in each statement.
 
     Args:
         target: The table.
         fields: The columns that are stored, called like the fields of a row.
         finish: Adds what becomes of conflicts.
         extra: Columns of the application's own that are stored, by parameter.
+        then: What is done for the `task_ids` of rows that go by VALUES, after they are stored.
+        by_values: Whether all go by VALUES, because Citus distributes the table.
     """
 
     def __init__(
@@ -66,58 +72,62 @@ class Upsert:
         fields: Sequence[str],
         finish: Callable[[PostgresInsert, Inserted], Insert],
         extra: Mapping[str, Column[Any]] = NOTHING,
+        then: Executable | None = None,
+        *,
+        by_values: bool = False,
     ) -> None:
         self._target = target
         self._fields = tuple(fields)
         self._finish = finish
         self._extra = extra
-        self._by_values: dict[int, Insert] = {}
+        self._then = then
+        self._is_distributed = by_values
+        self._goes_by_values = by_values or _has_computed_default(target)
 
     def of(self, rows: Sequence[Any]) -> list[Call]:
-        """What stores named tuples with distinct task ids; one statement if there is one row."""
-        if len(rows) > 1:
-            # Upserts that overlap and lock their rows in different orders deadlock.
-            rows = sorted(rows, key=itemgetter(0))
-            if not (self._extra or _has_computed_default(self._target)):
-                arrays = dict(zip(self._fields, zip(*rows, strict=True), strict=True))
-                return [(self._by_arrays, arrays)]
-        return list(self._calls([row._asdict() for row in rows]))
+        """What stores named tuples with distinct task ids, and all that goes with it."""
+        if self._goes_by_values:
+            return self.of_mappings([row._asdict() for row in rows])
+        if len(rows) == 1:
+            return [(self._by_row, rows[0]._asdict())]
+        # Upserts that overlap and lock their rows in different orders deadlock.
+        rows = sorted(rows, key=itemgetter(0))
+        columns = zip(*rows, strict=True)
+        return [(self._by_arrays, dict(zip(self._fields, columns, strict=True)))] if rows else []
 
     def of_mappings(self, rows: Sequence[Mapping[str, Any]]) -> list[Call]:
-        """The same of rows by parameter, those of the application's own columns among them."""
-        return list(self._calls(sorted(rows, key=itemgetter("task_id"))))
+        """The same by VALUES, of rows by parameter, the application's own columns among them."""
+        if not rows:
+            return []
+        ordered = sorted(map(dict, rows), key=itemgetter("task_id"))
+        if len(ordered) == 1 and not self._is_distributed:
+            return [(self._by_row, ordered[0])]  # with `then` in it: one round trip
+        parts = [ordered[n : n + _MOST_VALUES] for n in range(0, len(ordered), _MOST_VALUES)]
+        calls: list[Call] = [(self._by_values, p if len(p) > 1 else p[0]) for p in parts]
+        if self._then is not None:
+            calls.append((self._then, {"task_ids": [row["task_id"] for row in ordered]}))
+        return calls
 
-    def _calls(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Call]:
-        start = 0
-        while start < len(rows):
-            size = next(size for size in _SIZES if size <= len(rows) - start)
-            if size not in self._by_values:
-                self._by_values[size] = self._insert_values(size)
-            parameters = {
-                _numbered(name, number): value
-                for number, row in enumerate(rows[start : start + size])
-                for name, value in row.items()
-            }
-            yield self._by_values[size], parameters
-            start += size
-
-    def _insert_values(self, size: int) -> Insert:
+    @cached_property
+    def _by_row(self) -> Insert:
         def inserted(columns: Sequence[Column[Any]]) -> FromClause:
-            names = [column(c.name, wire_type(c)) for c in columns]
-            rows = [tuple(_parameter(c, number) for c in columns) for number in range(size)]
-            return values(*names, name="inserted").data(rows)
+            return select(*[_parameter(c).label(c.name) for c in columns]).subquery()
 
+        return self._finish(self._insert_row(), inserted)
+
+    @cached_property
+    def _by_values(self) -> Insert:
+        statement = self._finish(self._insert_row(), None)
+        if not len(statement.exported_columns):
+            # With RETURNING, SQLAlchemy sends several rows in one statement.
+            statement = statement.returning(self._target.c.task_id)
+        return statement
+
+    def _insert_row(self) -> PostgresInsert:
         columns = [self._target.c[name] for name in self._fields]
-        rows = [
-            {c.key: as_stored(_parameter(c, number), c) for c in columns}
-            | {
-                c.key: bindparam(_numbered(name, number), type_=c.type)
-                for name, c in self._extra.items()
-            }
-            for number in range(size)
-        ]
-        statement = insert(self._target).values(rows if size > 1 else rows[0])
-        return self._finish(statement, inserted)
+        row = {c.key: as_stored(_parameter(c), c) for c in columns}
+        own = {c.key: bindparam(name, type_=c.type) for name, c in self._extra.items()}
+        return insert(self._target).values(row | own)
 
     @cached_property
     def _by_arrays(self) -> Insert:
@@ -156,13 +166,8 @@ def as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[A
     return cast(value, JSONB) if isinstance(stored.type, JSONB) else value
 
 
-def _parameter(stored: Column[Any], number: int) -> BindParameter[Any]:
-    return bindparam(_numbered(stored.name, number), type_=wire_type(stored))
-
-
-def _numbered(name: str, number: int) -> str:
-    # The number first: no attribute of the application's model begins with one.
-    return f"{number}__{name}" if number else name
+def _parameter(stored: Column[Any]) -> BindParameter[Any]:
+    return bindparam(stored.name, type_=wire_type(stored))
 
 
 def _has_computed_default(target: Table) -> bool:

@@ -1,9 +1,11 @@
 """What tasks are at, of the status table and the results: reads give StoredStatus."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    FromClause,
     Integer,
     Select,
     Table,
@@ -11,17 +13,14 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
-    column,
-    func,
     literal_column,
     null,
     select,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
 
 from taskiq_sa_pg.models import Models
 from taskiq_sa_pg.statements.rows import StatusRow, StoredStatus
-from taskiq_sa_pg.statements.select import is_live, is_over
+from taskiq_sa_pg.statements.select import is_asked_for, is_live, is_over
 from taskiq_sa_pg.statements.workers import is_lost, is_started, with_worker
 
 # Both tables have these columns; `state` is in the one, and made of the other.
@@ -34,39 +33,55 @@ def select_statuses(models: Models) -> Select[Any]:
     A task of which neither knows is "queued" where it is in the queue, if the models have one: that
     is all that is told of one that was sent in a transaction. Unknown tasks are left out.
     """
-    results, status, queue = models.results_table, models.status_table, models.queue_table
-    workers = models.workers_table
-    type_ = results.c.task_id.type
-    asked = (
-        func.unnest(bindparam("task_ids", type_=ARRAY(type_)))
-        .table_valued(column("task_id", type_))
-        .render_derived(name="asked")
-    )
-    found = asked.outerjoin(results, results.c.task_id == asked.c.task_id)
-    is_known: ColumnElement[bool] = results.c.task_id.is_not(None)
+    known, queue = _select_known(models), models.queue_table
+    if queue is None:
+        return known
+    # By itself first, because Citus joins no distributed table with one that is not.
+    found = known.cte("found").prefix_with("MATERIALIZED")
+    queued = _of_asked(queue, ("task_name", "queued_at"))
+    of_queue: dict[str, ColumnElement[Any]] = {
+        "state": _text("queued"),
+        "attempt": literal_column("0", Integer),
+        **{c.name: c for c in queued.c},
+    }
+    is_unknown = found.c.task_id.is_(None)
+    columns = [case((is_unknown, of_queue.get(c.name, null())), else_=c) for c in found.c]
+    both = found.outerjoin(queued, queued.c.task_id == found.c.task_id, full=True)
+    return select(*columns).select_from(both)
+
+
+def _select_known(models: Models) -> Select[Any]:
+    """The same of the results and the status table alone."""
+    # Each filtered by itself: so Citus goes to the shards of these tasks alone, which are the same.
+    results = _of_asked(models.results_table, (*_COMMON, "finished_at", "expires_at", "is_err"))
     state = case(
         (~is_live(results), _text("expired")),
         (results.c.is_err, _text("failed")),
         else_=_text("succeeded"),
     )
-    values: dict[str, ColumnElement[Any]] = {"state": state}
+    values: dict[str, ColumnElement[Any]] = {"task_id": results.c.task_id, "state": state}
     values |= {name: results.c[name] for name in (*_COMMON, "finished_at")}
-    if status is not None:
-        is_later = status.c.task_id.is_not(None) & ~and_(is_known, is_over(results, status))
-        of_status: dict[str, ColumnElement[Any]] = {"state": _state(status, workers)}
-        of_status.update({name: status.c[name] for name in _COMMON})
+    found: FromClause = results
+    if models.status_table is not None:
+        status = _of_asked(models.status_table, (*_COMMON, "state", "updated_at"))
+        workers = models.workers_table
+        is_finished, is_tracked = results.c.task_id.is_not(None), status.c.task_id.is_not(None)
+        is_later = is_tracked & ~and_(is_finished, is_over(results, status))
+        of_status: dict[str, ColumnElement[Any]] = {
+            "task_id": status.c.task_id,
+            "state": _state(status, workers),
+            **{name: status.c[name] for name in _COMMON},
+        }
         values = {n: case((is_later, of_status.get(n, null())), else_=values[n]) for n in values}
-        found = found.outerjoin(status, status.c.task_id == asked.c.task_id)
-        is_known |= status.c.task_id.is_not(None)
+        found = results.outerjoin(status, status.c.task_id == results.c.task_id, full=True)
         if workers is not None:
             found = with_worker(found, status, workers)
-    if queue is not None:
-        of_queue = {"state": _text("queued"), "attempt": literal_column("0", Integer)}
-        of_queue |= {name: queue.c[name] for name in ("task_name", "queued_at")}
-        values = {n: case((is_known, values[n]), else_=of_queue.get(n, null())) for n in values}
-        found = found.outerjoin(queue, queue.c.task_id == asked.c.task_id)
-        is_known |= queue.c.task_id.is_not(None)
-    return select(asked.c.task_id, *values.values()).select_from(found).where(is_known)
+    return select(*[value.label(name) for name, value in values.items()]).select_from(found)
+
+
+def _of_asked(source: Table, names: Sequence[str]) -> FromClause:
+    columns = [source.c[name] for name in ("task_id", *names)]
+    return select(*columns).where(is_asked_for(source)).subquery()
 
 
 def select_running(models: Models, status: Table) -> Select[Any]:
@@ -82,7 +97,7 @@ def select_running(models: Models, status: Table) -> Select[Any]:
     )
 
 
-def _state(status: Table, workers: Table | None) -> ColumnElement[Any]:
+def _state(status: FromClause, workers: Table | None) -> ColumnElement[Any]:
     if workers is None:
         return status.c.state
     is_gone = and_(status.c.state == _text("started"), is_lost(status, workers))

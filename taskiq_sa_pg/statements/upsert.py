@@ -9,7 +9,7 @@ from sqlalchemy.dialects.postgresql import Insert as PostgresInsert
 from sqlalchemy.sql.elements import ColumnElement
 
 from taskiq_sa_pg.models import Models
-from taskiq_sa_pg.statements.delete import delete_finished
+from taskiq_sa_pg.statements.delete import delete_finished, delete_over
 from taskiq_sa_pg.statements.rows import ProgressRow, ResultRow, StatusRow
 from taskiq_sa_pg.statements.shapes import NOTHING, Call, Inserted, Upsert
 
@@ -23,6 +23,7 @@ def upsert_results(
     *,
     is_tracked: bool = False,
     if_missing: bool = False,
+    by_values: bool = False,
 ) -> Upsert:
     """Stores results over those of equal or earlier attempts, and over those that have expired.
 
@@ -34,6 +35,7 @@ def upsert_results(
         extra: Columns of the application's own that are stored, by parameter.
         is_tracked: Whether the status of the tasks is deleted with it, unless of a later attempt.
         if_missing: Whether a result that is there stays, whatever it is, unless it has expired.
+        by_values: As Upsert's.
     """
     results = models.results_table
     status = models.status_table if is_tracked else None
@@ -46,12 +48,13 @@ def upsert_results(
         # RETURNING was measured at 3 to 4 % of a statement of 100 or 500 rows (the client's CPU and
         # the time alike), and at no difference for one row.
         upsert = _on_conflict(statement, overwritten, where).returning(results.c.task_id)
-        if status is None:
+        if status is None or inserted is None:
             return upsert
         finished = inserted([status.c.task_id, status.c.attempt, status.c.queued_at])
         return upsert.add_cte(delete_finished(status, finished))
 
-    return Upsert(results, ResultRow._fields, finish, extra)
+    then = None if status is None else delete_over(results, status)
+    return Upsert(results, ResultRow._fields, finish, extra, then, by_values=by_values)
 
 
 class ExtendedUpserts:
@@ -61,9 +64,18 @@ class ExtendedUpserts:
     default, for all of its rows or for none.
     """
 
-    def __init__(self, models: Models, *, is_tracked: bool, if_missing: bool = False) -> None:
+    def __init__(
+        self,
+        models: Models,
+        *,
+        is_tracked: bool,
+        if_missing: bool = False,
+        by_values: bool = False,
+    ) -> None:
         self._models = models
-        self._options = {"is_tracked": is_tracked, "if_missing": if_missing}
+        self._is_tracked = is_tracked
+        self._if_missing = if_missing
+        self._by_values = by_values
         self._columns = models.own_columns
         self._upserts: dict[frozenset[str], Upsert] = {}
 
@@ -85,22 +97,28 @@ class ExtendedUpserts:
     def _upsert(self, names: frozenset[str]) -> Upsert:
         if names not in self._upserts:
             filled = {name: column for name, column in self._columns.items() if name in names}
-            upsert = upsert_results(self._models, filled, **self._options)
-            self._upserts[names] = upsert
+            self._upserts[names] = upsert_results(
+                self._models,
+                filled,
+                is_tracked=self._is_tracked,
+                if_missing=self._if_missing,
+                by_values=self._by_values,
+            )
         return self._upserts[names]
 
 
-def upsert_progress(models: Models) -> Upsert:
+def upsert_progress(models: Models, *, by_values: bool = False) -> Upsert:
     """Stores progress, replacing what was there."""
     overwritten = (*ProgressRow._fields[1:], "updated_at")
     return Upsert(
         models.progress_table,
         ProgressRow._fields,
         lambda statement, _: _on_conflict(statement, overwritten),
+        by_values=by_values,
     )
 
 
-def upsert_status(status: Table) -> Upsert:
+def upsert_status(status: Table, *, by_values: bool = False) -> Upsert:
     """Stores statuses, unless one of a later attempt, message or execution is there."""
 
     def finish(statement: PostgresInsert, _: Inserted) -> Insert:
@@ -111,7 +129,7 @@ def upsert_status(status: Table) -> Upsert:
         where = _is_later(statement, status, is_same_or_later_execution)
         return _on_conflict(statement, (*StatusRow._fields[1:], "updated_at"), where)
 
-    return Upsert(status, StatusRow._fields, finish)
+    return Upsert(status, StatusRow._fields, finish, by_values=by_values)
 
 
 def insert_results(models: Models) -> Upsert:

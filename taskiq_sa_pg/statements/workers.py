@@ -4,11 +4,10 @@ from datetime import timedelta
 from typing import Any, Final
 
 from sqlalchemy import (
-    BigInteger,
     Boolean,
     ColumnElement,
     Double,
-    Insert,
+    FromClause,
     Integer,
     Select,
     Table,
@@ -17,12 +16,10 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
-    exists,
     func,
     literal_column,
     or_,
     select,
-    true,
 )
 from sqlalchemy.dialects.postgresql import insert
 
@@ -40,7 +37,7 @@ _SAME_START: Final = 15
 _WORKER: Final = bindparam("of_worker", type_=Text)
 
 
-def beat(workers: Table) -> Insert:
+def beat(workers: Table) -> Select[Any]:
     """Stores that `of_worker` is alive, and deletes the rows that nobody has renewed for a day.
 
     Takes `age`, for how many seconds its process has run, `is_first`, whether this is its first
@@ -48,32 +45,32 @@ def beat(workers: Table) -> Insert:
     seen_at, and seen_at as it was before.
     """
     before = select(workers.c.seen_at).where(workers.c.worker == _WORKER).cte("before")
-    old = (
-        select(workers.c.worker)
-        .where(workers.c.seen_at < func.now() - _seconds(86_400), workers.c.worker != _WORKER)
-        .with_for_update(of=workers, skip_locked=True)
-        .cte("old")
-    )
-    swept = delete(workers).where(workers.c.worker.in_(select(old.c.worker))).cte("swept")
+    before = before.prefix_with("MATERIALIZED")  # which Citus may otherwise read last
+    is_old = workers.c.seen_at < func.now() - _seconds(86_400)
+    swept = delete(workers).where(is_old, workers.c.worker != _WORKER).cte("swept")
     started_at = func.now() - as_interval(bindparam("age", type_=Double))
     statement = insert(workers).values({"worker": _WORKER, "started_at": started_at})
     new, row = statement.excluded, workers.c
     # An earlier process of this name, such as that of a container that was started again: what it
     # had begun is lost. Processes that share a name keep what the first of them has stored.
-    started_apart = row.started_at < new.started_at - _seconds(_SAME_START)
-    was_gone = row.seen_at < new.seen_at - _seconds(LOST_AFTER)
+    # Not a time less an interval, which depends on the time zone: Citus refuses that here.
+    started_apart = new.started_at - row.started_at > _seconds(_SAME_START)
+    was_gone = new.seen_at - row.seen_at > _seconds(LOST_AFTER)
     is_another = and_(
         bindparam("is_first", type_=Boolean),
         case((bindparam("is_own_name", type_=Boolean), started_apart), else_=was_gone),
     )
     first = case((is_another, new.started_at), else_=func.least(row.started_at, new.started_at))
-    return (
+    stored = (
         statement.on_conflict_do_update(
             index_elements=["worker"], set_={"seen_at": new.seen_at, "started_at": first}
         )
-        .returning(row.seen_at, select(before.c.seen_at).scalar_subquery().label("before"))
-        .add_cte(swept)
+        .returning(row.seen_at)
+        .cte("stored")
     )
+    # Not in RETURNING, where Citus takes no subquery.
+    old = select(before.c.seen_at).scalar_subquery()
+    return select(stored.c.seen_at, old.label("before")).add_cte(before, swept)
 
 
 def delete_worker(workers: Table) -> Select[Any]:
@@ -108,32 +105,38 @@ def select_workers(models: Models, workers: Table) -> Select[Any]:
 def select_lost(models: Models, status: Table, workers: Table) -> Select[Any]:
     """At most `limit` lost tasks without any result, as StatusRow, the longest lost first.
 
-    None while another transaction does the same, and none that the queue still has.
+    None that the queue still has.
     """
     results, queue = models.results_table, models.queue_table
     result = select(results.c.task_id).where(
         results.c.task_id == status.c.task_id, is_live(results)
     )
-    conditions = [
-        is_started(models, status),
-        is_lost(status, workers),
-        result.scalar_subquery().is_(None),
-        _may_run(models),
-    ]
-    if queue is not None:
-        conditions.append(
-            ~exists(select(queue.c.task_id).where(queue.c.task_id == status.c.task_id))
-        )
-    return (
-        select(*[status.c[name] for name in StatusRow._fields])
+    names = dict.fromkeys((*StatusRow._fields, "updated_at"))
+    lost = (
+        select(*[status.c[name] for name in names])
         .select_from(with_worker(status, status, workers))
-        .where(*conditions)
-        .order_by(status.c.updated_at, status.c.task_id)
+        .where(
+            is_started(models, status),
+            is_lost(status, workers),
+            result.scalar_subquery().is_(None),
+        )
+        # By itself first, because Citus joins no distributed table with one that is not.
+        .cte("lost")
+        .prefix_with("MATERIALIZED")
+    )
+    statement = (
+        select(*[lost.c[name] for name in StatusRow._fields])
+        .order_by(lost.c.updated_at, lost.c.task_id)
         .limit(bindparam("limit", type_=Integer))
     )
+    if queue is None:
+        return statement
+    queued = select(queue.c.task_id).where(queue.c.task_id == lost.c.task_id)
+    # Not EXISTS, for which PostgreSQL may read all of the queue.
+    return statement.where(queued.scalar_subquery().is_(None))
 
 
-def with_worker(source: Any, status: Table, workers: Table) -> Any:
+def with_worker(source: Any, status: FromClause, workers: Table) -> Any:
     """The source, which has the status, joined with the worker that it names."""
     return source.outerjoin(workers, workers.c.worker == status.c.worker)
 
@@ -149,7 +152,7 @@ def is_started(models: Models, status: Table) -> ColumnElement[bool]:
     return and_(status.c.state == literal_column("'started'", Text), is_without)
 
 
-def is_lost(status: Table, workers: Table) -> ColumnElement[bool]:
+def is_lost(status: FromClause, workers: Table) -> ColumnElement[bool]:
     """Whether a started task's worker is gone, or was another process; by the database's clock.
 
     A task of which no worker is known is never lost.
@@ -164,10 +167,3 @@ def is_lost(status: Table, workers: Table) -> ColumnElement[bool]:
 
 def _seconds(number: int) -> ColumnElement[timedelta]:
     return as_interval(literal_column(str(number), Integer))
-
-
-def _may_run(models: Models) -> ColumnElement[bool]:
-    name = f"taskiq_sa_pg abandon {models.config.table_name}"
-    key = func.hashtextextended(name, 0, type_=BigInteger)
-    has_lock = func.pg_try_advisory_xact_lock(key, type_=Boolean)
-    return select(case((has_lock, true()))).scalar_subquery()

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from taskiq_sa_pg.background import end_task, is_running, start_task
+from taskiq_sa_pg.database import READ_ONLY
 from taskiq_sa_pg.exceptions import StorageError
 from taskiq_sa_pg.telemetry import ListenerState
 from taskiq_sa_pg.timings import Timings
@@ -28,15 +29,20 @@ class Listener:
 
     Args:
         connect: Opens the driver's connection.
-        send: Sends payloads to a channel, the writers' way.
+        send: Sends payloads to a channel, the writers' way; where that leads to a read replica, to
+            the server that it listens to, and says so.
         timings: How often it is probed, and how soon it comes back.
+
+    Attributes:
+        is_healthy: Whether what is sent is heard.
+        is_ahead: Whether it hears of rows on a server from which a replica gets them later.
     """
 
     def __init__(
         self,
         connect: Callable[[], AbstractAsyncContextManager[Any]],
         *,
-        send: Callable[[str, list[str]], Awaitable[None]],
+        send: Callable[[str, list[str]], Awaitable[bool]],
         timings: Timings,
     ) -> None:
         self._connect = connect
@@ -52,14 +58,17 @@ class Listener:
         self._limit: asyncio.Timeout | None = None
         self._is_warned = False
         self._is_stopped = False
-        self.is_healthy = False
+        self._is_at_replica = False  # which has nothing to be heard
+        self.is_healthy = self.is_ahead = False
 
     @property
     def state(self) -> ListenerState:
         """Whether it hears, tries to, or has nothing to do."""
         if self.is_healthy:
             return "listening"
-        return "connecting" if is_running(self._task) else "idle"
+        if not is_running(self._task):
+            return "idle"
+        return "replica" if self._is_at_replica else "connecting"
 
     def add(self, channels: Iterable[str], hear: _Hear, on_healthy: Callable[[], None]) -> None:
         """Adds channels; a connection that is open already is replaced.
@@ -95,13 +104,16 @@ class Listener:
         first, last = self._timings.first_reconnect, self._timings.last_reconnect
         retry_after = first
         while True:
+            is_at_replica = False
             try:
                 async with self._connect() as driver:
                     reason = await self._listen(driver)
             except Exception as exc:  # noqa: BLE001 - whatever it is, another attempt may succeed
                 reason = str(exc) or type(exc).__name__
+                is_at_replica = isinstance(exc, StorageError) and exc.sqlstate == READ_ONLY
             finally:
                 was_healthy, self.is_healthy = self.is_healthy, False
+            self._is_at_replica = is_at_replica
             retry_after = first if was_healthy else retry_after * 2
             if reason:
                 self._warn(reason)
@@ -112,6 +124,13 @@ class Listener:
             logger.debug("still not listening for results: %s", reason)
             return
         self._is_warned = True
+        if self._is_at_replica:
+            logger.warning(
+                "%s: results are looked for ten times a second. To be woken when they are stored, "
+                "give listen_dsn= with the primary's address. A worker needs it as its dsn",
+                reason,
+            )
+            return
         logger.warning(
             "not listening for results and tasks, so they are looked for at intervals: %s. It goes "
             "on trying. Behind a transaction pooler give listen_dsn=, the server's own "
@@ -148,7 +167,7 @@ class Listener:
         while True:
             self.probes.append(json.dumps({"probe": uuid.uuid4().hex}))
             try:
-                await self._send(channel, [self.probes[-1]])
+                self.is_ahead = await self._send(channel, [self.probes[-1]])
             except StorageError as exc:
                 # If it stays so, the time limit ends.
                 logger.debug("could not send a probe: %s", exc)

@@ -49,18 +49,19 @@ class Notifier:
             pending.update(dict.fromkeys(ids))
         self._start()
 
-    async def send(self, channel: str, payloads: list[str]) -> None:
-        """Sends payloads at once.
+    async def send(self, channel: str, payloads: list[str]) -> bool:
+        """Sends payloads at once; says whether by listen_dsn, as a read replica sends none.
 
         Raises:
             StorageError: They could not be sent.
         """
-        await self._database.fetch(
-            self._statement,
-            {"channel": channel, "payloads": payloads},
-            f"send notifications on channel {channel}",
-            retry_timeout=0,  # they are hints; whoever listens looks again after an outage
-        )
+        parameters = {"channel": channel, "payloads": payloads}
+        purpose = f"send notifications on channel {channel}"
+        # Once: they are hints, and whoever listens looks again after an outage.
+        sent = await self._database.fetch(self._statement, parameters, purpose, retry_timeout=0)
+        if not sent:
+            await self._database.fetch_by_listen_dsn(self._statement, parameters, purpose)
+        return not sent
 
     async def close(self) -> None:
         """Returns when all has been sent."""

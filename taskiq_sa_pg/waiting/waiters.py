@@ -107,6 +107,9 @@ class Waiters:
         self.waiting = 0
         self._looker: asyncio.Task[None] | None = None
         self._is_look_due = asyncio.Event()
+        self._expected: dict[Topic, float] = {}  # told of, by when to look for it no more
+        self._expecter: asyncio.Task[None] | None = None
+        self._until_next_look = 0.0  # of those who expect something; it grows until more do
         self._is_warned = False
         self._is_closed = False
 
@@ -153,12 +156,14 @@ class Waiters:
                 self._subscriptions[topic].discard(subscription)
                 if not self._subscriptions[topic]:
                     del self._subscriptions[topic]
+                    _ = self._expected.pop(topic, None)
 
     async def close(self) -> None:
         """Ends all waiting, with an error."""
         self._is_closed = True
-        looker, self._looker = self._looker, None
-        await end_task(looker)
+        for task in (self._looker, self._expecter):
+            await end_task(task)
+        self._looker = self._expecter = None
         for subscription in self.subscriptions:
             subscription.close()
 
@@ -170,8 +175,30 @@ class Waiters:
             task_ids = []  # anybody may send anything
         if not task_ids:
             self._is_look_due.set()
-        for task_id in task_ids:
-            self._wake(Topic(channel, task_id))
+        topics = [Topic(channel, task_id) for task_id in task_ids]
+        for topic in topics:
+            self._wake(topic)
+        if self.listener is not None and self.listener.is_ahead:
+            self._expect(topics or list(self._subscriptions))
+
+    def _expect(self, topics: Iterable[Topic]) -> None:
+        """Has those who were woken look again and again: they read what may be a moment behind."""
+        until = asyncio.get_running_loop().time() + self._timings.between_looks
+        self._expected.update((topic, until) for topic in topics if topic in self._subscriptions)
+        self._until_next_look = self._timings.between_any_looks
+        if self._expected and not is_running(self._expecter):
+            self._expecter = start_task(self._wake_expectant())
+
+    async def _wake_expectant(self) -> None:
+        while self._expected:
+            pause = self._until_next_look
+            self._until_next_look = min(2 * pause, self._timings.between_unheard_looks)
+            await asyncio.sleep(pause)
+            now = asyncio.get_running_loop().time()
+            for topic, until in list(self._expected.items()):
+                self._wake(topic)
+                if until < now:
+                    del self._expected[topic]
 
     def _wake(self, topic: Topic) -> None:
         for subscription in self._subscriptions.get(topic, ()):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ class Cli:
     """Runs `taskiq-sa-pg`, which finds the test's schema in its environment."""
 
     dsn: str
+    listen_dsn: str = field(default="", kw_only=True)
 
     @property
     def environment(self) -> Mapping[str, str]:
-        return {"TASKIQ_SA_PG_DSN": self.dsn}
+        return {"TASKIQ_SA_PG_DSN": self.dsn, "TASKIQ_SA_PG_LISTEN_DSN": self.listen_dsn}
 
     def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> Result:
         return run_taskiq_sa_pg(*arguments, env={**self.environment, **(env or {})})
@@ -97,7 +98,7 @@ class Cli:
 
 @pytest.fixture
 def cli(database: Database) -> Cli:
-    return Cli(database.dsn)
+    return Cli(database.dsn, listen_dsn=database.direct_dsn if database.is_deaf else "")
 
 
 def success(value: Any, **fields: Any) -> TaskiqResult[Any]:

@@ -89,6 +89,11 @@ class Server:
     def dsn(self) -> str:
         return dsn_of(self.port)
 
+    @property
+    def log(self) -> str:
+        """What it has logged until now, in all its lives."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
     def make(self, password_file: Path) -> None:
         options = "--no-sync -E UTF8 --no-locale -U postgres --auth=scram-sha-256"
         run = self._programs.run

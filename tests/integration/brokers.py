@@ -96,7 +96,7 @@ class Brokers:
         if "engine" not in kwargs and "dsn" not in kwargs:
             is_owned = self.owner == "owned"
             place |= {"dsn": self.dsn()} if is_owned else {"engine": self.engine()}
-        if self.database.pooler and kwargs.get("notify", True):
+        if self.database.is_deaf and kwargs.get("notify", True):
             place["listen_dsn"] = self.direct_dsn()
         broker = SQLAlchemyBroker(**{**place, **kwargs})
         broker.settings = replace(broker.settings, timings=timings)

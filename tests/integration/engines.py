@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from taskiq_sa_pg.database import parse_dsn
+from tests.pooler import UNPREPARED, is_pooled
 
 Shape = Callable[[str], AsyncEngine]
 
@@ -16,7 +17,9 @@ Shape = Callable[[str], AsyncEngine]
 def make(dsn: str, **kwargs: Any) -> AsyncEngine:
     """What create_async_engine() makes of the address, without the library's help."""
     address = parse_dsn(dsn)
-    connect_args = {**address.connect_arguments(), **kwargs.pop("connect_args", {})}
+    # What the guide has people set behind a pooler.
+    off = dict([UNPREPARED[address.drivername.partition("+")[2]]]) if is_pooled(dsn) else {}
+    connect_args = {**address.connect_arguments(), **off, **kwargs.pop("connect_args", {})}
     return create_async_engine(f"{address.drivername}://", connect_args=connect_args, **kwargs)
 
 
@@ -45,9 +48,7 @@ def with_settings(dsn: str) -> AsyncEngine:
 
 
 def without_prepared_statements(dsn: str) -> AsyncEngine:
-    is_asyncpg = parse_dsn(dsn).drivername.endswith("asyncpg")
-    off = {"statement_cache_size": 0} if is_asyncpg else {"prepare_threshold": None}
-    return make(dsn, connect_args=off)
+    return make(dsn, connect_args=dict([UNPREPARED[parse_dsn(dsn).drivername.partition("+")[2]]]))
 
 
 def sharing_a_pool(dsn: str) -> AsyncEngine:

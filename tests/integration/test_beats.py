@@ -31,7 +31,6 @@ from taskiq_sa_pg import (
     build_models,
 )
 from taskiq_sa_pg.database import make_engine
-from taskiq_sa_pg.statements import select_lost
 from taskiq_sa_pg.timings import Timings
 from tests.conftest import BackendFactory, Database, eventually
 from tests.integration.databases import Log
@@ -563,21 +562,16 @@ async def test_only_one_gives_up_at_a_time(
     backend: Backend, database: Database, start_backend: BackendFactory
 ) -> None:
     """Of two workers whose beats meet, the other finds nothing to do."""
-    models = backend.models
-    assert models.status_table is not None
-    assert models.workers_table is not None
-    lost = select_lost(models, models.status_table, models.workers_table)
     task_id = await start_task(backend, "gone")
     await age_statuses(database, 61)
     other = await start_backend(track="started")
     found: list[int] = []
 
-    async def look(connection: Any) -> None:
-        found.append(len((await connection.execute(lost, {"limit": 5})).all()))
-
     async def find(connection: Any) -> Any:
-        await look(connection)
-        await other.runtime.database.transact(look, "look")
+        found.append(len(await backend.runtime.workers.find_lost(connection)))
+        found.append(
+            len(await other.runtime.database.transact(other.runtime.workers.find_lost, "look"))
+        )
         return {}
 
     assert await backend.runtime.writer.store_missing(find, "test", 5) == []

@@ -38,7 +38,7 @@ def backend_of(broker: SQLAlchemyBroker) -> SQLAlchemyResultBackend[Any]:
 
 def new_backend(brokers: Brokers, **kwargs: Any) -> SQLAlchemyResultBackend[Any]:
     arguments = {"dsn": brokers.dsn(), "models": models_of(), "check_schema": "off"}
-    if brokers.database.pooler:
+    if brokers.database.is_deaf:
         arguments["listen_dsn"] = brokers.direct_dsn()
     return SQLAlchemyResultBackend(**{**arguments, **kwargs})
 

@@ -152,7 +152,7 @@ async def test_a_waiter_hears_of_what_was_stored_through_a_schema_translate_map(
 ) -> None:
     """In whichever way the two of them name the schema."""
     names = {"table_name": f"translated_{database.schema[-20:]}"}
-    listen_dsn = database.direct_dsn if database.pooler else None
+    listen_dsn = database.direct_dsn if database.is_deaf else None
     named = await start_backend(schema=other_schema, listen_dsn=listen_dsn, **names)
     engine = application().execution_options(schema_translate_map={None: other_schema})
     translated = await start_backend(engine=engine, listen_dsn=listen_dsn, **names)

@@ -212,8 +212,6 @@ async def test_what_a_backend_does_all_day_goes_past_sqlalchemy(
     assert (await backend.get_progress("a")).meta == 1
     assert (await backend.get_status("a")).state == "succeeded"
     await backend.get_running()
-    await backend.prune()
-    await backend.runtime.pruner.run(10, 1.0, is_exclusive=True)
     assert await backend.forget(["a"]) == 1
     assert executions.number == 0
 

@@ -97,7 +97,7 @@ async def engine(
 def arguments(shape: str, tables: Database) -> dict[str, Any]:
     """What else a backend on this engine is made with."""
     models = models_in(tables, "Jsonb" if shape.startswith("JSON") else "Bytea")
-    return {"models": models, "listen_dsn": tables.direct_dsn if tables.pooler else None}
+    return {"models": models, "listen_dsn": tables.direct_dsn if tables.is_deaf else None}
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ async def test_a_pool_that_has_one_connection_for_everybody_is_enough(
 ) -> None:
     """For a backend that nobody shares it with: it never uses the connection twice at once."""
     engine = make(tables.dsn_of(driver), poolclass=poolclass)
-    listen_dsn = tables.direct_dsn if tables.pooler else None
+    listen_dsn = tables.direct_dsn if tables.is_deaf else None
     models = models_in(tables, "Bytea")
     backend = Backend(engine=engine, keep_results=False, listen_dsn=listen_dsn, models=models)
     await backend.startup()

@@ -185,7 +185,7 @@ async def test_what_runs_in_the_background_has_no_caller_s_context(
 
     @event.listens_for(engine.sync_engine, "before_cursor_execute")
     def note(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        for part in ("pg_notify", "WITH expired"):
+        for part in ("pg_notify", "WITH gone"):
             if part in statement:
                 seen[part].add(REQUEST.get(None))
 
@@ -204,7 +204,7 @@ async def test_what_runs_in_the_background_has_no_caller_s_context(
         await backend.wait_result("task 0")
 
     await asyncio.create_task(handle())
-    expected = {"pg_notify", "WITH expired", "LISTEN"}
+    expected = {"pg_notify", "WITH gone", "LISTEN"}
 
     async def have_run() -> bool:
         return seen.keys() >= expected

@@ -249,9 +249,19 @@ async def take_for_nobody(application: Application, backend: Any) -> None:
         for task in reading:
             task.cancel()
 
+    async def stored_by() -> Any:
+        async with application.engine.connect() as connection:
+            return (await connection.execute(sa.text("SELECT xmin FROM taskiq_results"))).scalar()
+
+    first = await stored_by()
     reading.append(asyncio.create_task(backend.get_result("task")))
     await asyncio.wait(reading)
     assert reading.pop().cancelled()
+
+    async def is_another() -> bool:
+        return await stored_by() not in {None, first}
+
+    await eventually(is_another)  # the COMMIT that deletes it may still be under way
 
 
 @each_driver

@@ -17,7 +17,7 @@ from taskiq_sa_pg import (
     SQLAlchemyResultBackend,
     TaskStatus,
 )
-from taskiq_sa_pg.statements import prune_results, prune_stale
+from taskiq_sa_pg.statements import Slice, begin_slice, prune_results, prune_stale
 from taskiq_sa_pg.timings import Timings
 from tests.conftest import BackendFactory, Database, engine_of, eventually
 from tests.tasks import progress_of, result_of
@@ -210,6 +210,67 @@ async def test_results_of_one_moment_are_pruned_in_slices_too(
     assert await backend.prune() == Pruned(13, 0, 0, is_complete=True)
 
 
+async def test_results_of_one_moment_that_a_trigger_keeps_are_left(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    """Else their slice would be begun for ever."""
+    backend = await start_backend(timings=SMALL_SLICES)
+    await store(backend, *map(str, range(8)), "later")
+    await expire(database)
+    await database.fetch(
+        "UPDATE taskiq_results SET expires_at = expires_at + interval '1 ms' "
+        "WHERE task_id = 'later'"
+    )
+    await database.fetch(
+        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+    )
+    await database.fetch(
+        "CREATE TRIGGER keep BEFORE DELETE ON taskiq_results FOR EACH ROW "
+        "WHEN (OLD.task_id <> 'later') EXECUTE FUNCTION keep()"
+    )
+    async with asyncio.timeout(10):
+        assert await backend.prune() == Pruned(1, 0, 0, is_complete=True)
+
+
+async def test_a_small_limit_makes_no_small_slices_of_what_is_not_stale(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    """Each is a transaction, and there may be a million of rows to look at."""
+    backend = await start_backend(progress_ttl=MINUTE)
+    ids = [f"{number:03}" for number in range(200)]
+    await asyncio.gather(*[backend.set_progress(i, progress_of(1)) for i in ids])
+    await database.fetch(
+        "UPDATE taskiq_results_progress SET updated_at = now() - interval '1 h' "
+        "WHERE task_id > '190'"
+    )
+    begun = []
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        begun.append("set_config" in statement)
+
+    sa.event.listen(engine_of(backend).sync_engine, "before_cursor_execute", note)
+    assert await backend.prune(limit=2) == Pruned(0, 2, 0, is_complete=False)
+    assert sum(begun) <= 2  # of the results, and of the progress
+    assert await backend.prune(limit=100) == Pruned(0, 7, 0, is_complete=True)
+
+
+async def test_what_expires_meanwhile_does_not_break_a_limit(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    """The last slice has no end, so it may have more rows than it had as it was begun."""
+    backend = await start_backend(progress_ttl=MINUTE)
+    await store(backend, *map(str, range(3)))
+    await expire(database, "0")
+
+    def expire_the_rest(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "DELETE" in statement:
+            sa.util.await_only(expire(database))
+
+    sa.event.listen(engine_of(backend).sync_engine, "before_cursor_execute", expire_the_rest)
+    await backend.prune(limit=1)
+    assert await ids_in(database) == set()
+
+
 @pytest.mark.parametrize(
     ("kind", "driver"), [("VarChar", "asyncpg"), ("Text", "psycopg"), ("Uuid", "asyncpg")]
 )
@@ -235,44 +296,73 @@ async def test_progress_of_tasks_that_never_finished_goes(
     assert left == {*young, finished}
 
 
-async def test_what_is_locked_is_left_and_waited_for_by_none(
+async def expire_one_after_the_other(database: Database) -> None:
+    await database.fetch(
+        "UPDATE taskiq_results SET expires_at = now() - interval '1 hour' "
+        "+ task_id::int * interval '1 second'"
+    )
+
+
+async def test_a_slice_with_a_locked_row_is_left_and_the_next_ones_go(
     database: Database, start_backend: BackendFactory
 ) -> None:
-    backend = await start_backend(progress_ttl=MINUTE, command_timeout=5)
-    await store(backend, "1", "2")
-    await backend.set_progress("3", progress_of(1))
-    await expire(database)
+    backend = await start_backend(progress_ttl=MINUTE, command_timeout=5, timings=SMALL_SLICES)
+    ids = [f"{number}" for number in range(SMALL_SLICES.pruned_at_once * 2)]
+    await store(backend, *ids)
+    for task_id in ids:
+        await backend.set_progress(f"p{task_id}", progress_of(1))
+    await expire_one_after_the_other(database)
     await database.fetch("UPDATE taskiq_results_progress SET updated_at = now() - interval '1 h'")
+    half = len(ids) // 2
+    async with engine_of(backend).connect() as connection:
+        for table, task_id in (("taskiq_results", "0"), ("taskiq_results_progress", "p1")):
+            lock = f"SELECT FROM {table} WHERE task_id = '{task_id}' FOR UPDATE"
+            await connection.execute(sa.text(lock))
+        assert await backend.prune() == Pruned(half, half, 0, is_complete=True)
+        assert await ids_in(database) == set(ids[:half])
+    assert await backend.prune() == Pruned(half, half, 0, is_complete=True)
+
+
+async def test_of_results_of_one_moment_a_locked_one_keeps_all(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    backend = await start_backend(command_timeout=5, timings=SMALL_SLICES)
+    ids = [f"{number}" for number in range(SMALL_SLICES.pruned_at_once * 2)]
+    await store(backend, *ids, "later")
+    await expire(database, *ids)
+    await database.fetch(
+        "UPDATE taskiq_results SET expires_at = now() - interval '1 microsecond' "
+        "WHERE task_id = 'later'"
+    )
     async with engine_of(backend).connect() as connection:
         await connection.execute(
-            sa.text("SELECT FROM taskiq_results WHERE task_id = '1' FOR UPDATE")
+            sa.text("SELECT FROM taskiq_results WHERE task_id <> 'later' FOR UPDATE")
         )
-        await connection.execute(sa.text("SELECT FROM taskiq_results_progress FOR UPDATE"))
         assert await backend.prune() == Pruned(1, 0, 0, is_complete=True)
-    assert await backend.prune() == Pruned(1, 1, 0, is_complete=True)
+    assert await backend.prune() == Pruned(len(ids), 0, 0, is_complete=True)
 
 
 @pytest.mark.parametrize("other", ["progress", "status"])
 async def test_a_result_stays_with_what_is_locked_of_its_task(
     dsn: str, other: str, database: Database, start_backend: BackendFactory
 ) -> None:
-    """Else what is left of it would stay for ever; and others would wait for the result."""
+    """Else what is left of it would stay for ever."""
     backend = await start_backend(
         dsn, command_timeout=5, retry_timeout=0, timings=SMALL_SLICES, track="started"
     )
-    ids = [str(number) for number in range(10)]
+    ids = [str(number) for number in range(SMALL_SLICES.pruned_at_once)]
     await store(backend, *ids)
-    for task_id in ids[:8]:
+    for task_id in ids:
         await backend.set_progress(task_id, progress_of(1))
         await backend.set_status(TaskStatus(task_id, "started"))
     await expire(database)
     table = f"taskiq_results_{other}"
     async with engine_of(backend).connect() as connection:
-        await connection.execute(sa.text(f"SELECT FROM {table} WHERE task_id < '5' FOR UPDATE"))
-        assert await backend.prune() == Pruned(5, 0, 0, is_complete=True)
-        assert await ids_in(database) == set(ids[:5])
-        assert await ids_in(database, "taskiq_results_progress") == set(ids[:5])
-    assert await backend.prune() == Pruned(5, 0, 0, is_complete=True)
+        await connection.execute(sa.text(f"SELECT FROM {table} WHERE task_id = '1' FOR UPDATE"))
+        assert await backend.prune() == Pruned(0, 0, 0, is_complete=True)
+        assert await ids_in(database) == set(ids)
+        assert await ids_in(database, "taskiq_results_progress") == set(ids)
+    assert await backend.prune() == Pruned(len(ids), 0, 0, is_complete=True)
     assert await ids_in(database, table) == set()
 
 
@@ -322,6 +412,33 @@ async def test_the_background_leaves_it_to_who_is_at_it(
         assert await backend.prune() == Pruned(1, 0, 0, is_complete=True)
 
 
+async def test_the_background_goes_on_where_others_ended_it(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    """Else many processes that end each other never get to the last rows of a large table."""
+    backend = await start_backend(progress_ttl=MINUTE, timings=SMALL_SLICES)
+    ids = [f"{number:03}" for number in range(4 * SMALL_SLICES.pruned_at_once)]
+    for task_id in ids:
+        await backend.set_progress(task_id, progress_of(1))
+    pruner = backend.runtime.pruner
+    await pruner.run(time_budget=MINUTE.total_seconds(), is_exclusive=True)
+    stale = "UPDATE taskiq_results_progress SET updated_at = now() - interval '1 h'"
+    async with engine_of(backend).connect() as connection:
+        limit = 2 * SMALL_SLICES.pruned_at_once
+
+        await database.fetch(stale)
+        pruned = await pruner.run(limit, is_exclusive=True)
+        assert pruned == Pruned(0, limit, 0, is_complete=False)
+        key = "hashtextextended('taskiq_sa_pg prune taskiq_results', 0)"
+        await connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({key})"))
+        assert await pruner.run(is_exclusive=True) == Pruned(0, 0, 0, is_complete=True)
+    await backend.set_progress("000", progress_of(1))
+    await database.fetch(stale)
+    rest = len(ids) - limit
+    assert await pruner.run(is_exclusive=True) == Pruned(0, rest, 0, is_complete=True)
+    assert await pruner.run(is_exclusive=True) == Pruned(0, 1, 0, is_complete=True)
+
+
 async def test_the_background_outlives_a_fault(
     database: Database, start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -368,14 +485,23 @@ async def test_no_slice_reads_a_whole_table(
     ) -> tuple[str, Any]:
         return f"EXPLAIN {statement}", parameters
 
-    slices = [(prune_results(backend.models), start) for start in (None, datetime.now(UTC))]
-    slices += [(prune_stale(backend.models, other), "x") for other in backend.models.other_tables]
-    for statement, start in slices:
-        for is_exclusive in (False, True):
-            parameters = {"start": start, "is_exclusive": is_exclusive, "size": 1000, "most": 1000}
-            parameters["seconds"] = 60.0
-            rows = await backend.runtime.database.fetch(statement, parameters, "explain")
-            plans.append("\n".join(row[0] for row in rows))
+    models = backend.models
+    expires_at, now = models.results_table.c.expires_at, datetime.now(UTC)
+    statements: list[Any] = [
+        begin_slice(expires_at, None, 100),
+        begin_slice(expires_at, now, 100),
+        prune_results(models, Slice(None, now, 100)),
+        prune_results(models, Slice(now, now, 100)),
+        prune_results(models, Slice(now, None, 100)),
+    ]
+    for other in models.other_tables:
+        statements += [
+            begin_slice(other.c.task_id, "x", 100),
+            prune_stale(models, other, Slice("progress 1", "progress 2", 100)),
+        ]
+    for statement in statements:
+        rows = await backend.runtime.database.fetch(statement, {"seconds": 60.0}, "explain")
+        plans.append("\n".join(row[0] for row in rows))
     for plan in plans:
         assert "Seq Scan" not in plan, plan
     assert "taskiq_results_expires_at_idx" in plans[0]

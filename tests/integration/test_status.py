@@ -20,8 +20,10 @@ from taskiq_sa_pg import (
     build_models,
 )
 from taskiq_sa_pg.database import make_engine
+from taskiq_sa_pg.statements import select_lost, select_statuses
 from tests.conftest import BackendFactory, Database
 from tests.tasks import new_id, result_of
+from tests.unit.sql import compiled
 
 Backend = SQLAlchemyResultBackend[Any]
 
@@ -310,3 +312,36 @@ def test_arguments_that_cannot_work_are_refused() -> None:
         SQLAlchemyResultBackend(
             "postgresql://", track="started", models=Models(models.Result, models.Progress)
         )
+
+
+async def test_statuses_and_lost_tasks_are_looked_up_by_index(
+    backend: Backend, database: Database
+) -> None:
+    """Of 10,000 tasks in each table, the queue among them."""
+    models = build_models(queue=True)
+    assert models.status_table is not None
+    assert models.workers_table is not None
+    engine = make_engine(database.direct_dsn)
+    async with engine.begin() as connection:
+        await connection.run_sync(models.metadata.create_all)
+    await engine.dispose()
+    for insert in (
+        "taskiq_results (task_id, is_err, return_value, execution_time, labels) "
+        "SELECT n::text, false, '', 0, '{}'",
+        "taskiq_results_status (task_id, state, worker, updated_at) "
+        "SELECT n::text, 'started', 'gone', now() - interval '1 h'",
+        "taskiq_results_queue (task_id, task_name, message) SELECT n::text, '', ''",
+    ):
+        await database.fetch(f"INSERT INTO {insert} FROM generate_series(1, 10000) n")
+    await database.fetch("ANALYZE")
+    asked = {
+        select_statuses(models): [str(n) for n in range(0, 20_000, 100)],
+        select_lost(models, models.status_table, models.workers_table): 100,
+    }
+    read: list[str] = []
+    for statement, argument in asked.items():
+        rows = await database.fetch(f"EXPLAIN {compiled(statement)}", argument)
+        read += [row[0].split(" on ")[1].split()[0] for row in rows if "Seq Scan on" in row[0]]
+    # The few workers; and all that were started, of which no index knows.
+    assert set(read) == {"taskiq_results_workers", "taskiq_results_status"}
+    assert read.count("taskiq_results_status") == 1

@@ -122,7 +122,7 @@ class Backends:
         kind = kwargs.pop("field_for_task_id", "VarChar")
         models = models_of(kwargs.pop("table_name", table_of(self.database, kind)), kind)
         kwargs = {"models": models, "check_schema": "off", **kwargs}
-        if self.database.pooler and kwargs.get("notify", True):
+        if self.database.is_deaf and kwargs.get("notify", True):
             kwargs.setdefault("listen_dsn", self.direct_dsn(driver))
         pool = {key: kwargs.pop(key) for key in ("pool_size",) if key in kwargs}
         timings = kwargs.pop("timings", DEFAULT_TIMINGS)

@@ -13,6 +13,7 @@ from alembic.util import CommandError
 
 from taskiq_sa_pg import TableConfig
 from taskiq_sa_pg.schema.migrate import script_location
+from taskiq_sa_pg.schema.partitions import statements_to_partition
 from tests.commands import run_alembic
 from tests.conftest import BackendFactory, Database
 from tests.migrations.applications import execute_script
@@ -85,6 +86,20 @@ async def test_odd_names_work_in_every_command_and_in_the_backend(
     waiting = asyncio.create_task(again.wait_result("1", timeout=5))
     await again.set_result("1", result_of(7))
     assert (await waiting).return_value == 7
+
+
+async def test_a_table_in_partitions_is_as_it_should_be_and_can_be_dropped(
+    database: Database, start_backend: BackendFactory
+) -> None:
+    name = ODD_NAME
+    options = ("-x", f"table_name={name}", "-x", f"dsn={database.dsn}")
+    await alembic(*options, "upgrade", "head")
+    await execute_script(database, ";".join(statements_to_partition(TableConfig(name))))
+    assert len(await tables(database)) == len(all_of(name)) + 1
+    assert "No new upgrade operations" in await alembic(*options, "check")
+    await start_backend(table_name=name, run_migrations=True)
+    await alembic(*options, "downgrade", "base")
+    assert await tables(database) == [TableConfig(name).version_table_name]
 
 
 async def test_options_win_over_variables_and_variables_over_the_ini_file(

@@ -11,6 +11,7 @@ from alembic.util import CommandError
 from taskiq_sa_pg import TableConfig
 from taskiq_sa_pg.schema import LATEST_VERSION, QUEUE, RESULTS, Family
 from taskiq_sa_pg.schema.migrate import script_location
+from taskiq_sa_pg.schema.partitions import statements_to_partition
 from tests.conftest import BackendFactory, Database
 from tests.migrations.applications import (
     ORDERS_REVISION,
@@ -439,3 +440,42 @@ async def test_our_history_beside_theirs_in_one_ini_file(
     assert set(await tables(other_database)) == {"alembic_version", "orders", *all_of(NAME)}
     assert "No new upgrade operations" in await application.alembic("check")
     assert "No new upgrade operations" in await ours("check")
+
+
+async def with_partitions(database: Database, name: str) -> set[str]:
+    """Makes partitions of a results table, and returns their names."""
+    other = f"{name} of others"
+    await execute_script(
+        database,
+        ";".join(statements_to_partition(TableConfig(name)))
+        + f""";
+        CREATE TABLE "one of {name}" PARTITION OF "{name}"
+            FOR VALUES FROM ('019000000000') TO ('019100000000') PARTITION BY HASH (task_id);
+        CREATE TABLE "half of {name}" PARTITION OF "one of {name}"
+            FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+        CREATE TABLE "{other}" (id int) PARTITION BY LIST (id);
+        CREATE TABLE "part of {other}" PARTITION OF "{other}" DEFAULT;
+        """,
+    )
+    return {f"{name}_default", f"one of {name}", f"half of {name}"}
+
+
+async def test_partitions_are_left_alone(
+    new_application: ApplicationFactory, start_backend: BackendFactory, database: Database
+) -> None:
+    """Those of the results table, beside our history and in one of the application's own."""
+    application = await new_application()
+    await start_backend(run_migrations=True)
+    partitions = await with_partitions(database, NAME)
+    others = {f"{NAME} of others", f"part of {NAME} of others"}
+    assert await dropped_by_autogenerate(application) == all_of(NAME) | partitions | others
+    hook = 'lambda name, kind, parents: kind != "table" or "of others" not in name'
+    application.use(database, f'{{"include_name": schema.include_name({hook})}}')
+    assert await dropped_by_autogenerate(application) == set()
+    application.use(database, '{"include_name": schema.include_name()}')
+    assert await dropped_by_autogenerate(application) == others
+    hook = f"schema.include_name({hook}, partitions_only=True)"
+    application.use(database, f'{{"include_name": {hook}, "compare_server_default": True}}')
+    assert await dropped_by_autogenerate(application) == all_of(NAME)
+    application.set_models("build_models(metadata=Base.metadata)")
+    assert await dropped_by_autogenerate(application) == {f"{NAME}_version"}

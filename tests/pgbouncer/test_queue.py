@@ -32,7 +32,6 @@ from tests.integration.engines import make
 from tests.integration.schedulers import NOON, Schedulers, look_at_once, schedule
 from tests.integration.test_beats import worker_of
 from tests.integration.waiters import counted_fetches
-from tests.pgbouncer.conftest import unfitting
 from tests.tasks import new_id, progress_of, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -57,7 +56,7 @@ class Place:
     @property
     def arguments(self) -> dict[str, Any]:
         listen = {"listen_dsn": self.database.direct_dsn} if self.is_heard else {}
-        dsn = unfitting(self.database, self.driver)
+        dsn = self.database.dsn_of(self.driver)
         return {"dsn": dsn, "models": models_of(), "check_schema": "off", **listen}
 
     async def backend(self, **options: Any) -> Backend:
@@ -94,6 +93,8 @@ PLACES = [
     ("psycopg", "transaction", False),
     ("asyncpg", "session", False),
     ("psycopg", "session", True),
+    ("asyncpg", "carried", False),
+    ("psycopg", "carried", True),
 ]
 
 
@@ -102,7 +103,14 @@ PLACES = [
 )
 async def place(request: pytest.FixtureRequest, database: Database) -> AsyncIterator[Place]:
     driver, mode, is_heard = request.param
-    pooler = request.getfixturevalue("old_pooler" if mode == "transaction" else "session_pooler")
+    name = {"transaction": "old_pooler", "session": "session_pooler", "carried": "new_pooler"}[mode]
+    pooler = request.getfixturevalue(name)
+    if mode == "carried":
+        if not pooler.carries:
+            pytest.skip(
+                "this PgBouncer carries no prepared statements: 1.21 is the first that does"
+            )
+        pooler = pooler.preparing()
     engine = make_engine(database.direct_dsn)
     async with engine.begin() as connection:
         await connection.run_sync(models_of().metadata.create_all)
@@ -169,8 +177,7 @@ async def test_a_task_is_sent_with_the_transaction_of_a_session(place: Place) ->
     broker = await place.broker()
     task = broker.find_task("add")
     assert task is not None
-    assert place.database.pooler is not None
-    engine = make(place.database.pooler.dsn(place.database.schema, place.driver))
+    engine = make(place.database.dsn_of(place.driver))
     async with working(broker):
         for _ in range(3):
             async with AsyncSession(engine) as session:
@@ -228,8 +235,8 @@ async def test_a_search_leaves_no_time_limit_behind(place: Place) -> None:
             continue
         with pytest.raises(StorageError, match=r"canceled, .* after 0\.3 s"):
             await backend.find(conditions)
-    dsn = unfitting(place.database, "asyncpg")
     for _ in range(2):
+        dsn = place.database.dsn.replace("&statement_cache_size=100", "")
         client = await asyncpg.connect(dsn, statement_cache_size=0)
         place.stack.push_async_callback(client.close)
         await client.execute("BEGIN")  # held, so that each has a server of its own

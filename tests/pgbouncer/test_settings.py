@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+from sqlalchemy import NullPool, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from taskiq_sa_pg import (
     ConfigurationError,
@@ -15,9 +17,10 @@ from taskiq_sa_pg import (
     SQLAlchemyResultBackend,
     StorageError,
 )
+from taskiq_sa_pg.database import make_engine
 from tests.conftest import BackendFactory, Database
 from tests.integration.engines import make
-from tests.pgbouncer.conftest import unfitting
+from tests.pooler import PREPARED
 from tests.tasks import new_id, progress_of, result_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -28,6 +31,11 @@ REMEDIES = {
 }
 
 each_driver = pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+
+
+def address(database: Database, driver: str, *, prepare: bool) -> str:
+    assert database.pooler is not None
+    return database.pooler.dsn(database.schema, driver, prepare=prepare)
 
 
 async def call_everything(backend: Backend, times: int = 30) -> None:
@@ -49,7 +57,7 @@ async def call_everything(backend: Backend, times: int = 30) -> None:
 async def test_without_prepared_statements_everything_works(
     driver: str, keep_results: bool, old: Database, start_backend: BackendFactory
 ) -> None:
-    dsn = old.dsn_of(driver)
+    dsn = address(old, driver, prepare=False)
     backends = [await start_backend(dsn, keep_results=keep_results) for _ in range(3)]
     await asyncio.gather(*map(call_everything, backends))
 
@@ -58,8 +66,7 @@ async def test_nothing_stays_prepared(old: Database, start_backend: BackendFacto
     backend: Backend = await start_backend(old.dsn, keep_results=False)
     await call_everything(backend)
     await backend.shutdown()
-    dsn = unfitting(old, "asyncpg")
-    clients = [await asyncpg.connect(dsn, statement_cache_size=0) for _ in range(2)]
+    clients = [await asyncpg.connect(old.dsn, statement_cache_size=0) for _ in range(2)]
     sessions = set()
     for client in clients:
         # Held, so that each has a server of its own.
@@ -76,36 +83,45 @@ async def test_nothing_stays_prepared(old: Database, start_backend: BackendFacto
 async def test_an_engine_of_the_backend_s_own_finds_out(
     driver: str, keep_results: bool, old: Database, start_backend: BackendFactory
 ) -> None:
-    dsn = unfitting(old, driver)
+    dsn = old.dsn_of(driver)
     backends = [await start_backend(dsn, keep_results=keep_results) for _ in range(3)]
     await asyncio.gather(*map(call_everything, backends))
 
 
-async def run(what: str, dsn: str, *task_ids: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, Path(__file__).with_name("client.py"), dsn, what, *task_ids
-    )
-    assert await process.wait() == 0
+@each_driver
+async def test_a_pooler_that_comes_to_an_address_is_found(driver: str, old: Database) -> None:
+    """Nobody restarts us: only the connections are new."""
+    assert old.pooler is not None
+    server = {"port": "5432", **make_url(old.server_dsn).query}
+    with tempfile.TemporaryDirectory(dir="/tmp") as root:
+        lead(root, Path(f"{server['host']}/.s.PGSQL.{server['port']}"))
+        dsn = f"postgresql+{driver}://postgres@/postgres?host={root}&port=6432"
+        engine = make_engine(dsn, poolclass=NullPool)
+        assert await prepares(engine)
+        lead(root, old.pooler.socket)
+        assert [await prepares(engine) for _ in range(2)] == [False, False]
+        await engine.dispose()
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "direct"])
-async def test_no_process_runs_another_s_statements(
-    driver: str, old: Database, start_backend: BackendFactory
-) -> None:
-    """The names of prepared statements are the same in each, and its servers are all theirs."""
-    backend: Backend = await start_backend(old.direct_dsn)
-    task_ids = [f"of others {number}" for number in range(500)]
-    await asyncio.gather(*[backend.set_result(i, result_of(i)) for i in task_ids])
-    dsn = old.direct_dsn if driver == "direct" else unfitting(old, driver)
-    await asyncio.gather(run("ask", dsn, *task_ids), run("forget", dsn))
-    assert len(await backend.get_results(task_ids)) == 500
+def lead(root: str, target: Path) -> None:
+    socket = Path(root, ".s.PGSQL.6432")
+    socket.unlink(missing_ok=True)
+    socket.symlink_to(target)
+
+
+async def prepares(engine: AsyncEngine) -> bool:
+    async with engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if isinstance(driver, asyncpg.Connection):
+            return bool(driver._stmt_cache_enabled)
+        return driver.prepare_threshold is not None
 
 
 @each_driver
 async def test_an_engine_that_prepares_statements_is_refused_at_startup(
     driver: str, old: Database, start_backend: BackendFactory
 ) -> None:
-    engine = make(unfitting(old, driver))
+    engine = make(old.dsn_of(driver), connect_args=dict([PREPARED[driver]]))
     with pytest.raises(ConfigurationError) as caught:
         await start_backend(engine=engine)
     assert REMEDIES[driver] in str(caught.value)
@@ -119,7 +135,7 @@ async def test_an_engine_that_prepares_statements_is_refused_at_startup(
 
 @each_driver
 async def test_a_broker_refuses_such_an_engine_too(driver: str, old: Database) -> None:
-    engine = make(unfitting(old, driver))
+    engine = make(old.dsn_of(driver), connect_args=dict([PREPARED[driver]]))
     broker = SQLAlchemyBroker(engine=engine)
     with pytest.raises(ConfigurationError) as caught:
         await broker.startup()
@@ -134,8 +150,7 @@ async def test_prepared_statements_that_get_lost_are_an_error_that_says_what_to_
     """They are prepared where the address says so, whatever stands between."""
     caplog.set_level(logging.DEBUG, "taskiq_sa_pg")
     await start_backend(old.dsn_of(driver))
-    on = {"asyncpg": "statement_cache_size=100", "psycopg": "prepare_threshold=5"}
-    dsn = f"{unfitting(old, driver)}&{on[driver]}"
+    dsn = address(old, driver, prepare=True)
 
     async def use() -> None:
         backend: Backend = await start_backend(dsn, run_migrations=False)

@@ -35,6 +35,7 @@ from taskiq_sa_pg import (
     WorkerInfo,
     WorkerMixin,
     build_models,
+    make_task_id,
 )
 from taskiq_sa_pg.fastapi import task_router
 from taskiq_sa_pg.starlette import task_routes
@@ -82,6 +83,7 @@ def arguments(engine: AsyncEngine) -> None:
     SQLAlchemyResultBackend[int](engine=engine, models=models, extra_values=tenant_from_afar)  # type: ignore[arg-type]  # async
     SQLAlchemyResultBackend[int](engine=engine, field_for_payload="Json")  # type: ignore[arg-type]  # no such type
     InMemoryBroker().with_result_backend(SQLAlchemyResultBackend("postgresql://"))
+    assert_type(InMemoryBroker().with_id_generator(make_task_id), InMemoryBroker)
 
 
 async def reading(backend: SQLAlchemyResultBackend[int], session: AsyncSession) -> None:

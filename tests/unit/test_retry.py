@@ -62,6 +62,19 @@ async def test_it_is_given_up_in_time() -> None:
     assert caught.value.args == (str(attempts.count - 1),)
 
 
+async def test_an_attempt_that_is_cut_short_does_not_hide_why_it_was_made() -> None:
+    attempts = Attempts(*PASSING[:2])
+
+    async def attempt(seconds: float) -> str:
+        await attempts(seconds)
+        await asyncio.sleep(seconds)
+        raise TimeoutError
+
+    with pytest.raises(type(PASSING[1])) as caught:
+        await Retry(0.5, 60).run(attempt)
+    assert caught.value is PASSING[1]
+
+
 async def test_a_slow_first_attempt_leaves_no_time_for_another() -> None:
     attempts = Attempts()
 

@@ -1,7 +1,7 @@
 """How rows become an INSERT: its shapes, the order of the rows, and that no value strays."""
 
 import random
-from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +14,7 @@ from taskiq_sa_pg.statements import (
     ProgressRow,
     ResultRow,
     StatusRow,
+    Upsert,
     insert_progress,
     insert_results,
     upsert_progress,
@@ -68,26 +69,12 @@ def progress_rows(number: int) -> list[ProgressRow]:
     return rows
 
 
-def size_of(call: Call, columns: int) -> int:
-    """How many rows a statement with VALUES has, by its parameters."""
-    size, rest = divmod(len(call[1]), columns)
-    assert rest == 0
-    return size
-
-
 def sent(call: Call) -> list[Any]:
     """The values as the driver gets them, in the order of the text's parameters."""
     statement, parameters = call
     sql: Any = statement.compile(dialect=DIALECT)
     values = sql.construct_params(parameters)
     return [values[name] for name in sql.positiontup]
-
-
-def stored_by(calls: Sequence[Call], columns: int) -> Iterator[tuple[Any, ...]]:
-    for call in calls:
-        values = sent(call)[: len(call[1])]
-        for start in range(0, len(values), columns):
-            yield tuple(values[start : start + columns])
 
 
 def test_one_row_has_a_text_of_its_own() -> None:
@@ -122,47 +109,57 @@ def test_rows_are_sorted_by_task_id_in_every_shape(number: int) -> None:
     [(_, parameters)] = upsert.of(rows)
     assert parameters["task_id"] == (tuple(ids) if number > 1 else ids[0])
     calls = upsert.of_mappings([row._asdict() for row in rows])
-    assert [row[0] for row in stored_by(calls, len(ProgressRow._fields))] == ids
+    values = [[each] if isinstance(each, dict) else each for _, each in calls]
+    assert [row["task_id"] for part in values for row in part] == ids
 
 
 def test_nothing_is_stored_by_no_statement() -> None:
     assert upsert_results(MODELS).of([]) == upsert_results(MODELS).of_mappings([]) == []
 
 
-def test_rows_with_values_of_the_applications_own_go_in_statements_of_few_sizes() -> None:
+def test_rows_with_values_of_the_applications_own_go_as_values() -> None:
+    """At most 64 in a statement: the server keeps a plan for each number of rows."""
     upsert = upsert_results(OWN, EXTRA)
-    columns = len(ResultRow._fields) + len(EXTRA)
     rows = [
         {**row._asdict(), "tenant": f"t {row.task_id}", "tenant__1": f"other {row.task_id}"}
         for row in result_rows(100)
     ]
-    calls = upsert.of_mappings(rows)
-    assert [size_of(call, columns) for call in calls] == [64, 16, 16, 4]
-    assert calls[1][0] is calls[2][0]
-    again = upsert.of_mappings(rows[:4])
-    assert [statement for statement, _ in again] == [calls[3][0]]
-    assert list(stored_by(calls, columns)) == sorted(tuple(row.values()) for row in rows)
+    [(statement, values), (again, rest)] = upsert.of_mappings(rows)
+    assert again is statement
+    assert [len(values), len(rest)] == [64, 36]
+    assert [*values, *rest] == sorted(rows, key=itemgetter("task_id"))
+    [(alone, value)] = upsert.of_mappings(rows[:1])
+    assert value == rows[0]
+    assert "unnest" not in compiled(statement) + compiled(alone)
 
 
-def test_every_number_of_rows_is_stored_by_few_statements() -> None:
-    upsert = upsert_progress(MODELS)
-    rows = [row._asdict() for row in progress_rows(150)]
-    for number in range(1, 150):
-        calls = upsert.of_mappings(rows[:number])
-        sizes = [size_of(call, 3) for call in calls]
-        assert sum(sizes) == number
-        assert sizes == sorted(sizes, reverse=True)
-        assert set(sizes) <= {64, 16, 4, 1}
-        assert max(map(sizes.count, {16, 4, 1})) <= 3
+@pytest.mark.parametrize(
+    "upsert",
+    [
+        upsert_results(MODELS, by_values=True),
+        upsert_results(MODELS, is_tracked=True, by_values=True),
+        upsert_progress(MODELS, by_values=True),
+        upsert_status(MODELS.status_table, by_values=True),  # type: ignore[arg-type]  # it has one
+    ],
+    ids=["results", "tracked results", "progress", "statuses"],
+)
+def test_sqlalchemy_makes_one_statement_of_rows_that_go_by_values(upsert: Upsert) -> None:
+    """Of which it needs a RETURNING; else each row would be a statement."""
+    rows = [{"task_id": "b", "queued_at": None}, {"task_id": "a", "queued_at": None}]
+    (statement, values), *then = upsert.of_mappings(rows)
+    assert values == rows[::-1]
+    sql: Any = statement.compile(dialect=DIALECT, column_keys=["task_id"], for_executemany=True)
+    assert sql._insertmanyvalues is not None
+    assert "DELETE" not in compiled(statement)
+    assert [parameters for _, parameters in then] == [{"task_ids": ["a", "b"]}] * len(then)
 
 
 def test_a_default_that_is_called_is_called_for_each_row() -> None:
     """Of INSERT ... SELECT, SQLAlchemy would call it once for all."""
     upsert = upsert_progress(OWN)
-    calls = upsert.of(progress_rows(5))
-    assert [size_of(call, 3) for call in calls] == [4, 1]
-    sql: Any = calls[0][0].compile(dialect=DIALECT)
-    assert len(sql.prefetch) == 4
+    [(statement, values)] = upsert.of(progress_rows(5))
+    assert len(values) == 5
+    assert "unnest" not in compiled(statement)
     # One that is a value is the same for all.
     assert OWN.status_table is not None
     statuses = [StatusRow(f"{i}", "queued", None, 0, None, None, None) for i in range(5)]
@@ -174,16 +171,23 @@ def test_a_default_that_is_called_is_called_for_each_row() -> None:
 @pytest.mark.parametrize("number", [1, 5])
 def test_the_status_of_the_same_tasks_is_deleted_with_each_shape(number: int) -> None:
     tracked = upsert_results(MODELS, is_tracked=True)
-    for calls in (
-        tracked.of(result_rows(number)),
-        tracked.of_mappings([row._asdict() for row in result_rows(number)]),
-    ):
-        for statement, parameters in calls:
-            assert compiled(statement).count('DELETE FROM "taskiq_results_status"') == 1
-            # By the very parameters that are stored.
-            assert set(statement.compile(dialect=DIALECT).params) == set(parameters)
+    [(statement, parameters)] = tracked.of(result_rows(number))
+    assert compiled(statement).count('DELETE FROM "taskiq_results_status"') == 1
+    # By the very parameters that are stored.
+    assert set(statement.compile(dialect=DIALECT).params) == set(parameters)
+    by_values = upsert_results(MODELS, is_tracked=True, by_values=True)
+    [_, (then, _)] = by_values.of(result_rows(number))
+    assert compiled(then).startswith('DELETE FROM "taskiq_results_status"')
     for statement, _ in upsert_results(MODELS).of(result_rows(number)):
         assert "DELETE" not in compiled(statement)
+
+
+def test_one_row_is_one_statement_with_all_that_goes_with_it() -> None:
+    """As a statement of its own, the deletion would take three round trips more."""
+    upsert = upsert_results(OWN, EXTRA, is_tracked=True)
+    row = {**result_rows(1)[0]._asdict(), "tenant": "t", "tenant__1": "other"}
+    [(statement, _)] = upsert.of_mappings([row])
+    assert 'DELETE FROM "taskiq_results_status"' in compiled(statement)
 
 
 @pytest.mark.parametrize("number", [1, 5])

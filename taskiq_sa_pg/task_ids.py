@@ -1,0 +1,21 @@
+"""Task ids that come in the order of time."""
+
+import secrets
+import time
+from typing import Final
+
+# What UUIDs call the variant, above 62 bits.
+_VARIANT: Final = 1 << 63
+
+
+def make_task_id() -> str:
+    """A UUID of version 7 as 32 hex digits, for `broker.with_id_generator(make_task_id)`.
+
+    It begins with the milliseconds since 1970 and what part of the next one has passed, in steps
+    of 244 ns, so the ids of one process come in order as far as its clock does. The other 62 bits
+    are random, of the operating system's source. Every field_for_task_id can hold it.
+    """
+    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
+    # RFC 9562, 6.2, method 3.
+    fraction = rest * 4096 // 1_000_000
+    return f"{milliseconds:012x}7{fraction:03x}{_VARIANT | secrets.randbits(62):016x}"
