@@ -80,7 +80,8 @@ def begin_slice(
 def try_lock(name: str) -> ColumnElement[bool]:
     """Whether this transaction has an advisory lock now, until it ends.
 
-    It belongs into a statement that reads no table: Citus would run it on every node.
+    For a SELECT without a FROM of its own: of one that has a distributed table there, Citus would
+    call the function on every node.
     """
     key = func.hashtextextended(f"taskiq_sa_pg {name}", 0, type_=BigInteger)
     return func.pg_try_advisory_xact_lock(key, type_=Boolean)
