@@ -1,8 +1,8 @@
-"""The main job from end to end, on an embedded PostgreSQL and real worker processes.
+"""Runs the other examples on an embedded PostgreSQL with real worker processes.
 
-`make demo` runs this. It provisions the database with Alembic, starts two worker processes, runs
-quickstart.py, progress.py and rows.py beside this file, and stops everything, however it ends.
-With TASKIQ_SA_PG_DSN set it uses that database instead of an embedded one.
+`make demo` runs this. It creates the tables with Alembic, starts two worker processes, runs
+quickstart.py, progress.py and rows.py, and always stops everything at the end. If TASKIQ_SA_PG_DSN
+is set, it uses that database instead of an embedded one.
 """
 
 import os
@@ -22,19 +22,19 @@ EXAMPLES = Path(__file__).parent
 ROOT = EXAMPLES.parent
 WORKERS = 2
 START_TIMEOUT = 60
-# A worker that is idle may not notice the signal for minutes: taskiq's handler does not wake its
-# event loop. Nothing is left for it to do by then.
+# An idle worker may not notice the signal for minutes, because taskiq's handler does not wake its
+# event loop. It has nothing left to do then.
 STOP_TIMEOUT = 2
 
 
 def main() -> None:
-    # So that the `with` blocks below end as they do at Ctrl-C.
+    # So that the `with` blocks below end as for Ctrl-C.
     signal.signal(signal.SIGTERM, interrupt)
     with ExitStack() as stack:
         if "TASKIQ_SA_PG_DSN" not in os.environ:
             say("Starting an embedded PostgreSQL")
             os.environ["TASKIQ_SA_PG_DSN"] = stack.enter_context(postgres()).dsn
-        say("Making the tables: alembic -x queue=true upgrade head")
+        say("Creating the tables: alembic -x queue=true upgrade head")
         run("-m", "alembic", "-x", "queue=true", "upgrade", "head", cwd=ROOT)
         say(f"Starting {WORKERS} worker processes: taskiq worker quickstart:broker progress")
         stack.enter_context(workers("quickstart:broker", "progress", cwd=EXAMPLES))
@@ -62,8 +62,8 @@ def workers(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `taskiq worker` on the targets; its processes listen when the block is entered.
 
-    Their log is kept to themselves, unless they fail to start. They have a directory for temporary
-    files that ends with them, because those that are not forked leave one there when killed.
+    Their log is printed only if they fail to start. They get their own directory for temporary
+    files, because worker processes that are not forked leave files there when they are killed.
     """
     command = [sys.executable, "-m", "taskiq", "worker", *targets, "worker_log", "-w", str(count)]
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(EXAMPLES))))
@@ -77,7 +77,7 @@ def workers(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C is for us, and we stop them
+            start_new_session=True,  # Ctrl-C goes only to this process, which stops them
         ) as process,
     ):
         try:
@@ -101,7 +101,7 @@ def stop(process: subprocess.Popen[bytes], timeout: float) -> None:
         process.wait(timeout)
     except subprocess.TimeoutExpired:
         process.kill()
-    # What is left of their session, should the manager have died before its workers.
+    # If the manager died first, its workers are still in the session.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

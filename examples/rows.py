@@ -1,4 +1,4 @@
-"""The results as ordinary rows: a select with a filter, through the ORM."""
+"""Results as ordinary rows: an ORM select with a filter."""
 
 import asyncio
 import os

@@ -1,7 +1,8 @@
-"""Has worker processes log that they listen: `taskiq worker BROKER MODULE... worker_log`.
+"""Makes worker processes log that they listen: `taskiq worker BROKER MODULE... worker_log`.
 
-taskiq sets up the log before it starts them, and leaves out those that are not forked, as
-Python 3.14's on Linux. Each imports this module, which changes nothing where there is a log.
+taskiq configures logging before it starts its worker processes. They have no logging if they are
+not forked, as with Python 3.14 on Linux. Each imports this module, which changes nothing if logging
+is configured.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The Alembic environment of taskiq_sa_pg; what it does is in taskiq_sa_pg.schema.migrate."""
+"""The Alembic environment of taskiq_sa_pg; the code is in taskiq_sa_pg.schema.migrate."""
 
 from logging.config import fileConfig
 

@@ -16,10 +16,10 @@ depends_on = ${repr(depends_on)}
 
 
 def upgrade(config: TableConfig, family: Family) -> None:
-    """Takes the tables of the family one version up."""
+    """Upgrades the tables of the family by one version."""
     family.step(${int(up_revision)}).upgrade(op, config, family.table_names(config))
 
 
 def downgrade(config: TableConfig, family: Family) -> None:
-    """Takes the tables of the family one version down."""
+    """Downgrades the tables of the family by one version."""
     family.step(${int(up_revision)}).downgrade(op, config)

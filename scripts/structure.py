@@ -123,12 +123,12 @@ def measure(root: Path) -> Iterator[Figure]:
         if isinstance(node, Function)
     }
     yield Figure("files", len(lines))
-    yield Figure("lines", sum(lines.values()), 23_600)
+    yield Figure("lines", sum(lines.values()), 25_300)
     for what, sizes, bound in (("file", lines, 450), ("function", lengths, 60)):
         longest = max(sizes, key=sizes.__getitem__)
         yield Figure(f"lines of the longest {what}", sizes[longest], bound, longest)
 
-    yield floors("rooms", package.arrows({"", "function"}, room_of), 9)
+    yield floors("rooms", package.arrows({"", "function"}, room_of), 10)
     yield floors("modules", package.arrows({"", "function"}, str), 23)
     modules = len(package.modules)
     yield Figure("arrows a module", round(len(package.arrows_seen()) / modules, 2), 4.2)

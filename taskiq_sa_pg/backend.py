@@ -1,4 +1,4 @@
-"""SQLAlchemyResultBackend: taskiq's contract. It checks arguments and hands on."""
+"""SQLAlchemyResultBackend: implements taskiq's contract; checks arguments and delegates."""
 
 from dataclasses import asdict
 from typing import Any, TypeVar, overload
@@ -9,6 +9,7 @@ from taskiq import AsyncResultBackend, TaskiqResult
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq.depends.progress_tracker import TaskProgress
 
+from taskiq_sa_pg.background import leave_to_parent
 from taskiq_sa_pg.codec import Codec, Retention, Seconds, check_seconds
 from taskiq_sa_pg.database import (
     DEFAULT_COMMAND_TIMEOUT,
@@ -17,6 +18,7 @@ from taskiq_sa_pg.database import (
     Database,
     DsnSource,
     check_loop,
+    repr_at,
 )
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
@@ -51,88 +53,89 @@ _T = TypeVar("_T")
 
 
 class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_ReturnType]):
-    """Keeps task results and task progress in tables of your PostgreSQL.
+    """Stores task results and task progress in tables of your PostgreSQL database.
 
     Nothing connects before startup(), which the broker calls. Every write is committed when its
-    call returns. A task id is a str or, with "Uuid", a uuid.UUID as well. All methods that ask
+    call returns. A task id is a str; with "Uuid" it may also be a uuid.UUID. Methods that query
     PostgreSQL raise NotStartedError before startup(), InvalidTaskIdError for a task id that the
-    column cannot hold, and StorageError where PostgreSQL refused a statement or could not be
-    reached; below are only the errors beside these. Those that wait raise NotStartedError, too,
-    when the backend is shut down meanwhile.
+    column cannot store, and StorageError if PostgreSQL rejects a statement or is unreachable.
+    Their own docstrings list the other errors only. Methods that wait also raise NotStartedError
+    if the backend is shut down while they wait.
 
     Args:
-        dsn: Address of the database: `postgresql://...` (asyncpg), `postgresql+psycopg://...`,
-            several hosts in libpq's form, a sqlalchemy.URL, or a callable without arguments
-            that returns one and is asked again for every new connection. The engine made from
-            it belongs to the backend.
-        keep_results: False deletes a result, with its progress, in the transaction that reads
-            it: of many readers exactly one gets it. What was deleted for a reader who was
-            cancelled in the last moment is stored again.
-        table_name: The results table, without its schema; the progress table is
+        dsn: Database address: `postgresql://...` (asyncpg), `postgresql+psycopg://...`, several
+            hosts in libpq's form, a sqlalchemy.URL, or a callable without arguments that returns
+            one and is called for every new connection. The backend owns the engine.
+        keep_results: False deletes a result and its progress in the transaction that reads it,
+            so exactly one reader receives it. If that reader is cancelled at the last moment,
+            the result is stored again.
+        table_name: Name of the results table, without its schema. The progress table is named
             `<table_name>_progress`.
-        field_for_task_id: Type of the task-id columns. "Uuid" takes UUIDs only.
-        serializer: Turns values into bytes; None is PickleSerializer, and JSONSerializer with
+        field_for_task_id: Type of the task-id columns. "Uuid" accepts UUIDs only.
+        serializer: Converts values to bytes. None is PickleSerializer, or JSONSerializer with
             "Jsonb".
-        engine: Your AsyncEngine, instead of dsn. It is borrowed: never disposed, and its other
-            users never notice.
-        models: Models of the tables, from build_models() or of your own; None builds them from
-            the names and types given here.
-        extra_values: Called with the task id and the TaskiqResult that set_result() is about to
-            store; returns a dict of values for columns of your own in models.Result, by attribute,
-            which are stored in the same row and statement. None is NULL; a column without a key
-            is left alone, and gets its default in a new row. What cannot be used, be it that the
-            function raises or that PostgreSQL refuses a value, is logged as an error, and the
-            result is stored without it. It must not be async, and should be quick.
-        schema: PostgreSQL schema of the tables; None leaves it to the search_path.
-        field_for_payload: Type of return_value, error and meta. "Jsonb" can be read and
-            filtered in SQL, and needs a serializer that writes JSON.
-        check_schema: What startup() does about tables that are absent or unfit: "error" raises
-            SchemaError, "warn" logs it, "off" does not look.
-        run_migrations: True makes or upgrades the tables at startup(), under a lock; the role
-            then needs the right to create them.
-        notify: Whether to tell waiting processes of what was stored, and to listen for it. False
-            sends no notifications, and waiting looks ten times a second.
-        listen_dsn: Address for the listening connection, where the other leads through a
-            transaction pooler or to a read replica. None takes the other.
-        result_ttl: For how many seconds after its completion, by the database's clock, a success
-            is kept, or a timedelta. Then it is missing, for every read, and prune() deletes it.
-            The label `result_ttl` of a task, seconds or None, goes before it. None keeps results
-            for ever.
-        failure_ttl: The same of failures, with the label `failure_ttl`.
-        progress_ttl: For how many seconds after their last change prune() leaves progress and
-            status there of a task that has no result, or a timedelta; None for ever.
-        prune_interval: Seconds, or a timedelta, between runs of prune() in the background of
-            every process that stores results, of which one at a time works. None runs none.
-        track: "started" keeps what tasks are at before their results in a third table, for
-            get_status() and get_running(). The broker needs TaskMetadataMiddleware, which writes
-            it before a task is sent and before it is started. None writes nothing.
-        max_payload_bytes: The most bytes of a serialized return value, exception or progress's
-            metadata. A larger result is stored as an error result, so that whoever waits gets an
-            answer; None sets no limit but PostgreSQL's own.
-        max_connections: The most connections that are in use at once, the listening one aside.
-        retry_timeout: For how many seconds a statement is tried again after a fault that passes:
-            a lost connection, a restart, a failover, a deadlock. 0 tries once. No repetition
-            begins later, or lasts longer.
-        command_timeout: How many seconds one attempt may take; a server that is silent for so
-            long counts as lost.
-        startup_timeout: For how many seconds startup() waits for a PostgreSQL that does not
-            answer yet, in all.
-        gather_window: For how many seconds at most a write waits for others to share its
-            statement, while tasks of their own write in quick succession, as in a busy worker. A
-            task that writes again and again, a slow stream and reads never wait. 0 turns it off.
-        **engine_kwargs: With dsn: passed on to create_async_engine(). Where no pool is chosen,
-            pool_size is 5 and max_overflow 0.
+        engine: Your AsyncEngine, instead of dsn. It is borrowed: the backend never disposes it
+            and does not change it for its other users.
+        models: Models of the tables, from build_models() or your own. None builds them from the
+            names and types given here.
+        extra_values: Called with the task id and the TaskiqResult before set_result() stores it.
+            Returns a dict of values for your own columns in models.Result, by attribute; they are
+            stored in the same row and statement. None is NULL. A column without a key keeps its
+            value, or gets its default in a new row. If the function raises or PostgreSQL rejects
+            a value, an error is logged and the result is stored without these values. The
+            function must not be async, and should be fast.
+        schema: PostgreSQL schema of the tables. None uses the search_path.
+        field_for_payload: Type of return_value, error and meta. "Jsonb" can be read and filtered
+            in SQL, and needs a serializer that writes JSON.
+        check_schema: What startup() does if tables are missing or do not match: "error" raises
+            SchemaError, "warn" logs a warning, "off" skips the check.
+        run_migrations: True creates or upgrades the tables in startup(), under a lock. The role
+            needs the privileges to create them.
+        notify: Whether to send a notification for each stored value, and to listen for them.
+            False polls ten times a second instead.
+        listen_dsn: Address for the listening connection, if dsn or engine connects through a
+            transaction pooler or to a read replica. None uses the same address.
+        result_ttl: Seconds, or a timedelta, after which a success expires, counted from its
+            completion by the database's clock. No read returns an expired result, and prune()
+            deletes it. A task's `result_ttl` label (seconds or None) overrides it. None keeps
+            results for ever.
+        failure_ttl: The same for failures, with the label `failure_ttl`.
+        progress_ttl: Seconds, or a timedelta, since their last change after which prune() deletes
+            the progress and status of a task that has no result. None keeps them for ever.
+        prune_interval: Seconds, or a timedelta, between background runs of prune() in every
+            process that stores results; one process at a time prunes. None disables them.
+        track: "started" stores the status of unfinished tasks in a third table, for get_status()
+            and get_running(). The broker needs TaskMetadataMiddleware, which writes the status
+            before a task is sent and before it is started. None stores no status.
+        max_payload_bytes: Maximum size in bytes of a serialized return value, exception or
+            progress metadata. A larger result is stored as an error result, so that waiting
+            clients get an answer. None leaves only PostgreSQL's own limit.
+        max_connections: Maximum number of connections in use at once, not counting the listening
+            connection.
+        retry_timeout: Seconds for which a statement is retried after a transient error: a lost
+            connection, a restart, a failover, a deadlock. Retries start and end within this time.
+            0 disables retries.
+        command_timeout: Seconds that one attempt may take. A server that does not answer within
+            this time is treated as a lost connection.
+        startup_timeout: Seconds that startup() waits in total for a PostgreSQL that does not
+            answer yet.
+        gather_window: Maximum seconds that a write waits for other writes to share its statement.
+            Writes wait only while separate asyncio tasks write in quick succession, as in a worker.
+            Repeated writes of one task, slow streams of writes, and reads never wait. 0 disables
+            it.
+        **engine_kwargs: Passed to create_async_engine(), with dsn only. Unless you choose a pool,
+            pool_size is 5 and max_overflow is 0.
 
     Attributes:
         models: The tables as declarative classes.
 
     Raises:
-        ConfigurationError: An argument that cannot work, or two that contradict each other.
+        ConfigurationError: An argument is invalid, or two arguments contradict each other.
     """
 
     _runtime: Runtime | None = None
-    _users = 0  # how often it was started
-    _processes: frozenset[WorkerProcess] = frozenset()  # whose beat begins with startup()
+    _users = 0  # how many times it was started
+    _processes: frozenset[WorkerProcess] = frozenset()  # their beats begin with startup()
 
     def __init__(
         self,
@@ -195,32 +198,39 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             on_retry=self._telemetry.note_retry,
         )
 
+    def __repr__(self) -> str:
+        return repr_at(type(self).__qualname__, self.settings.table, self._database.place)
+
     @property
     def keep_results(self) -> bool:
-        """Whether results stay when they are read."""
+        """Whether results are kept after they are read."""
         return self.settings.keep_results
 
     @property
     def track(self) -> Track | None:
-        """Which statuses are kept."""
+        """Which statuses are stored: "started", or None for none."""
         return self.settings.track
 
     @property
     def is_started(self) -> bool:
-        """Whether it is between startup() and shutdown()."""
+        """Whether startup() was called, and shutdown() was not."""
         return self._runtime is not None
 
     @property
     def database(self) -> Database:
-        """Where it stores; the package's own."""
+        """The database layer; internal to the package."""
         return self._database
+
+    @database.setter
+    def database(self, database: Database) -> None:
+        self._database = database
 
     @property
     def runtime(self) -> Runtime:
-        """What works between startup() and shutdown(); the package's own.
+        """The objects that exist between startup() and shutdown(); internal to the package.
 
         Raises:
-            NotStartedError: It is not started, or was on another event loop.
+            NotStartedError: It is not started, or was started on another event loop.
         """
         runtime = self._runtime
         if runtime is None:
@@ -232,18 +242,20 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         return runtime
 
     async def startup(self) -> None:
-        """Makes the engine and looks at the tables; may be repeated, on another event loop too.
+        """Creates the engine and checks the tables. May be repeated, also on another event loop.
 
         Raises:
-            SchemaError: The tables are absent or unfit; names the differences and the remedy.
-            ConfigurationError: The engine cannot be made, or your engine prepares statements and
-                leads through a pooler.
+            SchemaError: Tables are missing or do not match; lists the differences and the remedy.
+            ConfigurationError: The engine cannot be created, or your engine prepares statements
+                and connects through a pooler.
         """
         settings = self.settings
         was_opened = await self._database.open(
             settings.timings, retry_timeout=settings.startup_timeout
         )
         if was_opened:
+            if self._runtime is not None:
+                leave_to_parent(self._runtime.loop, self._runtime)
             self._runtime = Runtime(settings, self._database, self._telemetry)
             self._users = 0
         try:
@@ -259,11 +271,11 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         await super().startup()
 
     async def shutdown(self) -> None:
-        """Ends what was accepted, and disposes the backend's own engine. May be repeated.
+        """Completes accepted calls, and disposes the engine unless it is borrowed. May be repeated.
 
-        Later calls, and those that wait for a result, get NotStartedError. A given engine is left
-        alone. Where startup() was called several times, as by two brokers that share the backend,
-        the last of as many calls does it.
+        Later calls, and calls that wait for a result, raise NotStartedError. If startup() was
+        called several times, for example by two brokers that share the backend, call shutdown()
+        as many times; only the last call has an effect.
         """
         self._users -= 1
         if self._users > 0 and self._runtime is not None and self._database.is_open:
@@ -271,7 +283,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         runtime, self._runtime = self._runtime, None
         if runtime is not None:
             try:
-                # What waits on another event loop, one that has ended, cannot be ended from here.
+                # Waiters on another event loop, which has ended, cannot be ended from here.
                 if self._database.is_open:
                     await runtime.close()
             finally:
@@ -279,30 +291,30 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         await super().shutdown()
 
     def expect_worker(self, process: WorkerProcess) -> None:
-        """Has the next startup() begin the beat of a process; the package's own."""
+        """Makes the next startup() begin the beat of a process; internal to the package."""
         self._processes |= {process}
 
     async def end_worker(self, process: WorkerProcess) -> None:
-        """Ends what expect_worker(), or the process's first task, has begun; the package's own."""
+        """Ends the beat that expect_worker() or the process's first task began; internal."""
         self._processes -= {process}
         if self._runtime is not None and self._database.is_open:
             await self._runtime.workers.end(process)
 
     async def set_result(self, task_id: str | UUID, result: TaskiqResult[_ReturnType]) -> None:
-        """Stores a result, over an earlier one unless that is of a later attempt.
+        """Stores a result. It replaces an existing one unless that belongs to a later attempt.
 
         A value that cannot be serialized, or is too large, is stored as an error result, so that
-        whoever waits for it gets an answer.
+        waiting clients get an answer.
         """
         column_id = self._config.to_column_task_id(task_id)
         runtime = self.runtime
-        # Not at startup: processes that only ask for results need not prune them.
+        # Not at startup: processes that only read results need not prune them.
         runtime.pruner.start()
         text = task_id if isinstance(task_id, str) else str(task_id)
         await runtime.writer.set_result(column_id, text, result)
 
     async def is_result_ready(self, task_id: str | UUID) -> bool:
-        """Whether there is a result; progress alone makes none."""
+        """Whether the task has a result. Progress alone does not count as a result."""
         column_id = self._config.to_column_task_id(task_id)
         return await self.runtime.reader.is_ready(column_id)
 
@@ -321,23 +333,23 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
     async def get_result(
         self, task_id: str | UUID, with_logs: bool = False, *, return_type: Any = None
     ) -> TaskiqResult[Any]:
-        """The result; with keep_results=False it is deleted as it is read.
+        """Returns the result. With keep_results=False it is deleted when it is read.
 
         Args:
             task_id: The task.
             with_logs: Whether to fill the deprecated field `log`.
-            return_type: What to make of the return value of a success: a pydantic model, a
-                dataclass or another type that pydantic can validate, such as `list[Order]`. A value
-                that does not fit is logged as a warning, and returned as it was stored.
+            return_type: Type of a success's return value: a pydantic model, a dataclass or another
+                type that pydantic can validate, such as `list[Order]`. If validation fails, a
+                warning is logged and the stored value is returned unchanged.
 
         Raises:
-            ResultIsMissingError: There is no result (any more).
-            ResultDecodeError: The result cannot be read back; it stays in the table.
+            ResultIsMissingError: The task has no result, or no longer has one.
+            ResultDecodeError: The result cannot be decoded; it is not deleted.
             ConfigurationError: with_logs is a type.
         """
         if not isinstance(with_logs, int):
             raise ConfigurationError(
-                f"with_logs must be True or False: give {with_logs!r} as return_type="
+                f"with_logs must be True or False: pass {with_logs!r} as return_type="
             )
         column_id = self._config.to_column_task_id(task_id)
         result = await self.runtime.reader.get(column_id, with_logs)
@@ -346,30 +358,30 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         return restore(task_id, result, return_type)
 
     async def set_progress(self, task_id: str | UUID, progress: TaskProgress[Any]) -> None:
-        """Stores progress, replacing what was there.
+        """Stores progress. It replaces the previous progress of the task.
 
         Raises:
-            ResultSerializationError: The serializer cannot hold the metadata.
+            ResultSerializationError: The metadata cannot be serialized.
             PayloadTooLargeError: The metadata is larger than max_payload_bytes.
         """
         column_id = self._config.to_column_task_id(task_id)
         await self.runtime.writer.set_progress(column_id, progress)
 
     async def get_progress(self, task_id: str | UUID) -> TaskProgress[Any] | None:
-        """The last progress, which outlives the result; None if there never was one.
+        """Returns the latest progress, which is kept after the result is stored; None if none.
 
         Raises:
-            ResultDecodeError: The metadata cannot be read back.
+            ResultDecodeError: The metadata cannot be decoded.
         """
         reader = self.runtime.reader
         row = await reader.read_progress(self._config.to_column_task_id(task_id))
         return None if row is None else reader.decode_progress(row)
 
     def stats(self) -> Stats:
-        """What this backend has done since it was made; asks nobody, and may be called any time.
+        """Returns counts since the backend was created. It runs no query; call it at any time.
 
-        The same goes to OpenTelemetry, where `opentelemetry-api` is installed (the extra `otel`)
-        and the application has set up an SDK.
+        OpenTelemetry receives the same figures if `opentelemetry-api` is installed (the extra
+        `otel`) and the application has set up an SDK.
         """
         return self._telemetry.stats
 
@@ -384,7 +396,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
 
 def _for_listening(listen_dsn: DsnSource | None, notify: bool) -> DsnSource | None:
     if listen_dsn is not None and not notify:
-        raise ConfigurationError("listen_dsn is for notify=True; else leave it out")
+        raise ConfigurationError("listen_dsn needs notify=True: omit it, or set notify=True")
     return listen_dsn
 
 
@@ -395,7 +407,7 @@ def _choose_models(models: Models | None, config: TableConfig) -> Models:
         raise ConfigurationError(f"models must be a Models, not {type(models).__qualname__}")
     if config not in {models.config, TableConfig()}:
         raise ConfigurationError(
-            f"models were made for {models.config}, and the other arguments say {config}: give "
-            "names and types to the models alone"
+            f"models were built for {models.config}, but the other arguments give {config}: pass "
+            "names and types to the models only"
         )
     return models

@@ -1,9 +1,9 @@
-"""Group commit: many concurrent calls become few statements.
+"""Group commit: batches many concurrent calls into few statements.
 
-A call that finds a lane free is flushed at once, together with those of the same turn of the event
-loop; calls that come while all lanes are busy gather and go with the next flush. A lone call waits
-for nobody, and a busy backend sends ever larger batches. Only in a stream of tasks that call once
-each, as a worker has them, a write waits some milliseconds for the next ones: see Window.
+If a lane is free, a call is flushed at once, together with all calls of the same iteration of the
+event loop. While all lanes are busy, calls gather for the next flush. So a single call does not
+wait, and batches grow with the load. The exception is a stream of tasks that call once each, as in
+a worker: there a write waits some milliseconds for the next ones; see Window.
 """
 
 import asyncio
@@ -29,28 +29,28 @@ _Answer = TypeVar("_Answer")
 MAX_ROWS: Final = 500
 MAX_BYTES: Final = 8_000_000
 
-# From this many keys on a batch leaves the other lanes their share of all that are under way: the
-# client then encodes the one while the server stores the other, and no lane is left with crumbs,
-# of which it would send many while another is busy. Below, a second statement costs more.
+# From this many keys on, a batch takes only its lane's share of all keys under way. The client then
+# encodes one batch while the server stores the other, and no lane sends many small batches while
+# another is busy. For fewer keys, a second statement costs more than this saves.
 _MIN_SHARED: Final = 32
 
-# Classes of SQLSTATE that blame a row: a refused batch is worth trying in parts. "P0" are the
-# errors of triggers. https://www.postgresql.org/docs/18/errcodes-appendix.html
+# Classes of SQLSTATE that a single row can cause: parts of the batch may succeed. "P0" are errors
+# of triggers. https://www.postgresql.org/docs/18/errcodes-appendix.html
 _BLAMING_A_ROW: Final = frozenset({"21", "22", "23", "27", "44", "54", "P0"})
 
 
-# What a caller brought, the future that it awaits, and who it is where that is traced.
+# The item of a caller, the future that it awaits, and its span if calls are traced.
 _Call = tuple[Any, "asyncio.Future[Any]", Any]
 
 
 class Entry(Generic[_Row]):
-    """The calls for one key, and the row that stands for them in a flush."""
+    """The calls for one key, and the row that is flushed for them."""
 
     __slots__ = ("calls", "chosen", "row", "since", "size")
 
     row: _Row
     size: int
-    chosen: "asyncio.Future[Any]"  # of the caller whose row it is
+    chosen: "asyncio.Future[Any]"  # of the caller whose item is the row
 
     def __init__(self, call: _Call) -> None:
         self.calls = [call]
@@ -58,7 +58,7 @@ class Entry(Generic[_Row]):
 
     @property
     def is_wanted(self) -> bool:
-        """Whether a caller is still there."""
+        """Whether a caller is still waiting."""
         return any(not future.done() for _, future, _ in self.calls)
 
 
@@ -68,26 +68,26 @@ _Batch = dict[_Key, Entry[_Row]]
 class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     """Gathers calls by key and flushes them in batches.
 
-    A call returns when its batch has been flushed. Calls for the same key in one batch are flushed
-    as one: the last of the highest rank. Two flushes at the same time never hold the same key, so
-    later calls for a key are flushed later. A call that is cancelled before its flush is left out;
-    no cancellation reaches the flush of a batch.
+    A call returns when its batch has been flushed. Several calls for one key in a batch are flushed
+    as one: the last of the highest rank. Two concurrent flushes never contain the same key, so
+    later calls for a key are flushed later. A call that is cancelled before its flush is dropped; a
+    cancellation never reaches the flush of a batch.
 
-    Where a flush fails and the error blames a row, the batch is halved until the guilty row stands
-    alone: its caller gets the error, or an earlier call for the same key has its turn.
+    If a flush fails with an error that a single row can cause, the batch is halved until that row
+    is alone. Its caller gets the error, or an earlier call for the same key is tried.
 
     Args:
-        flush: Carries out a batch, of which it gets the entries by key, and returns the answers
-            by key; where there is none, the callers get None.
-        encode: Makes a key and its item into a row; only those that are flushed. What it raises,
-            the caller gets.
-        size: The bytes of a row.
-        rank: The rank of an item, whatever it is; asked where a key has several calls.
+        flush: Flushes a batch, given as entries by key, and returns the answers by key; callers
+            of keys without an answer get None.
+        encode: Converts a key and its item to a row; called only for calls that are flushed. Its
+            exceptions go to the caller.
+        size: The size of a row in bytes.
+        rank: The rank of an item, of any comparable type; used if a key has several calls.
         max_rows: The most keys in a batch.
-        lanes: The most flushes at a time.
-        on_unclaimed: Makes an answer something that one caller gets: the first of a key, and the
-            others get None. Called with the key and an answer whose caller went away.
-        window: Tells which calls wait for others to come; without one none does.
+        lanes: The most concurrent flushes.
+        on_unclaimed: If given, only the first caller of a key gets the answer, and the others get
+            None. Called with the key and the answer if no caller is left.
+        window: Decides which calls wait for others; None for no waiting.
         meter: Counts calls and batches.
     """
 
@@ -114,9 +114,9 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         self._on_unclaimed = on_unclaimed
         self._pending: OrderedDict[_Key, Entry[_Row]] = OrderedDict()
         self._in_flight: set[_Key] = set()
-        # Calls for keys in flight; they join those pending when that flush is over.
+        # Calls for keys in flight; they become pending when that flush is over.
         self._held: dict[_Key, Entry[_Row]] = {}
-        # Each ends when its flush is over.
+        # Each is done when its flush is over.
         self._lanes: set[asyncio.Future[None]] = set()
         self._lone = _LonePath(self._carry_out, self._begin_lane, self._end_lane)
         self._is_opening = False
@@ -128,21 +128,21 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
 
     @property
     def pending(self) -> int:
-        """How many keys have calls that are not answered yet."""
+        """The number of keys with unanswered calls."""
         return len(self._pending) + len(self._in_flight)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is under way."""
+        """Whether no call is pending or in flight."""
         return not (self._lanes or self._pending or self._held)
 
     async def submit(self, key: _Key, item: _Item) -> _Answer | None:
-        """The answer for the key, once the item has been flushed.
+        """Flushes the item with others, and returns the answer for the key.
 
         Raises:
             NotStartedError: After close().
-            StorageError: Of the flush.
-            CancelledError: Of the caller.
+            StorageError: The flush failed.
+            CancelledError: The caller was cancelled.
         """
         if self._is_closed:
             raise NotStartedError("it was shut down: call startup() again")
@@ -154,7 +154,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             self._open_window(self._window)
         elif self._timer is not None:
             self._close_window()
-        # Not where the answer must survive its caller, whose task a lone call is flushed in.
+        # Not if the answer must survive its caller: a lone call is flushed in the caller's task.
         elif self._lone.is_quiet and self.is_idle and self._on_unclaimed is None:
             alone: _Answer | None = await self._lone.flush(key, self._encode(key, item), call)
             return alone
@@ -168,13 +168,13 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         try:
             return await future
         except asyncio.CancelledError:
-            # The answer may have come in the same turn of the event loop.
+            # The answer may have arrived in the same iteration of the event loop.
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._give_up(key, future.result())
             raise
 
     async def close(self) -> None:
-        """Refuses further calls, and returns when all earlier ones have been flushed."""
+        """Refuses new calls, and returns when all earlier ones have been flushed."""
         self._is_closed = True
         self._close_window()
         while not self.is_idle:
@@ -194,8 +194,8 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
     def _wait_for_more(self, window: Window) -> None:
         seconds = window.seconds_left
         if seconds > 0:
-            again, nobody = self._wait_for_more, Context()
-            self._timer = self._loop.call_later(seconds, again, window, context=nobody)
+            again, empty = self._wait_for_more, Context()
+            self._timer = self._loop.call_later(seconds, again, window, context=empty)
         else:
             window.close()
             self._close_window()
@@ -207,7 +207,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         self._open_lanes_soon()
 
     def _open_lanes_soon(self) -> None:
-        # Once the calls of this turn are all there, or the window has closed.
+        # After all calls of this iteration, or after the window has closed.
         if self._timer is not None:
             return
         if not self._is_opening and len(self._lanes) < self._max_lanes:
@@ -222,7 +222,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
                 self._lone.is_quiet = len(batch) == 1
                 lane = start_task(self._run_lane(batch))
                 self._begin_lane(batch, lane)
-                # For one that is cancelled before it runs.
+                # In case it is cancelled before it runs.
                 lane.add_done_callback(partial(self._end_lane, batch))
 
     async def _run_lane(self, batch: _Batch[_Key, _Row]) -> None:
@@ -231,8 +231,8 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         try:
             await self._settle(batch)
         finally:
-            # Not left to the callback, which comes a turn later: who was answered may call again
-            # before it, and find the lane taken.
+            # Not left to the callback, which runs an iteration later: a caller with an answer may
+            # call again before that, and would find the lane busy.
             self._end_lane(batch, lane)
 
     def _begin_lane(self, batch: _Batch[_Key, _Row], lane: "asyncio.Future[None]") -> None:
@@ -244,18 +244,18 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             return
         self._lanes.remove(lane)
         for _, future, _ in _calls_of(batch):
-            future.cancel()  # nobody has answered it, because the flush was cancelled
+            future.cancel()  # unanswered, because the flush was cancelled
         self._in_flight.difference_update(batch)
         for key in batch.keys() & self._held.keys():
             self._pending[key] = self._held.pop(key)
         if self._pending:
-            # Who was answered has called again by then, and goes along.
+            # By then, callers with an answer may have called again, and join the batch.
             self._open_lanes_soon()
 
     def _next_batch(self) -> _Batch[_Key, _Row]:
         pending, limit = self._pending, self._max_rows
         if len(pending) >= _MIN_SHARED:
-            lone = int(self._lone.is_flushing)  # it takes a lane, and no share
+            lone = int(self._lone.is_flushing)  # it takes a lane, but no share
             under_way = len(pending) + len(self._in_flight) - lone
             limit = min(limit, -(-under_way // (self._max_lanes - lone)))
         batch: _Batch[_Key, _Row] = {}
@@ -273,10 +273,10 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         return batch
 
     def _prepare(self, key: _Key, entry: Entry[_Row]) -> bool:
-        """Chooses a call and encodes its row; False where no caller is left."""
+        """Chooses a call and encodes its row; returns False if no caller is left."""
         while True:
             calls = entry.calls
-            if len(calls) > 1 or calls[0][1].done():  # which is rare, and would take longer
+            if len(calls) > 1 or calls[0][1].done():  # rare, and slower
                 entry.calls = calls = [call for call in calls if not call[1].done()]
                 if not calls:
                     return False
@@ -287,7 +287,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
             try:
                 entry.row = self._encode(key, item)
                 entry.size = self._size(entry.row)
-            except BaseException as exc:  # noqa: BLE001 - it is the caller's, and nobody else's
+            except BaseException as exc:  # noqa: BLE001 - it goes to this caller only
                 entry.chosen.set_exception(exc)
             else:
                 return True
@@ -296,7 +296,7 @@ class Batcher(Generic[_Key, _Item, _Row, _Answer]):
         while batch:
             try:
                 answers = await self._carry_out(batch)
-            except Exception as exc:  # noqa: BLE001 - it is the callers'
+            except Exception as exc:  # noqa: BLE001 - it goes to the callers
                 if not blames_a_row(exc):
                     _fail(batch, exc)
                     return
@@ -338,14 +338,14 @@ _Lane = Callable[[_Batch[Any, Any], "asyncio.Future[None]"], None]
 
 
 class _LonePath:
-    """Flushes a call in its caller's own task, where nothing else is under way.
+    """Flushes a call in its caller's task if no other call is under way.
 
-    That spares it two turns of the event loop, a quarter of what a lone caller waits for, and
-    touches nobody else when it is cancelled. It is a lane like the others.
+    That saves two iterations of the event loop, a quarter of a single caller's waiting time. A
+    cancellation affects no other call. It counts as a lane.
 
     Attributes:
-        is_quiet: Whether calls come one by one, as far as the last batch can tell. Of those that
-            come together, the one that goes alone would miss the batch of the others.
+        is_quiet: Whether the last batch had one call only. If calls come together, one that is
+            flushed alone would miss the batch of the others.
     """
 
     def __init__(
@@ -378,7 +378,7 @@ class _LonePath:
 
 
 def blames_a_row(exc: BaseException) -> bool:
-    """Whether one row may be at fault, and the others could be stored without it."""
+    """Whether a single row may have caused the error, so that the others could be stored."""
     if isinstance(exc, StorageError):
         return (exc.sqlstate or "")[:2] in _BLAMING_A_ROW or is_unfit_value(exc.__cause__)
     return isinstance(exc, ResultDecodeError)
@@ -391,7 +391,7 @@ def _calls_of(batch: _Batch[Any, Any]) -> Iterator[_Call]:
 def _fail(
     batch: _Batch[Any, Any], exc: Exception, chosen: "asyncio.Future[Any] | None" = None
 ) -> None:
-    """Tells all callers of a batch, or the one that was chosen."""
+    """Raises the error in all callers of a batch, or only in the chosen one."""
     for key, entry in batch.items():
         for _, future, _ in entry.calls:
             if not future.done() and chosen in {None, future}:
@@ -399,7 +399,7 @@ def _fail(
 
 
 def _about(key: Any, exc: Exception) -> Exception:
-    """The error that a batch met, as it is told to the caller who asked about this task."""
+    """The error of a batch, with the task id of the caller."""
     if not isinstance(exc, StorageError):
         return exc
     error = StorageError(f"task {str(key)!r}: {exc}", exc.sqlstate)

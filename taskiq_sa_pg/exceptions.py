@@ -1,6 +1,6 @@
-"""The errors of the package, all of them TaskiqSaPgError, and the checks of arguments.
+"""The errors of the package, all derived from TaskiqSaPgError, and checks of arguments.
 
-Each is rebuilt from its `args`, so that it survives pickle and a result backend.
+Each error can be rebuilt from its `args`, so it survives pickle and a result backend.
 """
 
 import inspect
@@ -12,17 +12,17 @@ from taskiq.exceptions import ResultBackendError, ResultGetError, ResultSetError
 
 
 class TaskiqSaPgError(ResultBackendError):
-    """Anything that this package raises on its own account."""
+    """Base class of all errors that this package raises."""
 
-    # The text, made of `args`; not taskiq's `__template__`, which is made of keywords.
+    # The text, formatted with `args`; taskiq's `__template__` is formatted with keywords.
     _text = ""
 
     def __init__(self, *args: object) -> None:
         super().__init__()
-        # taskiq's errors take keywords and keep the formatted text alone in `args`.
+        # taskiq's errors take keywords and keep only the formatted text in `args`.
         self.args = args
 
-    # taskiq before 0.13 copies and pickles its errors by their keywords, and we have none.
+    # taskiq before 0.13 copies and pickles its errors by their keywords, which ours lack.
     __copy__ = __deepcopy__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -36,14 +36,15 @@ class TaskiqSaPgError(ResultBackendError):
 
     @property
     def message(self) -> str:
-        """What happened, to what, and what mends it."""
+        """What happened, to which task or table, and the remedy."""
         return self._text.format(*self.args) if self._text else " ".join(map(str, self.args))
 
 
 class ConfigurationError(TaskiqSaPgError, ValueError):
-    """An argument that cannot work, such as a name, a type, an address or a limit.
+    """An argument is invalid, for example a name, a type, an address or a limit.
 
-    Or an engine that was given and prepares statements behind a pooler, which shows as it connects.
+    Also raised if a borrowed engine prepares statements behind a pooler; the first connection
+    shows this.
     """
 
 
@@ -52,55 +53,56 @@ class NotStartedError(TaskiqSaPgError, RuntimeError):
 
 
 class InvalidTaskIdError(TaskiqSaPgError, ValueError):
-    """A task id that the task-id column cannot hold. Its args: the task id, the reason."""
+    """The task-id column cannot store a task id. Its args: the task id, the reason."""
 
     _text = "task id {!r} {}"
 
 
 class TaskAbandonedError(TaskiqSaPgError):
-    """Nobody will finish a task. Its args: the task id, how often it was delivered, the worker.
+    """A task was given up. Its args: the task id, the number of deliveries, the worker.
 
     SQLAlchemyBroker stores a result with this error for a task that was delivered too often and
-    never acknowledged; it has no worker. TaskMetadataMiddleware, with abandon_lost=True, stores one
-    for a task that was lost with its worker; how often it was delivered is None.
+    never acknowledged; there is no third argument. TaskMetadataMiddleware(abandon_lost=True)
+    stores one for a task that was lost with its worker; the number of deliveries is None.
     """
 
     _text = (
         "task {!r} was delivered {} times and never acknowledged: its workers died, or it blocked "
-        "their event loop for longer than the lease. It is parked, and `taskiq-sa-pg release` or "
-        "`discard` decides what becomes of it"
+        "their event loop for longer than the lease. It is parked: run it again with `taskiq-sa-pg "
+        "release`, or delete it with `taskiq-sa-pg discard`"
     )
     _text_of_lost = (
         "task {!r} was lost: its worker {} was killed, cannot reach the database or blocks its "
-        "event loop, and has not been seen for a minute. If the task may run twice, send it again"
+        "event loop, and has sent no heartbeat for a minute. If the task may run twice, send it "
+        "again"
     )
 
     @property
     def message(self) -> str:
-        """What happened, to what, and what mends it."""
+        """What happened, to which task or table, and the remedy."""
         if len(self.args) > 2:
             return self._text_of_lost.format(self.args[0], self.args[2])
         return super().message
 
 
 class SchemaError(TaskiqSaPgError):
-    """The tables are absent, unfit or out of reach, or could not be made; names the remedy."""
+    """Tables are missing, do not match, or cannot be created or read; names the remedy."""
 
 
 class StorageError(TaskiqSaPgError):
-    """PostgreSQL refused a statement or could not be reached. Its args: the text, the SQLSTATE."""
+    """PostgreSQL rejected a statement or is unreachable. Its args: the text, the SQLSTATE."""
 
     _text = "{}"
 
     @property
     def sqlstate(self) -> str | None:
-        """PostgreSQL's five-character error code; None when no server answered."""
+        """PostgreSQL's five-character error code; None if no server answered."""
         sqlstate = self.args[1] if len(self.args) > 1 else None
         return None if sqlstate is None else str(sqlstate)
 
 
 class ResultIsMissingError(TaskiqSaPgError, ResultGetError):
-    """There is no result: the task has not finished, or its result was taken or deleted.
+    """The task has no result: it has not finished, or its result was deleted or has expired.
 
     Its args: the task id, the table.
     """
@@ -109,77 +111,78 @@ class ResultIsMissingError(TaskiqSaPgError, ResultGetError):
 
 
 class NotResendableError(TaskiqSaPgError):
-    """A task cannot be sent again from what was recorded. Its args: the task id, the reason."""
+    """A task cannot be sent again from its recorded data. Its args: the task id, the reason."""
 
     _text = "task {!r} cannot be sent again: {}"
 
 
 class ResultDecodeError(TaskiqSaPgError, ResultGetError):
-    """A stored value that cannot be read back; the row stays where it is.
+    """A stored value cannot be decoded; the row is not deleted.
 
     Its args: what was read, the table, the reason.
     """
 
     _text = (
-        "cannot decode {} in table {}: {}. The row was left in place; was it written with another "
+        "cannot decode {} in table {}: {}. The row was not deleted. Was it written with another "
         "serializer, or by code that this process cannot import?"
     )
 
 
 class MissingColumnsError(TaskiqSaPgError, LookupError):
-    """A row from which no result can be decoded, because its select left columns out.
+    """No result can be decoded from a row, because its select omits columns.
 
     Its args: the names of the columns, the table.
     """
 
     _text = (
-        "the row has no {} of table {}: select the whole model or these columns too. Columns that "
-        "are deferred, or expired by a commit, count as left out; and an outer join has none where "
-        "there is no result"
+        "the row has no {} of table {}: select the whole model, or these columns too. Deferred "
+        "columns and columns expired by a commit count as missing. An outer join has no columns "
+        "if there is no result"
     )
 
 
 class PayloadTooLargeError(TaskiqSaPgError, ResultSetError):
-    """A serialized value beyond max_payload_bytes, or beyond what a column of PostgreSQL can hold.
+    """A serialized value exceeds max_payload_bytes, or the limit of a PostgreSQL column.
 
-    That is 1,000,000,000 bytes and, of JSONB, 268,435,000. A task that returns one gets this error
-    as its result. Its args: what it was, its bytes, the limit.
+    A column stores 1,000,000,000 bytes, or 268,435,000 bytes as JSONB. This error is stored as the
+    task's result if its return value is too large. Its args: the value's role, its size in bytes,
+    the limit in bytes.
     """
 
     _text = (
-        "{} takes {} bytes, and the limit is {}: that of max_payload_bytes, or what a column can "
-        "hold at all. Keep it elsewhere and return where it is"
+        "{} takes {} bytes, and the limit is {} (max_payload_bytes, or the limit of a column). "
+        "Store it elsewhere and return its location"
     )
 
 
 class ResultSerializationError(TaskiqSaPgError, ResultSetError):
-    """A value that the serializer cannot hold, not even in its JSON-able form.
+    """A value cannot be serialized, not even in its JSON-able form.
 
-    A task that returns one gets this error as its result. Its args: what it was, the name of
-    its type, the reason.
+    This error is stored as the task's result if its return value cannot be serialized. Its args:
+    the value's role, the name of its type, the reason.
     """
 
     _text = (
-        "cannot serialize {} of type {}: {}. Return plain data, or choose a serializer that can "
-        "hold it"
+        "cannot serialize {} of type {}: {}. Return plain data, or choose a serializer that "
+        "supports it"
     )
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuses what is neither True nor False, such as the environment's "false".
+    """Checks that a value is True or False, and not a text such as "false" from the environment.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: It is not.
     """
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} must be True or False, not {value!r}")
 
 
 def check_whole(name: str, value: object, least: int = 1, *, or_none: bool = False) -> None:
-    """Refuses what is no int of `least` or more, nor None where that is allowed.
+    """Checks that a value is an int of `least` or more, or None if `or_none`.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: It is not.
     """
     if value is None and or_none:
         return
@@ -196,15 +199,17 @@ def check_number(
     is_above: bool = False,
     or_none: bool = False,
 ) -> None:
-    """Refuses what is no number of `least` or more, or above it; nor None where that is allowed.
+    """Checks that a value is a number of `least` or more (above `least` if `is_above`).
+
+    None is accepted if `or_none`.
 
     Raises:
-        ConfigurationError: It is something else, such as NaN.
+        ConfigurationError: It is not, or it is NaN.
     """
     if value is None and or_none:
         return
     if isinstance(value, int | float) and not isinstance(value, bool):
-        fits = value > least if is_above else value >= least  # NaN is not
+        fits = value > least if is_above else value >= least  # False for NaN
     else:
         fits = False
     if not fits:
@@ -214,26 +219,26 @@ def check_number(
 
 
 def well_spelled(given: dict[str, Any], owner: type) -> dict[str, Any]:
-    """Arguments for another function, none of which is nearly one of the owner's own.
+    """Returns arguments for another function, after a check for misspelled ones of the owner.
 
     Raises:
-        ConfigurationError: One is; names the argument that may have been meant.
+        ConfigurationError: An argument resembles one of the owner's; suggests that one.
     """
-    # Who gets them refuses the others, too, and knows no better ones.
+    # Other unknown arguments are rejected by the function that receives them.
     parameters = inspect.signature(owner).parameters.values()
     ours = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
     for name in given:
-        # json_serializer, which is an engine's, is 0.8 like serializer.
+        # An engine's json_serializer has a similarity of 0.8 to serializer.
         for close in get_close_matches(name, ours, n=1, cutoff=0.85):
             raise ConfigurationError(f"there is no argument {name}: did you mean {close}?")
     return given
 
 
 def check_serializer(serializer: object) -> None:
-    """Refuses what is no serializer, with which every result would be lost.
+    """Checks that a value is a serializer; otherwise every result would be lost.
 
     Raises:
-        ConfigurationError: It is a name, a class, or lacks dumpb() or loadb().
+        ConfigurationError: It is a name or a class, or has no dumpb() or loadb().
     """
     methods = (getattr(serializer, name, None) for name in ("dumpb", "loadb"))
     if isinstance(serializer, type) or not all(map(callable, methods)):

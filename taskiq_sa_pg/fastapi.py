@@ -30,8 +30,8 @@ _FORBIDDEN: Final = {"model": Problem, "description": "The tasks may not be list
 _NOT_FOUND: Final = {"model": Problem, "description": "No such task"}
 _EXPIRED: Final = {"model": Problem, "description": "The result has expired"}
 _UNAVAILABLE: Final = {"model": Problem, "description": "The results cannot be read now"}
-_EVENTS: Final = "Events `progress`, the current one first, and at the end `result` or `gone`"
-_HAS_RESULT: Final = "Nothing more: the client has had the last event"
+_EVENTS: Final = "Events `progress`, beginning with the current one, then `result` or `gone`"
+_HAS_RESULT: Final = "No content: the client has already received the last event"
 
 
 def task_router(
@@ -44,36 +44,36 @@ def task_router(
     heartbeat: float = 15.0,
     **options: Any,
 ) -> APIRouter:
-    """A router that serves results and progress of a backend, which must be started.
+    """Returns a router that serves results and progress of a backend, which must be started.
 
         app.include_router(task_router(backend, may_see=may_see), prefix="/tasks")
 
-    `GET /{task_id}` answers 200 with a TaskAnswer if the task has finished, 202 with one if it has
-    not, 404 if it is unknown, 410 if its result has expired, and 503, which is logged, if
-    PostgreSQL cannot be reached. `GET /{task_id}/events` is a stream of server-sent events:
-    `progress`, and at the end `result`. `GET /` lists finished tasks as a TaskPage. No request
-    deletes anything, not even with keep_results=False. The routes are named "get_task",
-    "stream_events" and "list_tasks".
+    `GET /{task_id}` returns a TaskAnswer: status 200 if the task has finished, 202 if not. Errors
+    are 404 if the task is unknown, 410 if its result has expired, and 503 (which is logged) if
+    PostgreSQL is unreachable. `GET /{task_id}/events` is a stream of server-sent events:
+    `progress`, then `result`. `GET /` lists finished tasks as a TaskPage. No request deletes
+    anything, even with keep_results=False. The routes are named "get_task", "stream_events" and
+    "list_tasks".
 
     Args:
         backend: Your result backend.
         may_see: Called with the request and a task id; returns whether this client may see the
-            task. If not, the answer is 404, as for an unknown task. It is not called for ids that
-            the column cannot hold, and gets UUIDs with dashes. It may be async; otherwise it runs
-            in a thread. It may raise HTTPException. None shows each task to everybody who knows
-            its id and passes the router's dependencies.
-        may_list: Called with the request; returns True, False (the answer is 403), or a condition
-            on backend.models.Result, which limits the list. None: there is no `GET /`.
-        unknown: The answer for a task of which the database knows nothing: "not_found" is 404,
-            "pending" is 202. The latter is for a backend without track=, with a may_see that knows
-            which tasks were sent.
+            task. If not, the response is 404, as for an unknown task. It is not called for ids
+            that the column cannot store, and gets UUIDs with dashes. It may be async; otherwise it
+            runs in a thread. It may raise HTTPException. None allows all clients that know the
+            task id and pass the router's dependencies.
+        may_list: Called with the request; returns True, False (the response is 403), or a
+            condition on backend.models.Result that limits the list. None omits `GET /`.
+        unknown: The response if nothing is stored for a task: "not_found" is 404, "pending" is
+            202. Use "pending" with a backend without track= if may_see knows which tasks were
+            sent.
         retry_after: Seconds in the header `Retry-After` of 202 and 503.
         heartbeat: Seconds without an event after which a stream sends a comment, so that proxies
             keep the connection open.
         **options: Passed to APIRouter: `dependencies`, `prefix`, `tags` and so on.
 
     Raises:
-        ConfigurationError: An argument that cannot work.
+        ConfigurationError: An argument is invalid.
     """
     endpoints = TaskEndpoints(
         backend,

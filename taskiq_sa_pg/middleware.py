@@ -1,4 +1,4 @@
-"""TaskMetadataMiddleware: what taskiq knows of a task goes into the row of its result."""
+"""TaskMetadataMiddleware: stores what taskiq knows about a task in the row of its result."""
 
 import asyncio
 import json
@@ -32,10 +32,10 @@ from taskiq_sa_pg.results import REDACTED_LABEL, State, TaskStatus, WorkerProces
 
 logger = logging.getLogger(__name__)
 
-# On its way from the sender to the worker; no result has it.
+# Carried from the sender to the worker; removed before the result is stored.
 QUEUED_AT_LABEL: Final = "taskiq_sa_pg_queued_at"
 
-# What Context.requeue() counts in.
+# Context.requeue() counts in this label.
 _REQUEUE_LABEL: Final = "X-Taskiq-requeue"
 
 _EXECUTION: Final = "_taskiq_sa_pg_execution"
@@ -49,27 +49,28 @@ RedactFunction = Callable[[str, list[Any], dict[str, Any]], _Redacted | Awaitabl
 class TaskMetadataMiddleware(TaskiqMiddleware):
     """Fills columns of the results table: task_name, args, kwargs, worker, queued_at, started_at.
 
-    They go into the row that set_result() writes anyway. Where the backend tracks tasks, it also
-    tells it what they are at before they have a result. Add it to the broker of a
-    SQLAlchemyResultBackend, where tasks are sent and where they are executed; with another result
-    backend it does nothing. Whatever fails is logged and left out, and the result is stored.
+    They are stored in the row that set_result() writes anyway. If the backend tracks tasks, the
+    middleware also stores the status of unfinished tasks. Add it to the broker of a
+    SQLAlchemyResultBackend, both where tasks are sent and where they are executed. With another
+    result backend it does nothing. If recording fails, the error is logged and the result is
+    stored without that value.
 
     Args:
         record_args: Whether to record the task's arguments, as JSON.
-        redact: With record_args: called with task name, args and kwargs before the task starts;
-            returns the args and kwargs to record, of which either may be None, which records
-            none. It gets copies in their JSON-able form, which it may change. It may be
-            async, and should be quick. If it raises, no arguments are recorded.
-        record_worker: Whether to record who executed the task.
-        worker: Who that is; None is `host:pid`.
-        max_args_bytes: The most bytes of args and kwargs as JSON; larger ones are not recorded.
-        abandon_lost: Whether an error result (TaskAbandonedError) is stored for a task that was
-            lost with its worker and has no result, so that those who wait for it get an answer. It
-            is for brokers that do not deliver such a task again; a result that comes later
-            replaces it.
+        redact: Called with task name, args and kwargs before the task starts; needs record_args.
+            Returns the args and kwargs to record; either may be None, which records none. It
+            receives copies in their JSON-able form, which it may change. It may be async, and
+            should be fast. If it raises, no arguments are recorded.
+        record_worker: Whether to record the name of the worker that executed the task.
+        worker: The worker's name. None is `host:pid`.
+        max_args_bytes: Maximum size in bytes of args and kwargs as JSON. Larger arguments are not
+            recorded.
+        abandon_lost: Whether to store an error result (TaskAbandonedError) for a task that was
+            lost with its worker and has no result, so that waiting clients get an answer. Use it
+            with brokers that do not redeliver such a task. A later result replaces the error.
 
     Raises:
-        ConfigurationError: An argument that cannot work, or two that contradict each other.
+        ConfigurationError: An argument is invalid, or two arguments contradict each other.
     """
 
     def __init__(
@@ -86,17 +87,17 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         check_flag("record_args", record_args)
         check_flag("record_worker", record_worker)
         if redact is not None and not record_args:
-            raise ConfigurationError("redact is for record_args=True; else leave it out")
+            raise ConfigurationError("redact needs record_args=True")
         if redact is not None and not callable(redact):
             raise ConfigurationError(f"redact must be a callable, not {redact!r}")
         if worker is not None and not record_worker:
-            raise ConfigurationError("worker is for record_worker=True; else leave it out")
+            raise ConfigurationError("worker needs record_worker=True")
         if not isinstance(worker, str | None):
             raise ConfigurationError(f"worker must be a str or None, not {worker!r}")
         check_whole("max_args_bytes", max_args_bytes)
         check_flag("abandon_lost", abandon_lost)
         if abandon_lost and not record_worker:
-            raise ConfigurationError("abandon_lost is for record_worker=True; else leave it out")
+            raise ConfigurationError("abandon_lost needs record_worker=True")
         self._record_args: Final = record_args
         self._redact: Final = redact
         self._record_worker: Final = record_worker
@@ -110,48 +111,49 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         self._has_warned = False
 
     def set_broker(self, broker: AsyncBroker) -> None:
-        """Called by the broker that it is added to.
+        """Called by the broker when the middleware is added to it.
 
         Raises:
-            ConfigurationError: It has been added to another one, or abandon_lost is for others.
+            ConfigurationError: It was added to another broker before, or abandon_lost is set with
+                a SQLAlchemyBroker.
         """
         if self._abandon_lost and isinstance(broker, SQLAlchemyBroker):
             raise ConfigurationError(
-                "abandon_lost is for brokers that do not deliver a lost task again, and a "
-                "SQLAlchemyBroker does: leave it out"
+                "abandon_lost is for brokers that do not redeliver lost tasks; SQLAlchemyBroker "
+                "does: omit abandon_lost"
             )
         if self.broker not in {None, broker}:
             raise ConfigurationError(
-                "this TaskMetadataMiddleware belongs to another broker: make one for each"
+                "this TaskMetadataMiddleware belongs to another broker: create one for each broker"
             )
         super().set_broker(broker)
 
     def startup(self) -> None:
-        """Has a worker process say that it is alive, as soon as the backend is started.
+        """Makes a worker process send heartbeats as soon as the backend is started.
 
         Raises:
-            ConfigurationError: abandon_lost, and the backend does not see which tasks are lost.
+            ConfigurationError: abandon_lost is set, and the backend cannot detect lost tasks.
         """
         backend = self._backend()
         if backend is None:
             return
         if self._abandon_lost and not _sees_workers(backend):
             raise ConfigurationError(
-                'abandon_lost needs a result backend with track="started" and, where it has models '
-                "of your own, one of WorkerMixin"
+                'abandon_lost needs a result backend with track="started" and, if you pass your '
+                "own models, a model with WorkerMixin"
             )
         if self._record_worker and self.broker.is_worker_process:
             backend.expect_worker(self._process)
 
     async def shutdown(self) -> None:
-        """Ends that, and deletes the row of the process; in two seconds at most."""
+        """Ends the heartbeats and deletes the row of the process, within two seconds."""
         backend = self._backend()
         if backend is not None:
             await backend.end_worker(self._process)
 
     async def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
-        """Notes when the task is queued, by the sender's clock."""
-        if is_for_tick(message):  # of several schedulers, one sends it, by a statement of its own
+        """Records when the task is queued, by the sender's clock."""
+        if is_for_tick(message):  # only one of several schedulers sends it, in its own statement
             return self.pre_send_in_session(message)
         backend = self._backend()
         if backend is not None:
@@ -163,41 +165,41 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
                 status = TaskStatus(message.task_id, state, task_name, attempt, queued_at)
                 await _note(backend, status)
             except Exception:
-                logger.exception("task %s: its metadata are not recorded", message.task_id)
+                logger.exception("task %s: its metadata is not recorded", message.task_id)
         return message
 
     def pre_send_in_session(self, message: TaskiqMessage) -> TaskiqMessage:
-        """The same of a task that is sent in a transaction, and of which nothing is told yet."""
+        """The same for a task that is sent in a transaction; stores no status yet."""
         if self._backend() is not None:
             message.labels[QUEUED_AT_LABEL] = datetime.now(UTC).isoformat()
         return message
 
     async def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
-        """Notes what is known before the task starts, which may change its arguments."""
+        """Records what is known before the task starts, because a task may change its arguments."""
         backend = self._backend()
         if backend is not None:
             try:
                 await self._note_start(backend, message)
             except Exception:
-                logger.exception("task %s: its metadata are not recorded", message.task_id)
+                logger.exception("task %s: its metadata is not recorded", message.task_id)
         return message
 
     def on_error(
         self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException
     ) -> None:
-        """Notes that the task has raised, which other middlewares may take away from its result."""
+        """Records that the task has raised; other middlewares may remove that from its result."""
         execution: _Execution | None = vars(message).get(_EXECUTION)
         if execution is not None and not isinstance(exception, NoResultError):
             execution.has_failed = True
 
     async def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
-        """Hands over to set_result() what was noted."""
+        """Passes the recorded metadata to set_result()."""
         backend = self._backend()
         if backend is None:
             return
         try:
             metadata = codec.task_metadata_of(message)
-            if metadata is codec.NO_TASK_METADATA:  # another middleware has made a new message
+            if metadata is codec.NO_TASK_METADATA:  # another middleware replaced the message
                 metadata = codec.TaskMetadata(codec.storable_text(message.task_name))
             codec.attach(result, metadata)
             result.labels.pop(QUEUED_AT_LABEL, None)
@@ -206,7 +208,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
                 result.labels[REDACTED_LABEL] = True
             await _note_end(backend, message, result)
         except Exception:
-            logger.exception("task %s: its metadata are not recorded", message.task_id)
+            logger.exception("task %s: its metadata is not recorded", message.task_id)
 
     async def _note_start(self, backend: _Backend, message: TaskiqMessage) -> None:
         queued_at, started_at = _queued_at(message), datetime.now(UTC)
@@ -228,23 +230,23 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
         await _note(backend, status)
 
     async def _arguments_of(self, message: TaskiqMessage) -> tuple[str | None, str | None, bool]:
-        """Arguments as JSON text, None if they are not recorded, and whether they are redacted."""
+        """Args and kwargs as JSON text, None if not recorded; and whether they are redacted."""
         name = f"{message.task_name} {message.task_id}"
         try:
             args, kwargs = _to_jsonable([message.args, message.kwargs])
-        except Exception as exc:  # noqa: BLE001 - types of the application's
-            logger.error("task %s: its arguments are no JSON: %r", name, exc)  # noqa: TRY400 - the reason says it all
+        except Exception as exc:  # noqa: BLE001 - the types are the application's
+            logger.error("task %s: its arguments cannot be converted to JSON: %r", name, exc)  # noqa: TRY400 - the reason is enough
             return None, None, False
         try:
             is_redacted = False
             if self._redact is not None:
-                before = _canonical([args, kwargs])  # now, because it may change what it gets
+                before = _canonical([args, kwargs])  # now, because redact may change them in place
                 redacted = await maybe_awaitable(self._redact(message.task_name, args, kwargs))
                 args, kwargs = _to_jsonable(_checked(redacted))
                 is_redacted = _canonical([args, kwargs]) != before
             texts = _to_json(args), _to_json(kwargs)
         except Exception as exc:  # noqa: BLE001 - the application's function
-            # Neither its text nor a traceback: they may hold what was to be redacted.
+            # No text and no traceback: they may contain the values to redact.
             reason = codec.qualified_name(type(exc))
             logger.error("task %s: its arguments are not recorded: %s", name, reason)  # noqa: TRY400 - as above
             return None, None, False
@@ -279,7 +281,7 @@ class TaskMetadataMiddleware(TaskiqMiddleware):
 
 @dataclass(slots=True)
 class _Execution:
-    """One execution of a message, which bears it as it bears its TaskMetadata."""
+    """One execution of a message, attached to the message like its TaskMetadata."""
 
     status: TaskStatus
     requeues: Any
@@ -288,23 +290,23 @@ class _Execution:
 
 
 async def _note_end(backend: _Backend, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
-    """Notes what comes instead of a result."""
+    """Stores the status of an execution that ends without a result."""
     execution: _Execution | None = vars(message).get(_EXECUTION)
     if execution is None or not isinstance(result.error, NoResultError):
         return
     state: State
     if message.labels.get(_REQUEUE_LABEL) != execution.requeues:
         state = _state_when_sent(execution.status.attempt)
-    elif execution.has_failed:  # another middleware has taken the error away, to try again
+    elif execution.has_failed:  # another middleware removed the error, to retry the task
         state = "retrying"
     else:
         state = "unknown"
-    # Of the message that was executed: a retry middleware has changed its labels since.
+    # From the executed message: a retry middleware has changed its labels since.
     await _note(backend, replace(execution.status, state=state))
 
 
 async def _note(backend: _Backend, status: TaskStatus) -> None:
-    """Stores a status; a task matters more than its status, and waits for seconds at most."""
+    """Stores a status. The task is more important than its status, so the time is limited."""
     if backend.track is None:
         return
     timeout = backend.settings.timings.status_retry
@@ -312,7 +314,7 @@ async def _note(backend: _Backend, status: TaskStatus) -> None:
         async with asyncio.timeout(timeout):
             await backend.set_status(status)
     except (TimeoutError, TaskiqSaPgError) as exc:
-        complaint = "task %s: that it is %s is not recorded: %s"
+        complaint = "task %s: status %s is not recorded: %s"
         reason = str(exc) or f"PostgreSQL did not answer within {timeout:g} s"
         logger.warning(complaint, status.task_id, status.state, reason)
 
@@ -339,7 +341,7 @@ def _queued_at(message: TaskiqMessage) -> datetime | None:
     except KeyError:  # the sender has no such middleware
         return None
     except Exception:  # noqa: BLE001 - a label can be anything
-        logger.warning("task %s: its label %s is no time", message.task_id, QUEUED_AT_LABEL)
+        logger.warning("task %s: its label %s is not a time", message.task_id, QUEUED_AT_LABEL)
         return None
 
 
@@ -370,5 +372,5 @@ def _to_json(values: list[Any] | dict[str, Any] | None) -> str | None:
 
 
 def _storable(value: Any) -> Any:
-    """The value, or the wrapper of one that jsonb would refuse or change."""
+    """The value, or a wrapper for a value that jsonb would reject or change."""
     return value if codec.is_plain(value) else codec.wrap(json.dumps(value).encode())

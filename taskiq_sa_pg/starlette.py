@@ -29,15 +29,15 @@ def task_routes(
     retry_after: int = 1,
     heartbeat: float = 15.0,
 ) -> list[Route]:
-    """Routes that serve the tasks of a backend; mount them where you like.
+    """Returns routes that serve the tasks of a backend; mount them at any path.
 
         Starlette(routes=[Mount("/tasks", routes=task_routes(backend, may_see=may_see))])
 
-    They are named "get_task", "stream_events" and "list_tasks". What they answer, and the
-    arguments, are those of taskiq_sa_pg.fastapi.task_router().
+    They are named "get_task", "stream_events" and "list_tasks". Their responses and the arguments
+    are those of taskiq_sa_pg.fastapi.task_router().
 
     Raises:
-        ConfigurationError: An argument that cannot work.
+        ConfigurationError: An argument is invalid.
     """
     endpoints = TaskEndpoints(
         backend,
@@ -64,7 +64,7 @@ def task_routes(
     if may_list is not None:
         routes.append(Route("/", list_tasks))
     for route in routes:
-        route.methods = {"GET"}  # without the HEAD that Starlette adds: a stream has no end
+        route.methods = {"GET"}  # without HEAD, which Starlette adds: a stream does not end
     return routes
 
 

@@ -1,19 +1,19 @@
-"""Task ids that come in the order of time."""
+"""Task ids in order of time."""
 
 import secrets
 import time
 from typing import Final
 
-# What UUIDs call the variant, above 62 bits.
+# The variant of a UUID, above 62 random bits.
 _VARIANT: Final = 1 << 63
 
 
 def make_task_id() -> str:
-    """A UUID of version 7 as 32 hex digits, for `broker.with_id_generator(make_task_id)`.
+    """Returns a UUID of version 7 as 32 hex digits, for `broker.with_id_generator(make_task_id)`.
 
-    It begins with the milliseconds since 1970 and what part of the next one has passed, in steps
-    of 244 ns, so the ids of one process come in order as far as its clock does. The other 62 bits
-    are random, of the operating system's source. Every field_for_task_id can hold it.
+    It begins with the milliseconds since 1970 and a fraction in steps of 244 ns. So the ids of one
+    process are in order, unless its clock is set back. The other 62 bits are random, from the
+    operating system's source. Every field_for_task_id can store it.
     """
     milliseconds, rest = divmod(time.time_ns(), 1_000_000)
     # RFC 9562, 6.2, method 3.

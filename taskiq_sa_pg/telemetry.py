@@ -1,6 +1,6 @@
-"""What a backend does, in figures: always counted, and told to OpenTelemetry where it is installed.
+"""Counts what a backend does; also reports it to OpenTelemetry if that is installed.
 
-Of OpenTelemetry only the API is used, which does nothing until the application sets up an SDK.
+Only OpenTelemetry's API is used, which does nothing until the application sets up an SDK.
 """
 
 import time
@@ -32,7 +32,7 @@ ListenerState = Literal["off", "idle", "connecting", "replica", "listening"]
 
 _SCOPE: Final = "taskiq_sa_pg"
 
-# What OpenTelemetry's SDK keeps of a span's links.
+# OpenTelemetry's SDK keeps at most this number of links per span.
 MAX_LINKS: Final = 128
 
 
@@ -41,12 +41,12 @@ class BatchStats:
     """The calls of one operation, and the batches in which they were sent.
 
     Attributes:
-        calls: How many calls there were.
-        batches: How many batches went to PostgreSQL, those that failed included.
-        largest: How many tasks the largest batch had.
-        waited: For how many seconds the first calls of all batches together waited for theirs.
-        longest_wait: For how many seconds a call waited for its batch at most.
-        pending: How many tasks have calls now that are not answered yet.
+        calls: Number of calls.
+        batches: Number of batches sent to PostgreSQL, including failed ones.
+        largest: Number of tasks in the largest batch.
+        waited: Seconds that the first call of each batch waited for the batch, in total.
+        longest_wait: Longest time in seconds that a call waited for its batch.
+        pending: Number of tasks whose calls have not been answered yet.
     """
 
     calls: int
@@ -59,16 +59,16 @@ class BatchStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a backend has done since it was made, in this process.
+    """What a backend has done in this process since it was created.
 
     Attributes:
         operations: The calls by operation: "set_result", "get_result" and so on.
-        retries: How often a statement was tried again.
+        retries: Number of retried statements.
         pruned: Deleted rows by table: "results", "progress", "status".
-        listener: "listening" while waiters are woken by push, "connecting" before that, "replica"
-            where the server is a read replica and so cannot, "idle" where nobody waits, "off" with
-            notify=False.
-        waiters: How many wait for results or progress now.
+        listener: "listening" while notifications wake waiting clients, "connecting" before that,
+            "replica" if the server is a read replica, which has no notifications, "idle" if no
+            client waits, "off" with notify=False.
+        waiters: Number of calls that now wait for results or progress.
     """
 
     operations: Mapping[str, BatchStats]
@@ -79,12 +79,12 @@ class Stats:
 
 
 class BatchMeter:
-    """Counts the calls and batches of one operation, and makes spans of the batches."""
+    """Counts the calls and batches of one operation, and creates spans for the batches."""
 
     def __init__(self, operation: str = "", table: str = "") -> None:
         self.calls = 0
-        self.is_tracing = False  # whether calls have to say who their caller() is
-        self.queues: list[Any] = []  # where calls wait; each has a number `pending`
+        self.is_tracing = False  # whether calls must record their caller()
+        self.queues: list[Any] = []  # queues of waiting calls; each has a number `pending`
         self.attributes: Final[Mapping[str, Any]] = {
             "db.system.name": "postgresql",
             "db.operation.name": operation,
@@ -95,14 +95,14 @@ class BatchMeter:
         self._waited = self._longest_wait = 0.0
 
     def caller(self) -> Any:
-        """Who calls now: what its span is known by."""
+        """The span context of the current caller."""
         return trace.get_current_span().get_span_context()
 
     def flushing(self, entries: Collection[Any]) -> AbstractContextManager[Any] | None:
-        """Counts a batch that begins now; what it is to run in, if anything.
+        """Counts a batch that begins now, and returns the span to run it in, if any.
 
-        An entry has waited `since` then, by time.perf_counter(); each of its `calls` ends with its
-        caller.
+        An entry has waited `since` a time of time.perf_counter(). The last item of each of its
+        `calls` is the caller.
         """
         size = len(entries)
         waited = time.perf_counter() - next(iter(entries)).since
@@ -124,19 +124,19 @@ class BatchMeter:
 
     @property
     def pending(self) -> int:
-        """How many tasks have calls that are not answered yet."""
+        """Number of tasks whose calls have not been answered yet."""
         return sum(queue.pending for queue in self.queues)
 
     @property
     def stats(self) -> BatchStats:
-        """What was counted."""
+        """The counts of this operation."""
         return BatchStats(
             self.calls, self._batches, self._largest, self._waited, self._longest_wait, self.pending
         )
 
 
 class Telemetry:
-    """All the figures of one backend."""
+    """All counts of one backend."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Telemetry:
 
     @property
     def stats(self) -> Stats:
-        """What was counted until now."""
+        """The counts until now."""
         return Stats(
             {operation: meter.stats for operation, meter in self.meters.items()},
             self._retries,
@@ -166,7 +166,7 @@ class Telemetry:
         )
 
     def note_retry(self) -> None:
-        """Counts a statement that is tried again."""
+        """Counts a statement that is retried."""
         self._retries += 1
         if _HAS_OPENTELEMETRY:
             _RETRIES.add(1, self.attributes)
@@ -178,7 +178,7 @@ class Telemetry:
             _PRUNED.add(number, {**self.attributes, "taskiq_sa_pg.rows": rows_of})
 
     def pruning(self) -> AbstractContextManager[Any]:
-        """Has a span for as long as a pruning takes, below that of whoever calls."""
+        """A span for one run of prune(), as a child of the caller's span."""
         if not (_HAS_OPENTELEMETRY and _is_tracing()):
             return nullcontext()
         attributes = {**self.attributes, "db.operation.name": "prune"}
@@ -186,7 +186,7 @@ class Telemetry:
         return _span(name, attributes, [trace.get_current_span().get_span_context()])
 
 
-# Those that gauges are asked of; OpenTelemetry's API never lets go of a callback.
+# Observed by the gauges. Weak, because OpenTelemetry's API never releases a callback.
 _LIVE: Final[WeakSet[Telemetry]] = WeakSet()
 
 
@@ -201,7 +201,7 @@ def _span(
     callers = list(islice(known, MAX_LINKS))
     if len(callers) == 1:
         parent = trace.set_span_in_context(trace.NonRecordingSpan(callers[0]))
-    else:  # of no caller more than of the others
+    else:  # a root span, with links to its callers
         parent = context.Context()
     return trace.get_tracer(_SCOPE).start_as_current_span(
         name,
@@ -232,15 +232,13 @@ if _HAS_OPENTELEMETRY:
     _meter = metrics.get_meter(_SCOPE)
     _BATCH_SIZE = _meter.create_histogram("taskiq_sa_pg.batch.size", "{task}", "Tasks in one batch")
     _QUEUE_WAIT = _meter.create_histogram(
-        "taskiq_sa_pg.queue.wait", "s", "For how long the first call of a batch waited for it"
+        "taskiq_sa_pg.queue.wait", "s", "Time that the first call of a batch waited for it"
     )
-    _RETRIES = _meter.create_counter(
-        "taskiq_sa_pg.retries", "{retry}", "Statements that were tried again"
-    )
-    _PRUNED = _meter.create_counter("taskiq_sa_pg.pruned", "{row}", "Rows that were deleted")
+    _RETRIES = _meter.create_counter("taskiq_sa_pg.retries", "{retry}", "Retried statements")
+    _PRUNED = _meter.create_counter("taskiq_sa_pg.pruned", "{row}", "Rows deleted by prune()")
     for _name, _observe, _unit, _text in (
-        ("pending", _pending, "{task}", "Tasks with calls that are not answered yet"),
-        ("listener", _listening, "1", "1 while waiters are woken by push, else 0"),
-        ("waiters", _waiting, "{waiter}", "Those that wait for results or progress"),
+        ("pending", _pending, "{task}", "Tasks whose calls have not been answered yet"),
+        ("listener", _listening, "1", "1 while notifications wake waiting clients, else 0"),
+        ("waiters", _waiting, "{waiter}", "Calls that wait for results or progress"),
     ):
         _meter.create_observable_gauge(f"taskiq_sa_pg.{_name}", [_observe], _unit, _text)

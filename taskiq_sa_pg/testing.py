@@ -1,4 +1,4 @@
-"""For the tests of applications."""
+"""Helpers for the tests of applications."""
 
 from taskiq_sa_pg.broker import InProcessBroker
 

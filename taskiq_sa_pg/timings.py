@@ -1,4 +1,4 @@
-"""How long the parts of a backend wait, in one record: tests shorten what applications cannot."""
+"""Internal timings of a backend and a broker, in one record, so that tests can shorten them."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -6,37 +6,40 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds, but for the last two. No argument of the backend: each default has its reason here.
+    """Times in seconds, except for the last two. No argument sets them; the reasons are here.
 
     Attributes:
-        keep_connection: How long a connection stays checked out between statements. Afterwards the
-            pool's own care, such as pool_recycle and pool_pre_ping, has its turn.
-        between_looks: How late what was stored without a notification is noticed at most.
-        between_unheard_looks: The same where nothing can be heard; taskiq's own waiting takes 0.2.
-        between_any_looks: Whatever asks for looks, they come no faster than this.
-        between_probes: How often the listener is probed, and within which time a probe is heard.
-        first_reconnect: How soon a lost listener connects again; each failure doubles it.
-        last_reconnect: Up to this.
-        after_notification: The pause after a notification of one task. It takes a lock of the whole
-            database, so under load the ids of several batches share one.
-        after_notifications: The pause after one of several tasks.
-        after_hint: The pause after workers were told of new tasks. Only idle ones need it.
-        lock: For how long a step of the schema waits for a lock: whoever comes meanwhile waits
-            behind it, so better to give way and to try again.
-        status_retry: For how long a status is tried to be stored: a task waits for it.
-        between_polls: How late a worker notices a task whose notification was lost at most.
-        between_unheard_polls: The same where nothing can be heard.
-        between_busy_polls: The pause before tasks that another worker is claiming are looked at.
-        unused_claim: For how long a worker keeps tasks that it has claimed and not begun with;
-            then others may have them.
-        end_of_claim: How long a worker that stops waits for the answer to its last claim, and then
-            tries to give back what it has: in an outage, that comes back when its lease ends.
-        between_beats: How often a worker says that it is alive.
-        beat: For how long one such statement is tried: another comes soon.
-        end_of_beat: For how long a worker that stops tries to delete its row.
-        max_pending_notifications: Beyond so many ids nobody is told one by one: a look is cheaper.
-        pruned_at_once: Rows that a pruning transaction deletes at most. With 200, those who store
-            results meanwhile take 1.2 ms instead of 1.5 (p50), and pruning takes twice as long.
+        keep_connection: How long a connection stays checked out between statements. Afterwards it
+            returns to the pool, so that pool_recycle and pool_pre_ping take effect.
+        between_looks: Interval of polls while listening: finds rows stored without a notification.
+        between_unheard_looks: The same without a listener; taskiq's own interval is 0.2.
+        between_any_looks: Minimum interval between two polls, whatever requests them.
+        between_probes: Interval of the listener's probes, and the time limit of each.
+        first_reconnect: Delay before a lost listener reconnects; each failure doubles it.
+        last_reconnect: Maximum of that delay.
+        after_notification: Pause after a notification of one task. A notification takes a
+            database-wide lock, so under load the ids of several batches share one.
+        after_notifications: Pause after a notification of several tasks.
+        after_hint: Pause after a notification of new tasks. Only idle workers need it.
+        lock: How long a step of the schema waits for a lock. Other transactions queue behind it, so
+            the step gives up and retries.
+        status_retry: How long storing a status is retried; the task waits for it.
+        between_polls: Interval of a worker's polls while listening: finds tasks whose notification
+            was lost.
+        between_unheard_polls: The same without a listener.
+        between_busy_polls: Pause before a worker polls again if another worker is claiming tasks.
+        unused_claim: How long a worker keeps claimed tasks that it has not begun to execute;
+            then it returns them for other workers.
+        end_of_claim: How long a stopping worker waits for its last claim, and then tries to return
+            its tasks. If PostgreSQL is unreachable, they are redelivered when their lease ends.
+        between_beats: Interval of a worker's heartbeats.
+        beat: How long one heartbeat is retried; the next one follows soon.
+        end_of_beat: How long a stopping worker tries to delete its row.
+        max_pending_notifications: With more ids than this, they are not notified one by one,
+            because a poll costs less.
+        pruned_at_once: Maximum number of rows that one pruning transaction deletes. With 200,
+            storing a result meanwhile takes 1.2 ms instead of 1.5 (p50), and pruning takes twice as
+            long.
     """
 
     keep_connection: float = 5.0

@@ -1,39 +1,40 @@
-"""The gathering window: when a write is worth holding back until others have come."""
+"""The gathering window: decides when a write waits for others to join its batch."""
 
 import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 from weakref import WeakSet
 
-# Seconds between calls on average. Those of a slower stream would wait for longer than they save.
+# The longest average gap between calls, in seconds. With longer gaps, waiting costs more than it
+# saves.
 _FAST: Final = 0.004
 
-# Longer gaps count as this one: a single pause ends the waiting, and some twenty calls begin it.
+# Longer gaps count as this one: a single pause ends the waiting, and about twenty calls restart it.
 _LONGEST_GAP: Final = 0.05
 
-# How much the last gap counts in the average.
+# The weight of the last gap in the average.
 _WEIGHT: Final = 1 / 8
 
-# Nobody has come for so many seconds: nobody comes. At least, because gaps vary.
+# A window ends early after at least so many seconds without a call; gaps vary.
 _QUIET: Final = 0.002
 
-# Where windows end so, a worker has few places: its next task starts only when a result is stored,
-# and to wait for it holds up the tasks. After so many of such windows more than of others nobody
-# waits for so many seconds. That costs such a worker a few tasks in a hundred.
+# Windows end so if a worker runs few tasks at a time: the next one starts only when a result is
+# stored, so waiting delays the tasks. If such windows outnumber the others by _MOST_QUIET, no call
+# waits for _REST seconds. That costs such a worker a few percent of its tasks.
 _MOST_QUIET: Final = 4
 _REST: Final = 0.5
 
 
 class Window:
-    """Tells a stream of tasks that call once from callers that call again and again.
+    """Distinguishes a stream of asyncio tasks that call once from callers that call in a loop.
 
-    A worker runs every message in a task of its own, and takes one message after the other. So the
-    calls come one by one, and each would be flushed alone. A caller who loops waits for the answer
-    before the next call: it would be in vain to wait for that. He is known by his task.
+    A worker runs each message in a new asyncio task, and takes one message after the other. So the
+    calls come one by one, and each would be flushed alone. A caller in a loop waits for the answer
+    before its next call, so waiting for that would be useless. It is recognized by its task.
 
     Args:
-        seconds: How long a call waits at most; 0 never waits.
-        clock: What time it is, in seconds; None is the event loop's.
+        seconds: The most seconds that a call waits; 0 never waits.
+        clock: Returns the time in seconds; None uses the event loop's clock.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] | None = None) -> None:
@@ -42,11 +43,11 @@ class Window:
         self._callers: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._called_at = self._opened_at = self._clock()
         self._gap = _LONGEST_GAP
-        self._quiet = 0  # how many windows have ended so, more than others
+        self._quiet = 0  # the number of quiet windows minus that of others
         self._rests_until = self._clock()
 
     def is_worth_waiting(self) -> bool:
-        """Whether the call that the current task makes now had better wait for others."""
+        """Whether the call that the current task makes should wait for others."""
         caller = asyncio.current_task()
         if not self._seconds or caller is None or caller in self._callers:
             return False
@@ -57,11 +58,11 @@ class Window:
         return self._gap < _FAST and now >= self._rests_until
 
     def open(self) -> None:
-        """Begins to wait."""
+        """Starts a window."""
         self._opened_at = self._clock()
 
     def close(self) -> None:
-        """Ends the waiting, because there are no seconds left."""
+        """Ends the window, because no seconds are left."""
         now = self._clock()
         is_early = now < self._opened_at + self._seconds
         is_quiet = is_early or now - self._called_at >= self._seconds / 2
@@ -71,6 +72,6 @@ class Window:
 
     @property
     def seconds_left(self) -> float:
-        """For how long to wait on: until nothing has come for twice the usual gap."""
+        """Seconds until the window ends, unless another call comes: at most twice the usual gap."""
         quiet_at = self._called_at + max(2 * self._gap, _QUIET)
         return min(self._opened_at + self._seconds, quiet_at) - self._clock()

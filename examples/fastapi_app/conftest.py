@@ -1,4 +1,4 @@
-"""What the shop's tests need: a database of their own, its tables, workers and a web server."""
+"""Fixtures of the shop's tests: a database, its tables, workers and a web server."""
 
 import asyncio
 import importlib
@@ -34,7 +34,7 @@ Event = tuple[str, Any]
 
 @asynccontextmanager
 async def empty_database(server_dsn: str) -> AsyncIterator[str]:
-    """The address of a new database, dropped at the end with whoever is connected."""
+    """The address of a new database; it is dropped at the end, with all its connections."""
     name = f"shop_{uuid4().hex}"
     await execute(server_dsn, f"CREATE DATABASE {name}")
     try:
@@ -52,7 +52,7 @@ async def execute(dsn: str, statement: str) -> None:
 
 
 async def alembic(dsn: str, *arguments: str) -> str:
-    """What an Alembic command prints on the database."""
+    """Runs an Alembic command on the database, and returns its output."""
 
     def run() -> str:
         with project(dsn):
@@ -63,26 +63,26 @@ async def alembic(dsn: str, *arguments: str) -> str:
 
 @contextmanager
 def project(dsn: str) -> Iterator[None]:
-    """The shop's modules can be imported, for this database."""
+    """Makes the shop's modules importable, for this database."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TASKIQ_SA_PG_DSN", dsn)
         patch.setenv("ADMIN_PASSWORD", ADMIN_PASSWORD)
-        # Last, for the project has a folder `tests` too.
+        # Last, because the project also has a folder `tests`.
         patch.setattr(sys, "path", [*sys.path, str(PROJECT)])
-        forget_modules()  # of another `shop`, which a test of the command line has imported
+        forget_modules()  # another `shop` may be loaded, from a test of the command line
         yield
         forget_modules()
 
 
 def forget_modules() -> None:
-    """The next import of the shop reads it anew."""
+    """Forgets the shop's modules, so that the next import loads them again."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "shop"]:
         del sys.modules[name]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def dsn(server_dsn: str) -> AsyncIterator[str]:
-    """A database with the shop's tables, which the environment names, and two worker processes."""
+    """A database with the shop's tables, set in the environment, and two worker processes."""
     async with empty_database(server_dsn) as dsn:
         await alembic(dsn, "upgrade", "head")
         with project(dsn), workers("shop.tasks:broker", cwd=PROJECT, stop_timeout=0):
@@ -91,7 +91,7 @@ async def dsn(server_dsn: str) -> AsyncIterator[str]:
 
 @pytest.fixture(scope="module")
 def shop(dsn: str) -> ModuleType:
-    """The module `shop.app`, on that database."""
+    """The module `shop.app`, with that database."""
     return importlib.import_module("shop.app")
 
 
@@ -115,7 +115,7 @@ async def client(shop: ModuleType) -> AsyncIterator[httpx.AsyncClient]:
 
 @contextmanager
 def web_process(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """uvicorn as a process of its own."""
+    """uvicorn in a separate process."""
     command = [sys.executable, "-m", "uvicorn", "shop.app:app", f"--port={port}"]
     with subprocess.Popen([*command, "--log-level=warning"], cwd=PROJECT) as process:
         try:
@@ -140,7 +140,7 @@ async def place_order(client: httpx.AsyncClient, quantity: int, customer: str = 
 
 
 async def stream(client: httpx.AsyncClient, task: str) -> AsyncGenerator[Event, None]:
-    """The events of a task, each its name and its data; of progress, what the task has told."""
+    """The events of a task: name and data; for progress, its meta."""
     async with client.stream("GET", f"{task}/events") as response:
         assert response.status_code == 200
         assert response.headers["Content-Type"].startswith("text/event-stream")
@@ -156,7 +156,7 @@ async def stream(client: httpx.AsyncClient, task: str) -> AsyncGenerator[Event, 
 
 @asynccontextmanager
 async def packing_stopped(dsn: str) -> AsyncIterator[None]:
-    """No task gets further than its next progress, which cannot be stored; all can be read."""
+    """Tasks stop at their next progress, which cannot be stored; reading still works."""
     connection = await asyncpg.connect(dsn)
     try:
         async with connection.transaction():

@@ -1,7 +1,7 @@
 """Runs the shop until Ctrl-C: the migrations, then two worker processes and the web server.
 
-TASKIQ_SA_PG_DSN says which database, PORT (8000) where to listen, ADMIN_PASSWORD what the dashboard
-asks for; without it, a password is made up and printed.
+Environment variables: TASKIQ_SA_PG_DSN is the database, PORT (8000) the port of the web server, and
+ADMIN_PASSWORD the password of the dashboard. If that is not set, one is generated and printed.
 """
 
 import os
@@ -23,7 +23,7 @@ def main() -> None:
     if "TASKIQ_SA_PG_DSN" not in os.environ:
         sys.exit("which database? Set TASKIQ_SA_PG_DSN to postgresql://user:password@host/database")
     os.chdir(Path(__file__).parent)
-    # As Ctrl-C, so that the workers are stopped too.
+    # As for Ctrl-C, so that the workers are stopped as well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     subprocess.run([sys.executable, "-m", "alembic", "upgrade", "head"], check=True)
     port = int(os.environ.get("PORT", "8000"))
@@ -43,7 +43,7 @@ def workers() -> Iterator[None]:
     """Runs `taskiq worker`; it listens when the block is entered."""
     command = [sys.executable, "-m", "taskiq", "worker", "shop.tasks:broker", "--workers", "2"]
     with (
-        tempfile.TemporaryDirectory(prefix="w-") as folder,  # for what they leave when killed
+        tempfile.TemporaryDirectory(prefix="w-") as folder,  # workers leave files when killed
         subprocess.Popen(
             command,
             env={**os.environ, "TMPDIR": folder},

@@ -16,7 +16,7 @@ depends_on = None
 
 
 def upgrade(config: TableConfig, family: Family) -> None:
-    """Makes the tables of the family."""
+    """Creates the tables of the family."""
     family.step(1).upgrade(op, config, family.table_names(config))
 
 

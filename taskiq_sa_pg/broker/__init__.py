@@ -1,4 +1,4 @@
-"""The broker: tasks in a table of the database, beside their results."""
+"""The broker: tasks in a table of the database, next to their results."""
 
 from taskiq_sa_pg.broker.admin import ParkedTask as ParkedTask
 from taskiq_sa_pg.broker.admin import QueueCount as QueueCount

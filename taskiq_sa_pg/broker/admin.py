@@ -1,4 +1,4 @@
-"""What people look at and do in a queue: its depth, its parked tasks, its schedules."""
+"""Administration of a queue: its depth, its parked tasks and its schedules."""
 
 import asyncio
 from collections import Counter, defaultdict
@@ -27,13 +27,13 @@ from taskiq_sa_pg.statements import (
     select_parked,
 )
 
-# A statement locks no more of them at once.
+# The most tasks that one statement locks.
 _SLICE: Final = 1000
 
-# Of a queue and priority, so many parked tasks are sorted by when they were sent.
+# The most parked tasks of a queue and priority that are sorted by time of sending.
 _MOST_SORTED: Final = 10_000
 
-# What is counted, and in which state of a Tally.
+# The counts, and the state of a Tally that each comes from.
 _STATES: Final = {
     "waiting": "waiting",
     "delayed": "later",
@@ -41,7 +41,7 @@ _STATES: Final = {
     "parked": "parked",
 }
 
-# PostgreSQL's integer, and room for one more.
+# PostgreSQL's largest integer minus one.
 MAX_ROWS: Final = 2**31 - 2
 
 
@@ -52,13 +52,15 @@ class QueueCount:
     Attributes:
         queue_name: The queue.
         task_name: The task.
-        waiting: Due, and no worker has it. One whose worker died waits again when its lease ends.
-        delayed: Not due yet.
-        running: A worker has it.
-        parked: Delivered `max_deliveries` times and never acknowledged; no worker takes it.
-        oldest_waiting: For how many seconds the oldest of those that wait has been due.
+        waiting: Tasks that are due and not claimed. If a worker dies, its tasks are waiting again
+            when their leases end.
+        delayed: Tasks that are not due yet.
+        running: Tasks that a worker has claimed.
+        parked: Tasks that were delivered `max_deliveries` times and never acknowledged; they are
+            not delivered again.
+        oldest_waiting: Seconds since the oldest waiting task became due; None if none waits.
         at_least: The names of the counts that stopped at the limit, such as ("waiting",): there
-            may be more.
+            may be more tasks.
     """
 
     queue_name: str
@@ -76,11 +78,11 @@ class ParkedTask:
     """A task that was delivered `max_deliveries` times and never acknowledged.
 
     Attributes:
-        task_id: Its id.
+        task_id: The task id.
         task_name: The task.
-        queue_name: Its queue.
-        deliveries: How often it was delivered to be executed.
-        worker: The worker that gave it up, as "host:pid".
+        queue_name: The queue.
+        deliveries: The number of deliveries for execution.
+        worker: The worker that parked it, as "host:pid".
         queued_at: When it was sent, in UTC.
     """
 
@@ -96,9 +98,9 @@ class QueueAdmin:
     """Counts, lists, releases and discards the tasks of a queue, and lists its schedules.
 
     Args:
-        settings: Those of the broker.
-        database: Where the queue is.
-        announce: Called with the names of the queues that have tasks to take.
+        settings: The broker's settings.
+        database: The queue's database.
+        announce: Called with the names of queues that have due tasks.
     """
 
     def __init__(
@@ -114,13 +116,13 @@ class QueueAdmin:
         self._announce = announce
 
     async def count(self, limit: int) -> list[QueueCount]:
-        """The depth of each queue, by task name; stops counting as QueueCount.at_least says."""
+        """Counts the tasks of each queue and task name; each count stops at the limit."""
         purpose = f"count the tasks of table {self._table}"
         rows = await self._database.fetch(self._count_tasks, {"size": limit}, purpose)
         return list(_add_up([Tally._make(row) for row in rows], limit))
 
     async def count_parked(self, queue_name: str | None, task_name: str | None) -> int:
-        """How many tasks are parked, of those in a queue and of a task."""
+        """The number of parked tasks, in a queue and of a task name; None is any."""
         purpose = f"count the parked tasks of table {self._table}"
         chosen = _filter(queue_name, task_name)
         [[count]] = await self._database.fetch(self._count_parked, chosen, purpose)
@@ -129,7 +131,7 @@ class QueueAdmin:
     async def read_parked(
         self, limit: int, queue_name: str | None, task_name: str | None
     ) -> list[ParkedTask]:
-        """At most `limit` of them, in the order in which they were sent."""
+        """At most `limit` parked tasks, in the order in which they were sent."""
         purpose = f"read the parked tasks of table {self._table}"
         parameters = _filter(queue_name, task_name)
         parameters |= {"size": limit, "most": max(limit, _MOST_SORTED)}
@@ -142,12 +144,12 @@ class QueueAdmin:
         queue_name: str | None = None,
         task_name: str | None = None,
     ) -> set[Any]:
-        """Makes those tasks, or all of a filter, due at once, as if they had just been sent.
+        """Makes parked tasks due now, as if they had just been sent, and notifies workers.
 
-        Workers are told. It may be repeated where it was interrupted.
+        It selects tasks by id, or by the two names. After a failure it can be repeated.
 
         Returns:
-            The ids of the tasks that were parked.
+            The ids of the tasks that were released.
         """
         purpose = f"release parked tasks of table {self._table}"
         released = set()
@@ -163,7 +165,7 @@ class QueueAdmin:
         queue_name: str | None = None,
         task_name: str | None = None,
     ) -> set[Any]:
-        """Deletes those tasks, or all of a filter; their results stay. Returns as release()."""
+        """Deletes parked tasks; their results stay. Arguments and return value as release()."""
         purpose = f"discard parked tasks of table {self._table}"
         changes = self._change(self._discard, task_ids, _filter(queue_name, task_name), purpose)
         return {task_id async for rows in changes for task_id, _ in rows}
@@ -176,7 +178,7 @@ class QueueAdmin:
         """
         if self._schedules is None:
             raise ConfigurationError(
-                "the models have no table of schedules: make them by build_models(..., "
+                "the models have no table of schedules: create them with build_models(..., "
                 "queue=True), or Models(..., Schedule=...) with a subclass of ScheduleMixin"
             )
         purpose = f"read the schedules of table {self._schedules.name}"
@@ -184,7 +186,7 @@ class QueueAdmin:
         found = []
         for row in rows:
             found.append(info_of_row(ListedSchedule._make(row)))
-            await asyncio.sleep(0)  # a cron expression of one day a year takes a millisecond or two
+            await asyncio.sleep(0)  # a yearly cron expression takes a millisecond or two
         return found
 
     async def _change(
@@ -203,7 +205,7 @@ class QueueAdmin:
         while rows := await self._database.fetch(by_filter, parameters, purpose):
             yield rows
 
-    # Each is compiled once, and kept as long as the engine.
+    # Each is compiled once and cached with the engine.
 
     @cached_property
     def _count_tasks(self) -> Select[Any]:
@@ -236,13 +238,13 @@ def _filter(queue_name: str | None, task_name: str | None) -> dict[str, Any]:
 
 
 def _parked_of(row: ParkedRow) -> ParkedTask:
-    # psycopg gives times in the session's time zone.
+    # psycopg returns times in the session's time zone.
     queued_at = row.queued_at.astimezone(UTC)
     return ParkedTask(**{**row._asdict(), "task_id": str(row.task_id), "queued_at": queued_at})
 
 
 def _add_up(tallies: Sequence[Tally], limit: int) -> Iterator[QueueCount]:
-    """Makes one count of the priorities and states of each queue and task name."""
+    """Sums the priorities and states of each queue and task name."""
     looked_at: Counter[tuple[str, int, str]] = Counter()
     groups: defaultdict[tuple[str, str], list[Tally]] = defaultdict(list)
     for each in tallies:

@@ -1,4 +1,4 @@
-"""SQLAlchemyBroker: taskiq's contract. It checks arguments and hands on."""
+"""SQLAlchemyBroker: implements taskiq's AsyncBroker on the broker's other modules."""
 
 import asyncio
 import logging
@@ -32,6 +32,7 @@ from taskiq_sa_pg.database import (
     Database,
     DsnSource,
     check_loop,
+    repr_at,
 )
 from taskiq_sa_pg.exceptions import (
     ConfigurationError,
@@ -60,7 +61,7 @@ class _Runtime(Protocol):
 
 
 class _Sharing(Protocol):
-    """A result backend with connections that the broker can use: SQLAlchemyResultBackend."""
+    """A result backend whose connections the broker can use: SQLAlchemyResultBackend."""
 
     database: Database
     runtime: _Runtime
@@ -70,61 +71,59 @@ class _Sharing(Protocol):
 
 
 class SQLAlchemyBroker(QueueMethods, AsyncBroker):
-    """Sends tasks through a table of your PostgreSQL; workers take them from there.
+    """Sends tasks through a table in your PostgreSQL, from which workers claim them.
 
-    A task whose transaction has committed is delivered at least once, and to one worker at a time
-    as long as that worker renews its lease. It is delivered again if the worker dies, loses the
-    database or blocks its event loop for longer, or dies between the end of the task and its
-    acknowledgement. So tasks must bear being run twice, or use `ack_type="when_received"`, with
-    which they run at most once. Higher priority first, then the earlier due; no strict order.
+    A committed task is delivered at least once, and to one worker at a time as long as that worker
+    renews its lease. It is delivered again if the worker dies before it acknowledges the task, or
+    if it loses the database or blocks its event loop for longer than the lease. So tasks must
+    tolerate running twice; with `ack_type="when_received"` they run at most once. Tasks of higher
+    priority come first, then those that are due earlier; the order is not strict.
 
-    A task that is sent again while a worker has it, as retry middlewares do, takes the place of
-    the one before; a task id that still waits is left as it is.
+    If a task is sent again while a worker has claimed it, as retry middlewares do, the new message
+    replaces the old one. A waiting task is not replaced.
 
-    Labels of a task: `queue_name`; `priority`, 0 to 9, of which 9 goes first; `delay`, in seconds.
+    Labels of a task: `queue_name`; `priority`, from 0 to 9 (highest); `delay`, in seconds.
 
-    With a SQLAlchemyResultBackend of the same DSN or engine, and of the same listen_dsn if the
-    broker has one, both use its connections.
+    With a SQLAlchemyResultBackend of the same DSN or engine (and the same listen_dsn, if the broker
+    has one), the broker uses the backend's connections.
 
     Args:
-        dsn: Address of the database, as SQLAlchemyResultBackend takes it.
-        engine: Your AsyncEngine, instead of dsn: borrowed, and never disposed.
-        models: Models of the tables, with that of the queue: from build_models(queue=True) or of
-            your own. None builds them from the names and types given here.
-        table_name: The results table; the queue is `<table_name>_queue`.
-        field_for_task_id: Type of the task-id column. "Uuid" takes UUIDs only.
-        schema: PostgreSQL schema of the tables; None leaves it to the search_path.
-        queue_name: The queue that tasks without a label `queue_name` go to, and that a worker
-            listens to.
-        lease: For how many seconds a worker has a task. It is renewed three times as often until
-            the task is acknowledged, so it bounds no task, but how late the tasks of a worker that
-            died are delivered again.
-        max_deliveries: How often a task is delivered at most. It is then parked, and an error
-            result with a TaskAbandonedError is stored for those who wait for it.
-        check_schema: What startup() does about tables that are absent or unfit: "error" raises
-            SchemaError, "warn" logs it, "off" does not look.
-        run_migrations: True makes or upgrades the tables at startup(), under a lock; the role
-            then needs the right to create them.
-        notify: Whether to tell workers of new tasks, and to listen for it. False sends no
-            notifications, and workers look once a second.
-        listen_dsn: Address for the listening connection, where the other leads through a
-            transaction pooler. None takes the other.
-        max_connections: The most connections that are in use at once, the listening one aside.
-        retry_timeout: For how many seconds a statement is tried again after a transient error.
-        command_timeout: How many seconds one attempt may take.
-        startup_timeout: For how many seconds startup() waits for a PostgreSQL that does not
-            answer yet.
-        **engine_kwargs: With dsn: passed on to create_async_engine().
+        dsn: Address of the database, as for SQLAlchemyResultBackend.
+        engine: Your AsyncEngine, instead of dsn; it is never disposed.
+        models: Models of the tables, with the queue: from build_models(queue=True), or your own.
+            None builds them from the names and types given here.
+        table_name: The results table; the queue's table is `<table_name>_queue`.
+        field_for_task_id: Type of the task-id column. "Uuid" accepts only UUIDs.
+        schema: PostgreSQL schema of the tables; None uses the search_path.
+        queue_name: The queue of tasks without a label `queue_name`, and of workers.
+        lease: Seconds for which a worker claims a task. It is renewed after each third of it until
+            the task is acknowledged, so tasks may run longer. It bounds how late the tasks of a
+            dead worker are delivered again.
+        max_deliveries: The most deliveries of a task. Then it is parked, and an error result with a
+            TaskAbandonedError is stored.
+        check_schema: What startup() does if tables are missing or do not match: "error" raises
+            SchemaError, "warn" logs it, "off" does not check.
+        run_migrations: True creates or upgrades the tables at startup(), under a lock; the role
+            then needs the privilege to create them.
+        notify: Whether to notify workers of new tasks. False sends no notifications, and workers
+            poll once a second.
+        listen_dsn: Address for the LISTEN connection, if dsn goes through a transaction pooler.
+            None uses dsn or engine.
+        max_connections: The most connections in use at once, without the LISTEN connection.
+        retry_timeout: Seconds for which a statement is retried after transient errors.
+        command_timeout: Seconds that one attempt may take.
+        startup_timeout: Seconds for which startup() retries if PostgreSQL cannot be reached.
+        **engine_kwargs: With dsn: passed to create_async_engine().
 
     Attributes:
         models: The tables as declarative classes.
 
     Raises:
-        ConfigurationError: An argument that cannot work, or two that contradict each other.
+        ConfigurationError: An argument is invalid, or two contradict each other.
     """
 
     _runtime: QueueRuntime | None = None
-    _users = 0  # how often it was started
+    _users = 0  # the number of startups without a shutdown
     _opening: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     def __init__(
@@ -163,7 +162,7 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
             startup_timeout=startup_timeout,
         )
         if listen_dsn is not None and not notify:
-            raise ConfigurationError("listen_dsn is for notify=True; else leave it out")
+            raise ConfigurationError("listen_dsn needs notify=True: omit it, or set notify=True")
         self._database = Database(
             dsn,
             engine=engine,
@@ -177,10 +176,10 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
 
     @property
     def runtime(self) -> QueueRuntime:
-        """What works between startup() and shutdown(); the package's own.
+        """The runtime between startup() and shutdown(); internal.
 
         Raises:
-            NotStartedError: It is not started, or was on another event loop.
+            NotStartedError: The broker is not started, or was started on another event loop.
         """
         runtime = self._runtime
         if runtime is None:
@@ -188,16 +187,34 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
         check_loop(runtime.loop)
         return runtime
 
-    async def startup(self) -> None:
-        """Looks at the tables and starts the result backend; may be repeated.
+    @property
+    def place(self) -> str:
+        """The queue's `host:port/database`; empty until a callable has returned the DSN."""
+        database = self._database if self._shared is None else self._shared.database
+        return database.place
 
-        In a process of `taskiq worker`, which would tell of an error by its traceback each time
-        that taskiq starts it again, a SchemaError is logged in one line, and ends the process.
+    @property
+    def database(self) -> Database:
+        """Where its queue is; the package's own."""
+        return self._database
+
+    @database.setter
+    def database(self, database: Database) -> None:
+        self._database = database
+
+    def __repr__(self) -> str:
+        return repr_at(type(self).__qualname__, self.settings.table, self.place)
+
+    async def startup(self) -> None:
+        """Checks the tables and starts the result backend; may be repeated.
+
+        In a process of `taskiq worker`, a SchemaError is logged in one line and ends the process:
+        taskiq would restart it again and again, each time with a traceback.
 
         Raises:
-            SchemaError: The tables are absent or unfit; names the differences and the remedy.
+            SchemaError: Tables are missing or do not match; names the differences and the remedy.
             SystemExit: The same in a process of `taskiq worker`.
-            ConfigurationError: The engine cannot be made.
+            ConfigurationError: The engine cannot be created.
         """
         try:
             await self.hold()
@@ -213,9 +230,9 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
             raise SystemExit(1) from None
 
     async def shutdown(self) -> None:
-        """Gives back the tasks that it has, and ends the result backend. May be repeated.
+        """Releases unacknowledged tasks and shuts down the result backend; may be repeated.
 
-        Where startup() was called several times, the last of as many calls does it.
+        After several calls of startup(), the last of as many calls of shutdown() does it.
         """
         try:
             await super().shutdown()
@@ -223,7 +240,7 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
             await self.let_go()
 
     async def hold(self) -> None:
-        """What startup() does to the connections, and nothing else; the package's own."""
+        """Opens the connections as startup() does, and nothing else; internal."""
         loop = asyncio.get_running_loop()
         async with self._turns():
             if self._runtime is None or self._runtime.loop is not loop:
@@ -232,7 +249,7 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
             self._users += 1
 
     async def let_go(self) -> None:
-        """Ends what hold() began, where nobody else holds it; the package's own."""
+        """Closes the connections after as many calls as of hold(); internal."""
         async with self._turns():
             self._users -= 1
             if self._users > 0:
@@ -241,14 +258,14 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
             if runtime is None:
                 return
             try:
-                # What waits on another event loop, one that has ended, cannot be ended from here.
+                # Tasks of another event loop, which has ended, cannot be ended here.
                 if runtime.loop is asyncio.get_running_loop():
                     await runtime.close()
             finally:
                 await self._close_database()
 
     def _turns(self) -> asyncio.Lock:
-        """Has what opens and closes the connections wait for each other, on one event loop."""
+        """The lock that serializes opening and closing on the running event loop."""
         loop = asyncio.get_running_loop()
         if self._opening is None or self._opening[0] is not loop:
             self._opening = loop, asyncio.Lock()
@@ -258,7 +275,7 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
         """Sends a message; it is committed on return. taskiq's kicker calls it.
 
         Raises:
-            ConfigurationError: A label that cannot work.
+            ConfigurationError: A label is invalid.
             InvalidTaskIdError: The task-id column cannot hold the id.
             StorageError: PostgreSQL could not store it.
         """
@@ -270,7 +287,7 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
             await self.runtime.send_for_tick(tick, row)
 
     async def listen(self) -> AsyncGenerator[AckableMessage, None]:
-        """Yields the tasks of its queues as they come; taskiq's worker calls it."""
+        """Yields the tasks of its queues as they become due; taskiq's worker calls it."""
         runtime = self.runtime
         consumer = runtime.consume(
             self.queue_names,
@@ -287,37 +304,37 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
     def listening_to(self, *queue_names: str) -> "SQLAlchemyBroker":
         """The same broker for a worker of other queues: `taskiq worker app:mail`.
 
-        All else, its tasks and result backend among them, is this broker's own.
+        It shares everything else with this broker, such as tasks and result backend.
 
         Args:
-            *queue_names: What the worker listens to.
+            *queue_names: The queues that the worker listens to.
 
         Raises:
-            ConfigurationError: No name, or what is none.
+            ConfigurationError: No name, or an invalid one.
         """
         check_queue_names(queue_names)
         return _QueueView(self, queue_names)
 
     def in_session(self, session: AnySession) -> SessionBroker:
-        """Sends tasks in the transaction of a session, with which they are committed, or never.
+        """Sends tasks in the transaction of a session: they are committed or rolled back with it.
 
             await broker.in_session(session).kiq(my_task, order.id)
 
-        It need not be started. A worker is told after the commit, by the connections of the
-        broker where it is started; else it finds the task within 5 seconds.
+        The broker need not be started. A started broker notifies workers after the commit;
+        otherwise a worker finds the task within 5 seconds.
 
         Args:
             session: A session of the broker's database, sync or async.
 
         Raises:
-            ConfigurationError: A session of another database, one in AUTOCOMMIT, or a closed one.
+            ConfigurationError: The session has another database, or is in AUTOCOMMIT or closed.
         """
         transaction = join(session, self.settings, self._database, self._enqueue, self._note_sent)
         return SessionBroker(self, transaction)
 
     @property
     def queue_names(self) -> tuple[str, ...]:
-        """The queues that a worker of it listens to."""
+        """The queues that its workers listen to."""
         return (self.settings.queue_name,)
 
     @cached_property
@@ -357,7 +374,7 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
         return None
 
     async def _abandon(self, claims: Claims, claimed: Claimed) -> None:
-        """Tells those who wait for it, and parks it."""
+        """Stores an error result for a task that was delivered too often, and parks it."""
         claim = Claim(claimed.task_id, claimed.claim)
         task_id = str(claimed.task_id)
         error = TaskAbandonedError(task_id, claimed.deliveries - 1)
@@ -368,22 +385,22 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
         codec.attach(result, codec.TaskMetadata(claimed.task_name, queued_at=claimed.queued_at))
         try:
             result.labels = self.formatter.loads(claimed.message).labels
-        except Exception as exc:  # noqa: BLE001 - it may be the reason why nobody could execute it
+        except Exception as exc:  # noqa: BLE001 - this may be why it could not be executed
             logger.warning("task %s: its message cannot be read: %s", task_id, exc)
         try:
-            # Unless it has one: then a worker did finish it, and could not acknowledge it.
+            # If it has a result, a worker has finished it and could not acknowledge it.
             if not await self.result_backend.is_result_ready(task_id):
                 await self.result_backend.set_result(task_id, result)
         except Exception:
             # It is claimed again when the lease ends.
-            logger.exception("task %s: that it is given up cannot be stored", task_id)
+            logger.exception("task %s: its error result cannot be stored, retrying", task_id)
             claims.drop([claim])
         else:
             await claims.park([claim])
 
 
 class _QueueView(SQLAlchemyBroker):
-    """A broker under another name, for a worker of other queues; it shares all that it is."""
+    """A view of a broker, for a worker of other queues; it shares the broker's state."""
 
     __slots__ = ("_queue_names",)
 
@@ -395,6 +412,9 @@ class _QueueView(SQLAlchemyBroker):
     def queue_names(self) -> tuple[str, ...]:
         return self._queue_names
 
+    def __repr__(self) -> str:
+        return repr_at("SQLAlchemyBroker", self.settings.table, self.place)
+
 
 def _choose_models(models: Models | None, config: TableConfig) -> Models:
     if models is None:
@@ -403,7 +423,7 @@ def _choose_models(models: Models | None, config: TableConfig) -> Models:
         raise ConfigurationError(f"models must be a Models, not {type(models).__qualname__}")
     if config not in {models.config, TableConfig()}:
         raise ConfigurationError(
-            f"models were made for {models.config}, and the other arguments say {config}: give "
-            "names and types to the models alone"
+            f"models were built for {models.config}, but the other arguments are {config}: pass "
+            "names and types only to the models"
         )
     return models

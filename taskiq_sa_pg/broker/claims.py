@@ -1,7 +1,7 @@
-"""The claims that a process holds: renewed as long as somebody works on them, then acknowledged.
+"""The claims that a process holds: renewed while a task runs, then acknowledged.
 
-A claim is a task id and the number of the claim, which the queue's row has as long as nobody else
-has claimed the task, or sent it again.
+A claim is a task id and a number. The queue's row has this number until the task is claimed again
+or sent again.
 """
 
 import asyncio
@@ -26,22 +26,22 @@ from taskiq_sa_pg.statements import (
 
 logger = logging.getLogger(__name__)
 
-# So often a lease is prolonged before it would end.
+# How often a lease is renewed before it would end.
 _RENEWALS: Final = 3
 
 
 class Claim(NamedTuple):
-    """A task that this process has, until the lease ends or somebody sends it again."""
+    """A task that this process has claimed, until its lease ends or the task is sent again."""
 
     task_id: Any
     number: int
 
     def __str__(self) -> str:
-        return str(self.task_id)  # as errors name it
+        return str(self.task_id)  # for errors
 
 
 class _Delivery(AckableMessage):
-    """A message that tells when it is read, which is where taskiq begins to work on it."""
+    """A message that reports when its data is read, which is when taskiq begins to process it."""
 
     on_read: Callable[[], None]
 
@@ -52,12 +52,12 @@ def _read(delivery: _Delivery) -> bytes:
     return data
 
 
-# Of all its attributes this is the one that is slower than it was.
-_Delivery.data = property(_read)  # type: ignore[assignment]  # a field, there
+# A property for this field only, so that access to the others is not slower.
+_Delivery.data = property(_read)  # type: ignore[assignment]  # a field in the base class
 
 
 class Claims:
-    """Holds, renews and ends the claims of a process. Made for one event loop."""
+    """Holds, renews and ends the claims of a process, for one event loop."""
 
     def __init__(self, settings: QueueSettings, database: Database) -> None:
         self._database = database
@@ -86,16 +86,16 @@ class Claims:
             self._renewer = start_task(self._renew())
 
     def hand_over(self, claim: Claim, data: bytes) -> AckableMessage:
-        """The message as taskiq gets it; the claim is renewed until the task that reads it ends.
+        """The message for taskiq; the claim is renewed until the asyncio task that reads it ends.
 
-        What it has not acknowledged by then is delivered again when its lease ends.
+        If it is not acknowledged by then, the task is delivered again when its lease ends.
         """
 
         async def acknowledge() -> None:
             await self._end(claim)
 
         def end_with_its_reader() -> None:
-            # Not with the message: taskiq's receiver keeps the last one until the next comes.
+            # Not at the end of the message object, which taskiq's receiver keeps until the next.
             reader = asyncio.current_task()
             if reader is not None:
                 reader.add_done_callback(lambda _: self.drop([claim]))
@@ -103,16 +103,16 @@ class Claims:
         return _Delivery.model_construct(data=data, ack=acknowledge, on_read=end_with_its_reader)
 
     def is_held(self, claim: Claim) -> bool:
-        """Whether it is renewed."""
+        """Whether a claim is being renewed."""
         return self._held.get(claim.task_id) == claim.number
 
     def held(self, task_id: Any) -> Claim | None:
-        """The claim of a task that is renewed."""
+        """The claim of a task that is being renewed; None if there is none."""
         number = self._held.get(task_id)
         return None if number is None else Claim(task_id, number)
 
     def drop(self, claims: Iterable[Claim]) -> None:
-        """Renews claims no more."""
+        """Stops renewing claims."""
         for claim in claims:
             if self.is_held(claim):
                 del self._held[claim.task_id]
@@ -125,12 +125,11 @@ class Claims:
         is_begun: bool = False,
         retry_timeout: float | None = None,
     ) -> None:
-        """Gives tasks back, due in `delay` seconds; they were delivered only if they are begun.
+        """Returns tasks to the queue, due in `delay` seconds.
 
-        Without a delay they go before what was sent later, as they did: behind a backlog they might
-        wait for ever.
-
-        Where PostgreSQL cannot be asked, that is logged, and they come back when their lease ends.
+        Without a delay, they keep their place before tasks that were sent later; otherwise they
+        might wait for ever behind a backlog. Only if `is_begun` do they count as delivered. Errors
+        of PostgreSQL are logged; the tasks are then delivered again when their leases end.
         """
         self.drop(claims)
         await self._change(
@@ -142,12 +141,12 @@ class Claims:
         )
 
     async def park(self, claims: Collection[Claim]) -> None:
-        """Leaves tasks where no worker takes them; fails as release()."""
+        """Parks tasks, which are then not delivered again. Errors are logged, as in release()."""
         self.drop(claims)
         await self._change(self._parking, claims, f"park tasks of table {self._table}")
 
     async def close(self) -> None:
-        """Gives back what taskiq has not acknowledged, and holds nothing more."""
+        """Returns all unacknowledged tasks to the queue."""
         renewer, self._renewer = self._renewer, None
         await end_task(renewer)
         await self._acknowledge.close()
@@ -157,7 +156,7 @@ class Claims:
         return [Claim(task_id, number) for task_id, number in self._held.items()]
 
     async def _end(self, claim: Claim) -> None:
-        # One that is not, was sent again by this process, or outlived the task that got it.
+        # False if this process has sent it again, or if the asyncio task that read it has ended.
         was_held = self.is_held(claim)
         is_ours = await self._acknowledge.submit(claim, None)
         self.drop([claim])
@@ -165,7 +164,7 @@ class Claims:
             logger.warning(
                 "task %s: its lease of %g s was lost before it was acknowledged, so it may run "
                 "twice, unless it was sent again meanwhile. Did it block the event loop, or was "
-                "PostgreSQL out of reach?",
+                "PostgreSQL unreachable?",
                 *(claim.task_id, self._lease),
             )
 
@@ -187,7 +186,7 @@ class Claims:
             purpose = f"renew the leases of tasks of table {self._table}"
             claims = self._claims()
             await self._change(self._renewal, claims, purpose, {"lease": self._lease}, pause)
-            # An outage that took the pause leaves none: the lease may just outlive it.
+            # After an outage as long as the pause, renew at once: the lease may still be valid.
             seconds = max(0.0, pause - (loop.time() - began_at))
 
     async def _change(
@@ -210,6 +209,6 @@ class Claims:
 
 
 def _arrays_of(claims: Iterable[Claim]) -> dict[str, list[Any]]:
-    # In the order in which senders lock them, too: other orders deadlock.
+    # In the order in which senders lock rows; other orders could deadlock.
     task_ids, numbers = zip(*sorted(claims), strict=True)
     return {"given_task_id": list(task_ids), "given_claim": list(numbers)}

@@ -1,4 +1,4 @@
-"""A worker's side of the queue: claims tasks as fast as they are consumed, and hands them over."""
+"""The worker's side of the queue: claims tasks as fast as they are consumed."""
 
 import asyncio
 import logging
@@ -19,26 +19,26 @@ from taskiq_sa_pg.waiting import Listener
 
 logger = logging.getLogger(__name__)
 
-# More in a statement were not felt.
+# Larger claims were not measurably faster.
 _MAX_CLAIMS: Final = 50
 
 
 class Consumer:
     """Claims the tasks of some queues.
 
-    It asks for tasks only when one is wanted and none is left: for one at first, and for twice as
-    many each time while all are consumed at once. What nobody wants soon is given back.
+    It claims tasks only when one is wanted and none is left: one at first, and twice as many each
+    time while all are consumed at once. Tasks that are not consumed soon are released.
 
     Args:
-        settings: Those of the broker.
-        database: Where the queue is.
-        claims: Holds what is claimed.
-        listener: Hears of new tasks; None only polls.
-        queue_names: The queues; which goes first changes with each claim.
-        worker: Who claims, for the column `worker`.
-        is_known: Whether there is a task of this name.
-        abandon: Takes a task that was delivered too often, in a task of its own.
-        announce: Tells others of tasks that they can have.
+        settings: The broker's settings.
+        database: The queue's database.
+        claims: Holds the claims.
+        listener: Receives notifications of new tasks; None only polls.
+        queue_names: The queues, in a different order for each claim.
+        worker: The worker's name, for the column `worker`.
+        is_known: Whether a task of this name is registered.
+        abandon: Handles a task that was delivered too often; runs in a background task.
+        announce: Notifies other workers of released tasks.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Consumer:
         self._purpose = f"claim tasks of table {settings.table}"
         self._size = 1  # of the next claim
         self._buffer: deque[Claimed] = deque()
-        self._is_wanted = asyncio.Event()  # somebody waits, and the buffer is empty
+        self._is_wanted = asyncio.Event()  # next() waits, and the buffer is empty
         self._has_come = asyncio.Event()
         self._has_news = asyncio.Event()
         self._is_stopping = False
@@ -79,11 +79,11 @@ class Consumer:
         self._abandoning: set[asyncio.Task[None]] = set()
 
     def wake(self) -> None:
-        """Has it look for tasks at once."""
+        """Makes it check for tasks at once."""
         self._has_news.set()
 
     async def next(self) -> AckableMessage:
-        """The next task, once there is one.
+        """Waits for the next task.
 
         Raises:
             NotStartedError: It was stopped.
@@ -92,11 +92,11 @@ class Consumer:
             while self._buffer:
                 claimed = self._buffer.popleft()
                 claim = _claim_of(claimed)
-                if self._claims.is_held(claim):  # else it was sent again meanwhile
+                if self._claims.is_held(claim):  # otherwise it was sent again meanwhile
                     return self._claims.hand_over(claim, claimed.message)
             if not is_running(self._task):
                 self._task = start_task(self._run())
-                # If it was cancelled, with all other tasks of the application, it is started again.
+                # If the application cancels it with all other tasks, it is started again.
                 self._task.add_done_callback(lambda _: self._has_come.set())
             self._has_come.clear()
             self._is_wanted.set()
@@ -104,16 +104,16 @@ class Consumer:
         raise NotStartedError("the broker was shut down while this listened")
 
     async def stop(self) -> None:
-        """Claims nothing more, and gives back what was not consumed."""
+        """Stops claiming, and releases tasks that were not consumed."""
         self._is_stopping = True
         self._has_come.set()
         self._is_wanted.set()
         self._has_news.set()
         if self._task is not None:
-            # Not cancelled: what PostgreSQL has given to us would be nobody's until its lease ends.
+            # Not cancelled: tasks claimed by its statement would be stuck until their leases end.
             _ = await asyncio.wait([self._task], timeout=self._timings.end_of_claim)
             await end_task(self._task)
-        # Not for long: in an outage all of them come back when their leases end.
+        # Bounded: in an outage, the tasks are delivered again when their leases end.
         if self._abandoning:
             _ = await asyncio.wait(self._abandoning, timeout=self._timings.end_of_claim)
             for each in list(self._abandoning):
@@ -132,16 +132,16 @@ class Consumer:
                     self._size = 1
                     await self._wait_for_tasks()
                     continue
-            except Exception as exc:  # noqa: BLE001 - whatever it is, the worker must not go deaf
+            except Exception as exc:  # noqa: BLE001 - after any error, the worker must continue
                 self._warn(exc)
                 await self._wait(self._timings.between_unheard_polls)
                 continue
             self._is_warned = False
-            fit = await self._sort_out(claimed)
-            if fit and not self._is_stopping:
-                await self._hand_out(fit)
+            executable = await self._sort_out(claimed)
+            if executable and not self._is_stopping:
+                await self._hand_out(executable)
             else:
-                self._buffer.extend(fit)
+                self._buffer.extend(executable)
 
     async def _claim(self) -> Sequence[Claimed]:
         self._queue_names.rotate(-1)
@@ -171,7 +171,7 @@ class Consumer:
         }
 
     async def _hand_out(self, claimed: Sequence[Claimed]) -> None:
-        """Returns when all are consumed and more are wanted, or after giving back the rest."""
+        """Returns when all are consumed and more are wanted, or after the rest is released."""
         self._buffer.extend(claimed)
         self._is_wanted.clear()
         self._has_come.set()
@@ -193,29 +193,29 @@ class Consumer:
             self._announce()
 
     async def _sort_out(self, claimed: Sequence[Claimed]) -> list[Claimed]:
-        """Those that can be executed; what becomes of the others is seen to."""
-        fit, unknown = [], []
+        """Returns the tasks that can be executed; abandons or releases the others."""
+        executable, unknown = [], []
         for each in claimed:
             if each.deliveries > self._settings.max_deliveries:
                 task = start_task(self._abandon(each))
                 self._abandoning.add(task)
                 task.add_done_callback(self._abandoning.discard)
             elif self._is_known(each.task_name):
-                fit.append(each)
+                executable.append(each)
             else:
                 unknown.append(each)
         if unknown:
-            self._tell_unknown(unknown)
+            self._warn_unknown(unknown)
             await self._claims.release(list(map(_claim_of, unknown)))
             self._announce()
-        return fit
+        return executable
 
-    def _tell_unknown(self, unknown: Sequence[Claimed]) -> None:
+    def _warn_unknown(self, unknown: Sequence[Claimed]) -> None:
         for name in {each.task_name for each in unknown} - self._unknown:
             self._unknown.add(name)
             logger.warning(
-                'task "%s" is not known to this worker, which leaves it to others. Is its module '
-                "imported?",
+                'task "%s" is not known to this worker, so it is left to other workers. Is its '
+                "module imported?",
                 name,
             )
 
@@ -224,11 +224,11 @@ class Consumer:
         rows = await self._database.fetch(self._next_due, self._which(), self._purpose)
         due_in = rows[0][0]
         if self._listener is not None:
-            self._listener.start()  # it may have been cancelled, with all other tasks
+            self._listener.start()  # the application may have cancelled it with all other tasks
         is_heard = self._listener is not None and self._listener.is_healthy
         seconds = timings.between_polls if is_heard else timings.between_unheard_polls
         if due_in is not None:
-            # What is due already is just being claimed by another worker.
+            # A task that is already due is just being claimed by another worker.
             seconds = min(seconds, due_in if due_in > 0 else timings.between_busy_polls)
         await self._wait(seconds)
 
@@ -239,7 +239,7 @@ class Consumer:
 
     def _warn(self, exc: Exception) -> None:
         if not self._is_warned:
-            logger.warning("no tasks can be claimed, which is tried again: %s", exc)
+            logger.warning("no tasks can be claimed, retrying: %s", exc)
         self._is_warned = True
 
 

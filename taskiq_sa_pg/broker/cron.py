@@ -1,4 +1,4 @@
-"""Cron expressions as taskiq's scheduler sees them: whether one is due, and when it will be."""
+"""Cron expressions as taskiq's scheduler evaluates them: whether and when they are due."""
 
 from datetime import UTC, datetime, time, timedelta
 from typing import Final
@@ -12,18 +12,18 @@ _TIMEDELTA: Final = TypeAdapter(timedelta)
 _MINUTE: Final = timedelta(minutes=1)
 _DAY: Final = timedelta(days=1)
 
-# How far next_cron() looks.
+# How far next_cron() searches.
 _LONGEST: Final = timedelta(days=366)
 
-# What an expression, or an offset, raises that is none.
+# The errors of an invalid expression or offset.
 CRON_ERRORS: Final = (ValueError, LookupError, ArithmeticError, OSError)
 
 Offset = str | timedelta | None
 
 
 def offset_of(stored: str | None) -> Offset:
-    """The offset of a cron expression, as its schedule's message has it."""
-    # Before 0.13, taskiq takes a time that was serialized for the name of a zone.
+    """The offset of a cron expression, from its serialized form in the schedule's message."""
+    # Before 0.13, taskiq parses a serialized timedelta as the name of a zone.
     try:
         return None if stored is None else _TIMEDELTA.validate_python(stored)
     except ValidationError:
@@ -31,27 +31,27 @@ def offset_of(stored: str | None) -> Offset:
 
 
 def is_cron_now(cron: str, offset: Offset, minute: datetime) -> bool:
-    """Whether a cron expression is due in a minute of UTC, as taskiq's scheduler sees it.
+    """Whether a cron expression is due in a minute of UTC, as taskiq's scheduler evaluates it.
 
     Raises:
-        ValueError: It is none.
-        ArithmeticError: It is none, such as "*/0 * * * *".
-        LookupError: The offset is the name of no time zone.
+        ValueError: The expression is invalid.
+        ArithmeticError: The expression is invalid, such as "*/0 * * * *".
+        LookupError: The offset is not the name of a time zone.
     """
     is_now: bool = pycron.is_now(cron, _to_local(minute, offset))
     return is_now
 
 
 def next_cron(cron: str, offset: Offset, start: datetime) -> datetime | None:
-    """The first minute from a minute of UTC on in which a cron expression is due.
+    """The first minute, from `start` on in UTC, in which a cron expression is due.
 
-    None where that is more than a year away. It looks at days, then hours, then minutes, which are
-    some hundred for what is due once a year.
+    None if that is more than a year away. It tests days, then hours, then minutes: some hundred
+    tests for a yearly expression.
 
     Raises:
-        ValueError: It is none, or an offset that cannot be.
-        ArithmeticError: It is none, such as "*/0 * * * *".
-        LookupError: The offset is the name of no time zone.
+        ValueError: The expression or the offset is invalid.
+        ArithmeticError: The expression is invalid, such as "*/0 * * * *".
+        LookupError: The offset is not the name of a time zone.
     """
     minutes, hours, *days = cron.split(" ")
     on_day, in_hour = " ".join(["*", "*", *days]), f"* {hours} * * *"
@@ -76,6 +76,6 @@ def _to_local(minute: datetime, offset: Offset) -> datetime:
 
 
 def _next_day(local: datetime, offset: Offset) -> datetime:
-    """When the next day begins there, in UTC."""
+    """The beginning of the next local day, in UTC."""
     midnight = datetime.combine(local.date() + _DAY, time(), local.tzinfo)
     return midnight - offset if isinstance(offset, timedelta) else midnight.astimezone(UTC)

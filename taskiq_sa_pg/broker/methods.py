@@ -1,4 +1,4 @@
-"""The methods of SQLAlchemyBroker for those who look after its queues."""
+"""The methods of SQLAlchemyBroker for the administration of its queues."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,26 +14,26 @@ from taskiq_sa_pg.models import flaw_of_key, shortened
 
 
 class QueueMethods(ABC):
-    """What SQLAlchemyBroker, which has to be started, does beside sending and delivering."""
+    """Administration methods of SQLAlchemyBroker; the broker has to be started."""
 
     settings: QueueSettings
 
     @property
     @abstractmethod
     def runtime(self) -> QueueRuntime:
-        """What works between startup() and shutdown()."""
+        """The runtime between startup() and shutdown()."""
 
     async def get_queues(self, limit: int = 10_000) -> list[QueueCount]:
         """Counts the tasks of each queue and task name: waiting, delayed, running and parked.
 
-        It reads at most `limit` tasks of each priority and state of a queue, by the index, so it
-        stays quick however many tasks there are. Queues without tasks are not listed.
+        It reads at most `limit` tasks of each priority and state of a queue, in the index, so its
+        cost is bounded. Queues without tasks are not listed.
 
         Args:
             limit: Where counting stops; `QueueCount.at_least` then names the count.
 
         Raises:
-            ConfigurationError: limit is no whole number above 0.
+            ConfigurationError: limit is not a whole number above 0.
         """
         check_whole("limit", limit)
         return await self.runtime.admin.count(min(limit, MAX_ROWS))
@@ -41,17 +41,17 @@ class QueueMethods(ABC):
     async def get_parked(
         self, queue_name: str | None = None, task_name: str | None = None, limit: int = 100
     ) -> list[ParkedTask]:
-        """The parked tasks, oldest first: delivered too often, and never acknowledged.
+        """Lists parked tasks, oldest first: tasks delivered too often and never acknowledged.
 
         At most 10,000 tasks of each queue and priority are sorted.
 
         Args:
-            queue_name: Only in this queue.
-            task_name: Only of this task.
-            limit: How many at most.
+            queue_name: Only tasks in this queue.
+            task_name: Only tasks of this name.
+            limit: The most tasks to return.
 
         Raises:
-            ConfigurationError: limit is no whole number above 0, or a name that no task can have.
+            ConfigurationError: limit is not a whole number above 0, or a name is invalid.
         """
         check_whole("limit", limit)
         _check_names(queue_name, task_name)
@@ -64,23 +64,23 @@ class QueueMethods(ABC):
         queue_name: str | None = None,
         task_name: str | None = None,
     ) -> int:
-        """Makes parked tasks due at once, as if they had just been sent, and notifies workers.
+        """Makes parked tasks due now, as if they had just been sent, and notifies workers.
 
         The result of a task stays an error until it has run. Each statement releases at most
-        1,000 tasks and is committed by itself, so a call that failed can be repeated.
+        1,000 tasks and is committed separately, so a call that failed can be repeated.
 
         Args:
-            task_ids: These tasks, if they are parked. None means all parked tasks.
-            queue_name: Only in this queue; not together with task_ids.
-            task_name: Only of this task; not together with task_ids.
+            task_ids: Only these tasks, if they are parked. None means all parked tasks.
+            queue_name: Only tasks in this queue; not together with task_ids.
+            task_name: Only tasks of this name; not together with task_ids.
 
         Returns:
-            How many tasks were released.
+            The number of tasks released.
 
         Raises:
-            TypeError: task_ids is one str, whose letters would be taken for ids.
+            TypeError: task_ids is a single str.
             InvalidTaskIdError: The task-id column cannot hold an id.
-            ConfigurationError: task_ids with a name, or a name that no task can have.
+            ConfigurationError: task_ids together with a name, or an invalid name.
         """
         column_ids = self._column_ids("release_parked", task_ids, queue_name, task_name)
         return len(await self.runtime.admin.release(column_ids, queue_name, task_name))
@@ -94,20 +94,20 @@ class QueueMethods(ABC):
     ) -> int:
         """Deletes parked tasks. Their results, which are errors, stay.
 
-        Arguments, return value and errors are those of release_parked(): without arguments, all
-        parked tasks are deleted.
+        Arguments, return value and errors are those of release_parked(). Without arguments, it
+        deletes all parked tasks.
         """
         column_ids = self._column_ids("discard_parked", task_ids, queue_name, task_name)
         return len(await self.runtime.admin.discard(column_ids, queue_name, task_name))
 
     async def get_schedules(self, limit: int = 1_000) -> list[ScheduleInfo]:
-        """The schedules of SQLAlchemyScheduleSource, by task name, with their next tick.
+        """Lists the schedules of SQLAlchemyScheduleSource by task name, with their next tick.
 
         Args:
-            limit: How many at most.
+            limit: The most schedules to return.
 
         Raises:
-            ConfigurationError: limit is no whole number above 0, or the models have no Schedule.
+            ConfigurationError: limit is not a whole number above 0, or the models have no Schedule.
         """
         check_whole("limit", limit)
         return await self.runtime.admin.read_schedules(min(limit, MAX_ROWS))
@@ -126,7 +126,8 @@ class QueueMethods(ABC):
             raise TypeError(f"{method}() takes several tasks, not one str: {task_ids!r}")
         if queue_name is not None or task_name is not None:
             raise ConfigurationError(
-                "queue_name and task_name choose among all: leave task_ids out"
+                "queue_name and task_name select among all parked tasks: do not pass task_ids as "
+                "well"
             )
         return [self.settings.models.config.to_column_task_id(task_id) for task_id in task_ids]
 

@@ -1,4 +1,4 @@
-"""What was sent in the transactions of a session, until they end."""
+"""Tasks that were sent in the transactions of a session, until these end."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,20 +11,20 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from taskiq_sa_pg.statements import QueueRow
 
-Tell: TypeAlias = Callable[[list[QueueRow]], None]
+OnCommit: TypeAlias = Callable[[list[QueueRow]], None]
 
 _PENDING: Final = "taskiq_sa_pg_pending"
 
 
 class _Sent(NamedTuple):
     row: QueueRow
-    tell: Tell
+    on_commit: OnCommit
     outer: Connection | None
 
 
 @dataclass(slots=True)
 class _Pending:
-    """In Session.info: what was sent, by the transaction or savepoint in which it was."""
+    """In Session.info: the tasks sent, by transaction or savepoint."""
 
     sent: defaultdict[SessionTransaction, list[_Sent]] = field(
         default_factory=lambda: defaultdict(list)
@@ -32,32 +32,32 @@ class _Pending:
     committed: SessionTransaction | None = None  # the last one
 
 
-def tell_at_commit(
-    session: Session, row: QueueRow, tell: Tell, outer: Connection | None = None
+def call_at_commit(
+    session: Session, row: QueueRow, on_commit: OnCommit, outer: Connection | None = None
 ) -> None:
-    """Has `tell` called with the rows that were sent, once their transaction is committed.
+    """Calls `on_commit` with the rows that were sent, after their transaction is committed.
 
-    That is when its connection is free again, in the thread of the commit. Of what was rolled back
-    nothing is told, and of a savepoint when all is committed.
+    The call is made when the connection is free again, in the thread of the commit. Rows of a
+    savepoint are passed when all is committed; rolled-back rows are not passed.
 
     Args:
         session: The session.
-        row: What was sent.
-        tell: Called with the rows of a transaction.
-        outer: A connection of the application's own. Where it is still in a transaction after the
-            session's commit, nothing is told: SQLAlchemy does not tell how that one ends.
+        row: The row that was sent.
+        on_commit: Called with the rows of a transaction.
+        outer: A connection of the application. If it is still in a transaction after the session's
+            commit, `on_commit` is not called: SQLAlchemy has no event for the end of that one.
     """
     transaction = session.get_nested_transaction() or session.get_transaction()
     if transaction is None:
         return
     _listen()
     pending = session.info.setdefault(_PENDING, _Pending())
-    pending.sent[transaction].append(_Sent(row, tell, outer))
+    pending.sent[transaction].append(_Sent(row, on_commit, outer))
 
 
 @cache
 def _listen() -> None:
-    # To all sessions, once: to listen to each takes as long as the statement that stores a task.
+    # Once for all sessions: to listen to each takes as long as the statement that stores a task.
     event.listen(Session, "after_commit", _note_commit)
     event.listen(Session, "after_transaction_end", _note_end)
 
@@ -69,7 +69,7 @@ def _note_commit(session: Session) -> None:
 
 
 def _note_end(session: Session, transaction: SessionTransaction) -> None:
-    # Whatever ends it: of close(), SQLAlchemy tells nothing else.
+    # Called however it ends; for close(), SQLAlchemy has no other event.
     pending: _Pending | None = session.info.get(_PENDING)
     if pending is None:
         return
@@ -79,13 +79,13 @@ def _note_end(session: Session, transaction: SessionTransaction) -> None:
         if transaction.parent is not None:
             pending.sent[transaction.parent] += sent
         else:
-            _tell(sent)
+            _call(sent)
 
 
-def _tell(sent: list[_Sent]) -> None:
-    rows: defaultdict[Tell, list[QueueRow]] = defaultdict(list)
-    for row, tell, outer in sent:
+def _call(sent: list[_Sent]) -> None:
+    rows: defaultdict[OnCommit, list[QueueRow]] = defaultdict(list)
+    for row, on_commit, outer in sent:
         if outer is None or not outer.in_transaction():
-            rows[tell].append(row)
-    for tell, told in rows.items():
-        tell(told)
+            rows[on_commit].append(row)
+    for on_commit, committed in rows.items():
+        on_commit(committed)

@@ -1,4 +1,4 @@
-"""What a broker works with between startup() and shutdown()."""
+"""The broker's runtime, between startup() and shutdown()."""
 
 import asyncio
 import json
@@ -20,12 +20,12 @@ from taskiq_sa_pg.waiting import Listener, Notifier
 
 
 class QueueRuntime:
-    """All that works on one queue, for one event loop.
+    """All components of the broker, for one event loop.
 
     Args:
-        settings: Those of the broker.
-        database: Where the queue is.
-        listener: That of the result backend, which ends it; None makes one.
+        settings: The broker's settings.
+        database: The queue's database.
+        listener: The result backend's listener, which it does not stop; None creates one.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class QueueRuntime:
         self.loop: Final = asyncio.get_running_loop()
         self.settings: Final = settings
         self.database: Final = database
-        timings, is_told = settings.timings, settings.notify
-        self.notifier: Final = Notifier(database, timings, timings.after_hint) if is_told else None
+        timings, notify = settings.timings, settings.notify
+        self.notifier: Final = Notifier(database, timings, timings.after_hint) if notify else None
         self._is_shared = listener is not None
         if listener is None and self.notifier is not None:
             listener = Listener(database.listening, send=self.notifier.send, timings=timings)
-        self.listener: Final = listener if is_told else None
+        self.listener: Final = listener if notify else None
         self.claims: Final = Claims(settings, database)
         self._sender = Sender(settings, database, self.announce)
         self._ticks = TickSender(settings, database, self.announce)
@@ -56,28 +56,28 @@ class QueueRuntime:
         replaced = self.claims.held(row.task_id)
         await self._sender.send(row)
         if replaced is not None:
-            # Not what was claimed since: it may be what was just sent.
+            # Only the old claim: a newer one may be of the message that was just sent.
             self.claims.drop([replaced])
 
     async def send_for_tick(self, tick: Tick, row: QueueRow) -> None:
-        """Stores the task of a schedule, unless another scheduler has; committed on return."""
+        """Stores the task of a schedule unless another scheduler did; it is committed on return."""
         replaced = self.claims.held(row.task_id)
         if await self._ticks.send(tick, row) and replaced is not None:
             self.claims.drop([replaced])
 
     def note_sent(self, rows: Collection[QueueRow]) -> None:
-        """Tells of tasks that were committed in another way; from any thread."""
-        with suppress(RuntimeError):  # the event loop has ended, and workers find them by polling
+        """Notifies workers of tasks that a session has committed; from any thread."""
+        with suppress(RuntimeError):  # the event loop has ended: workers find them by polling
             self.loop.call_soon_threadsafe(self.announce, {row.queue_name for row in rows})
 
     def announce(self, queue_names: Collection[str]) -> None:
-        """Tells workers of queues that there are tasks to take; it returns at once."""
+        """Notifies workers that queues have due tasks; it returns at once."""
         if self.notifier is not None:
             self.notifier.announce(self._channel, queue_names)
 
     @cached_property
     def admin(self) -> QueueAdmin:
-        """What people look at and do in the queue."""
+        """The administration of the queue."""
         return QueueAdmin(self.settings, self.database, self.announce)
 
     def consume(
@@ -88,7 +88,7 @@ class QueueRuntime:
         is_known: Callable[[str], bool],
         abandon: Callable[[Claimed], Coroutine[Any, Any, None]],
     ) -> Consumer:
-        """A consumer of some queues; stop() ends it."""
+        """Creates a consumer of some queues; stop() ends it."""
         consumer = Consumer(
             self.settings,
             self.database,
@@ -111,11 +111,11 @@ class QueueRuntime:
         await consumer.stop()
 
     async def prepare(self) -> None:
-        """Makes the tables, or looks at them, as the settings say.
+        """Creates or checks the tables, according to the settings.
 
         Raises:
-            SchemaError: The tables are absent or unfit, or cannot be made.
-            StorageError: PostgreSQL could not be reached.
+            SchemaError: The tables are missing or do not match, or cannot be created.
+            StorageError: PostgreSQL cannot be reached.
         """
         settings, database = self.settings, self.database
         await prepare(
@@ -135,8 +135,8 @@ class QueueRuntime:
         )
 
     async def close(self) -> None:
-        """Gives back what is not acknowledged, and returns when all else is done."""
-        # First: it would go on for ever if the rest, which may wait for PostgreSQL, is cancelled.
+        """Releases unacknowledged tasks, and returns when all pending work is done."""
+        # First: if the rest, which may wait for PostgreSQL, is cancelled, it would never stop.
         if self.listener is not None:
             self.listener.remove([self._channel], self._hear)
             if not self._is_shared:
@@ -152,7 +152,7 @@ class QueueRuntime:
         try:
             names = {str(name) for name in json.loads(payload)}
         except (ValueError, TypeError, RecursionError):
-            names = set()  # anybody may send anything
+            names = set()  # other programs may send anything
         for consumer, wanted in self._consumers.items():
             if not names or names & wanted:
                 consumer.wake()

@@ -1,4 +1,4 @@
-"""Schedules as people look at them. Nothing of a message is read that is not JSON."""
+"""Descriptions of schedules. Messages are read only if they are JSON."""
 
 import json
 from contextlib import suppress
@@ -14,22 +14,22 @@ _MINUTE: Final = timedelta(minutes=1)
 
 @dataclass(frozen=True, slots=True)
 class ScheduleInfo:
-    """A schedule: when its task is sent, and what it is sent with.
+    """A schedule: when its task is sent, and with what arguments and labels.
 
-    Times are in UTC. One of cron, interval and time is set. What the schedule's message holds is
-    None where the broker's serializer does not write JSON: nothing is unpickled.
+    Times are in UTC. Exactly one of cron, interval and time is set. cron_offset, args, kwargs and
+    labels are None if the broker's serializer does not write JSON: nothing is unpickled.
 
     Attributes:
-        schedule_id: Its id.
+        schedule_id: The schedule id.
         task_name: The task that is sent.
         cron: The cron expression.
-        cron_offset: The time zone of the expression, or its distance from UTC, as text.
+        cron_offset: The time zone of the expression, or its offset from UTC, as text.
         interval: The time between two ticks.
-        time: When it is due once.
-        last_tick: For which time the task was sent last; None if it never was.
-        next_due: When it is due next, or was, if nobody has sent it; None if it never will be, or
-            if that is not known: a cron expression whose zone cannot be read, or that is due in
-            more than a year; an interval that ends after the year 9999.
+        time: When a one-time schedule is due.
+        last_tick: The last tick for which the task was sent; None if it never was.
+        next_due: When it is due next, possibly in the past if no scheduler ran. None if it is
+            never due again or if that is unknown: a cron expression with an unreadable time zone,
+            or due in more than a year; an interval that ends after the year 9999.
         is_labelled: Whether it comes from the labels of its task.
         args: The positional arguments.
         kwargs: The keyword arguments.
@@ -51,7 +51,7 @@ class ScheduleInfo:
 
 
 def info_of_row(row: ListedSchedule) -> ScheduleInfo:
-    """What is known of a schedule."""
+    """Converts a row to a ScheduleInfo."""
     stored = _json_of(row.message)
     offset, args, kwargs, labels = map(stored.get, ("cron_offset", "args", "kwargs", "labels"))
     cron_offset = offset if isinstance(offset, str) else None
@@ -85,7 +85,7 @@ def _next_due(row: ListedSchedule, cron_offset: str | None) -> datetime | None:
     if row.time is not None:
         return None if last else _in_utc(row.time)
     if row.interval is not None:
-        # It is due at once as it is stored.
+        # The first tick is due when it is stored.
         with suppress(OverflowError):  # after the year 9999
             return _in_utc(row.created_at) if last is None else last + row.interval
         return None
@@ -97,9 +97,9 @@ def _next_due(row: ListedSchedule, cron_offset: str | None) -> datetime | None:
     try:
         return next_cron(row.cron, offset_of(cron_offset), start)
     except CRON_ERRORS:
-        return None  # somebody else has written the row
+        return None  # another program has written the row
 
 
 def _in_utc(time: datetime | None) -> datetime | None:
-    # psycopg gives it in the session's time zone.
+    # psycopg returns times in the session's time zone.
     return None if time is None else time.astimezone(UTC)

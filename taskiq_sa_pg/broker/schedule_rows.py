@@ -1,4 +1,4 @@
-"""Schedules as rows of their table: checked, serialized, read back, and found in tasks' labels."""
+"""Converts schedules to rows and back, with checks; finds the schedules in tasks' labels."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ from taskiq_sa_pg.statements import ScheduleRow
 
 logger = logging.getLogger(__name__)
 
-# What the serializer gets; the rest has columns of its own.
+# The serialized fields; the others are columns.
 _SERIALIZED: Final = {"args", "kwargs", "labels", "task_id", "cron_offset"}
 
-# Of a task's labels, what is about its schedules or cannot be sent: as taskiq's kicker does it.
+# The task's labels that are not sent, as in taskiq's kicker.
 _NOT_SENT: Final = {"schedule", "types_of_exceptions"}
 
 _DAY: Final = datetime(2000, 1, 1, tzinfo=UTC)
@@ -39,12 +39,12 @@ class Times(NamedTuple):
 
     @property
     def kind(self) -> Literal["cron", "interval", "time"]:
-        """Which one it is."""
+        """The one that is set."""
         return "cron" if self.cron is not None else "interval" if self.interval else "time"
 
 
 def times_of(schedule: ScheduledTask) -> Times:
-    """When a schedule is due; a time without a zone is UTC, as taskiq has it."""
+    """The times of a schedule; a time without a zone is UTC, as in taskiq."""
     interval, time = schedule.interval, schedule.time
     if isinstance(interval, int):
         interval = timedelta(seconds=interval)
@@ -54,13 +54,13 @@ def times_of(schedule: ScheduledTask) -> Times:
 
 
 def check_schedule_id(schedule_id: object) -> None:
-    """Refuses what cannot be the id of a schedule.
+    """Checks a schedule id.
 
     Raises:
-        ConfigurationError: It is no str, is empty, or PostgreSQL cannot store it.
+        ConfigurationError: It is not a str, it is empty, or PostgreSQL cannot store it.
     """
     if not isinstance(schedule_id, str) or not schedule_id:
-        raise ConfigurationError(f"a schedule id must be a str that is not empty: {schedule_id!r}")
+        raise ConfigurationError(f"a schedule id must be a non-empty str, not {schedule_id!r}")
     flaw = flaw_of_key(schedule_id)
     if flaw:
         raise ConfigurationError(f"schedule id {shortened(schedule_id)!r} {flaw}")
@@ -69,10 +69,10 @@ def check_schedule_id(schedule_id: object) -> None:
 def row_of_schedule(
     broker: SQLAlchemyBroker, schedule: ScheduledTask, *, is_labelled: bool
 ) -> ScheduleRow:
-    """What is stored of a schedule, which the broker has to be able to send.
+    """Converts a schedule to a row, and checks that the broker can send its task.
 
     Raises:
-        ConfigurationError: An id, a time, a label or an argument that cannot work.
+        ConfigurationError: An id, a time, a label or an argument is invalid.
         InvalidTaskIdError: The task-id column cannot hold its task id.
     """
     check_schedule_id(schedule.schedule_id)
@@ -80,7 +80,7 @@ def row_of_schedule(
     what = f"schedule {schedule.schedule_id!r} of task {schedule.task_name!r}"
     if sum(each is not None for each in times) != 1:
         raise ConfigurationError(
-            f"{what} has to have one of cron, interval and time: make a schedule for each"
+            f"{what} must have exactly one of cron, interval and time: create a schedule for each"
         )
     if times.cron is not None:
         try:
@@ -93,7 +93,7 @@ def row_of_schedule(
         broker.settings, BrokerMessage(task_id=task_id, task_name=name, message=b"", labels=labels)
     )
     try:
-        # As taskiq makes a message of what is sent at once.
+        # As taskiq serializes a message.
         values = schedule.model_dump(mode="json", include=_SERIALIZED)
         message = broker.serializer.dumpb(values)
     except Exception as exc:
@@ -102,7 +102,7 @@ def row_of_schedule(
 
 
 def schedule_of_row(serializer: TaskiqSerializer, row: ScheduleRow) -> ScheduledTask:
-    """The schedule that was stored."""
+    """Converts a row to a schedule."""
     stored = serializer.loadb(row.message)
     values = {name: stored[name] for name in _SERIALIZED}
     values["cron_offset"] = offset_of(values["cron_offset"])
@@ -120,7 +120,7 @@ def labelled_rows(broker: SQLAlchemyBroker) -> list[ScheduleRow]:
     """The schedules in the labels of a broker's tasks.
 
     Raises:
-        ConfigurationError: One that cannot work, or two of one id.
+        ConfigurationError: A schedule is invalid, or two have the same id.
     """
     rows: dict[str, ScheduleRow] = {}
     for name, task in broker.get_all_tasks().items():
@@ -140,7 +140,7 @@ def _schedules_of(
     labels: Mapping[str, Any] = task.labels
     given = [each for each in labels.get("schedule") or [] if {*each} & {*Times._fields}]
     if given and getattr(task.broker, "settings", None) is not broker.settings:
-        text = "the schedules in the labels of task %s are left out: its broker is another, %s"
+        text = "the schedules in the labels of task %s are ignored: it has another broker, %s"
         logger.warning(text, task_name, task.broker)
         return
     own = {name: value for name, value in labels.items() if name not in _NOT_SENT}
@@ -170,6 +170,6 @@ def _when(schedule: ScheduledTask) -> str:
 
 
 def _id_of(task_name: str, when: str, number: int) -> str:
-    # Not of the arguments: a schedule keeps its last tick where only they have changed.
+    # Without the arguments: if only these change, a schedule keeps its last tick.
     text = json.dumps([task_name, when, number])
     return f"{task_name[:100]}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""SQLAlchemyScheduleSource: schedules in a table of the broker's database."""
+"""SQLAlchemyScheduleSource: stores schedules in a table of the broker's database."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from taskiq_sa_pg.broker.schedule_rows import (
     times_of,
 )
 from taskiq_sa_pg.broker.ticks import Tick, has_tick, set_tick
-from taskiq_sa_pg.database import Parameters
+from taskiq_sa_pg.database import Parameters, repr_at
 from taskiq_sa_pg.exceptions import ConfigurationError, StorageError
 from taskiq_sa_pg.statements import (
     ScheduleRow,
@@ -35,7 +35,7 @@ from taskiq_sa_pg.statements import (
 
 logger = logging.getLogger(__name__)
 
-# How soon a tick that could not be sent is tried again. Whole seconds, as taskiq's intervals are.
+# When a tick that could not be sent is retried. Whole seconds, as taskiq's intervals are.
 _AGAIN: Final = timedelta(seconds=5)
 
 _SECOND: Final = timedelta(seconds=1)
@@ -44,12 +44,12 @@ _MINUTE: Final = timedelta(minutes=1)
 
 @dataclass(slots=True)
 class _Look:
-    """What is known since taskiq's loop last found a schedule to be due.
+    """The state of a schedule since taskiq's loop last found it due.
 
     Attributes:
-        times: Those of the schedule then.
-        again: After how long the loop has to look again; None leaves it to the schedule.
-        minute: The minute of a cron expression that is not known to be sent.
+        times: The schedule's times then.
+        again: The delay until the loop has to check again; None leaves it to the schedule.
+        minute: The minute of a cron expression whose task may not have been sent.
     """
 
     times: Times
@@ -63,24 +63,25 @@ class SQLAlchemyScheduleSource(ScheduleSource):
         source = SQLAlchemyScheduleSource(broker)
         scheduler = TaskiqScheduler(broker, [source])
 
-    They survive restarts. Any number of schedulers may run, `taskiq scheduler app:scheduler`, and
-    each tick is sent once: in the minute of a cron expression, when an interval has passed since
-    its last tick, whoever sent that, and at the time of what is due once, or later, if no
-    scheduler ran. Cron expressions that were due while none ran are not made up for.
+    Schedules survive restarts. Any number of schedulers (`taskiq scheduler app:scheduler`) may run,
+    and each tick is sent once. A cron expression is sent in its minute, and skipped if no scheduler
+    ran then. An interval is sent when it has passed since its last tick, from any scheduler. A
+    one-time schedule is sent at its time, or later if no scheduler ran.
 
     startup() stores the schedules in the labels of the broker's tasks, `schedule=[{"cron": ...}]`,
-    under ids of their own, and deletes those of labels that are gone. In a process of `taskiq
-    scheduler` these are all that the broker's tasks do not have; elsewhere, where not all tasks may
-    be imported, only those of tasks that are. What was added in another way stays.
+    with generated ids unless they have a `schedule_id`, and deletes schedules whose labels no
+    longer exist. A process of `taskiq scheduler` deletes all of these. Other processes may not have
+    imported all tasks, so they delete only those of tasks that they know. Schedules that were added
+    in another way stay.
 
-    With a broker that is started, it works without its own startup(), as a retry middleware's
+    With a started broker, it works without its own startup(), for example as a retry middleware's
     `schedule_source` in a worker.
 
     Args:
         broker: The broker that sends the tasks; its database, retries and serializer are used.
 
     Raises:
-        ConfigurationError: It is no SQLAlchemyBroker, or its models have no Schedule.
+        ConfigurationError: It is not a SQLAlchemyBroker, or its models have no Schedule.
     """
 
     def __init__(self, broker: SQLAlchemyBroker) -> None:
@@ -97,16 +98,19 @@ class SQLAlchemyScheduleSource(ScheduleSource):
         self._broker = broker
         self._schedules: Table = table
         self._table = broker.models.config.qualified(table.name)
-        # What get_schedules() found, and what became of it since.
+        # The result of the last get_schedules(), and the state of due schedules since.
         self._found: dict[str, tuple[ScheduledTask, Times]] = {}
         self._looks: dict[str, _Look] = {}
         self._has_sent = False
 
+    def __repr__(self) -> str:
+        return repr_at(type(self).__qualname__, self._table, self._broker.place)
+
     async def startup(self) -> None:
-        """Opens the broker's connections, and stores the schedules of labels.
+        """Opens the broker's connections, and stores the schedules from labels.
 
         Raises:
-            ConfigurationError: A schedule in a label that cannot work.
+            ConfigurationError: A schedule in a label is invalid.
             StorageError: PostgreSQL could not store them.
         """
         await self._broker.hold()
@@ -121,13 +125,13 @@ class SQLAlchemyScheduleSource(ScheduleSource):
         await self._broker.let_go()
 
     async def add_schedule(self, schedule: ScheduledTask) -> None:
-        """Stores a schedule, in place of one of the same id; committed on return.
+        """Stores a schedule, or replaces the one of the same id; it is committed on return.
 
-        taskiq's schedule_by_cron(), schedule_by_interval() and schedule_by_time() call it. Stored
-        again with the same times, it is due no sooner than before.
+        taskiq's schedule_by_cron(), schedule_by_interval() and schedule_by_time() call it. A
+        schedule that is stored again with the same times keeps its last tick.
 
         Raises:
-            ConfigurationError: An id, a time, a label or an argument that cannot work.
+            ConfigurationError: An id, a time, a label or an argument is invalid.
             InvalidTaskIdError: The task-id column cannot hold its task id.
             StorageError: PostgreSQL could not store it.
         """
@@ -138,33 +142,33 @@ class SQLAlchemyScheduleSource(ScheduleSource):
     async def delete_schedule(self, schedule_id: str) -> None:
         """Deletes a schedule; CreatedSchedule.unschedule() calls it.
 
-        One that is not there, such as one that was due once and is sent, is no error. One of a
-        label comes back at the next startup().
+        If the schedule does not exist, for example because it was sent once, nothing happens. A
+        schedule from a label is stored again at the next startup().
 
         Raises:
-            ConfigurationError: No schedule can have this id.
+            ConfigurationError: The id is invalid.
             StorageError: PostgreSQL could not delete it.
         """
         check_schedule_id(schedule_id)
         purpose = f"delete schedule {schedule_id!r} from"
         if not await self._fetch(self._delete, {"id_sought": schedule_id}, purpose):
-            logger.info("schedule %s is not there: it was sent or deleted before", schedule_id)
+            logger.info("schedule %s does not exist: it was sent or deleted before", schedule_id)
 
     async def get_schedules(self) -> list[ScheduledTask]:
-        """All schedules; taskiq's scheduler asks once a minute, or as its --update-interval says.
+        """All schedules; taskiq's scheduler calls it once a minute, or every --update-interval.
 
-        One that cannot be read is logged and left out. While a scheduler cannot reach PostgreSQL,
-        it goes on with those that it has.
+        Schedules that cannot be read are logged and skipped. If PostgreSQL cannot be reached, a
+        scheduler that has sent tasks keeps the schedules that it has.
 
         Raises:
-            StorageError: PostgreSQL could not be asked.
+            StorageError: PostgreSQL could not be read.
         """
         try:
             rows = await self._fetch(self._select, {}, "read the schedules in")
         except StorageError as exc:
             if not self._has_sent:
                 raise
-            logger.warning("the schedules are those of before: %s", exc)
+            logger.warning("the schedules that were read before stay in use: %s", exc)
             return [schedule for schedule, _ in self._found.values()]
         self._found = dict(self._read(rows))
         for schedule_id, look in list(self._looks.items()):
@@ -174,13 +178,13 @@ class SQLAlchemyScheduleSource(ScheduleSource):
                 continue
             del self._looks[schedule_id]
             if times is not None and times.time is not None:
-                # Added again, after the loop has seen it due. The loop looks at no such schedule
-                # twice, unless it was gone for a while.
+                # Added again after the loop found it due. The loop checks a one-time schedule only
+                # once, unless it was missing for a while.
                 del self._found[schedule_id]
         return [schedule for schedule, _ in self._found.values()]
 
     def pre_send(self, task: ScheduledTask) -> None:
-        """Notes for which tick a task is sent; taskiq's scheduler calls it."""
+        """Records the tick for which a task is sent; taskiq's scheduler calls it."""
         self._has_sent = True
         schedule_id = task.schedule_id
         current, times = self._found.get(schedule_id, (task, times_of(task)))
@@ -192,8 +196,8 @@ class SQLAlchemyScheduleSource(ScheduleSource):
             parameters = {"due_cron": times.cron, "due_minute": minute}
         elif times.time is not None:
             parameters = {"due_time": times.time}
-        # taskiq's loop takes every look for a success, and reads `interval` whenever it wakes: so
-        # it looks again soon, until it is known whose the tick was. Nobody tells us of a failure.
+        # taskiq's loop assumes that each tick was sent, and reports no failure to us. It reads
+        # `interval` whenever it wakes: so let it check again soon, until the outcome is known.
         again = _AGAIN if times.interval is None else min(_AGAIN, times.interval)
         self._looks[schedule_id] = _Look(times, again, minute)
         task.interval = current.interval = again
@@ -201,7 +205,7 @@ class SQLAlchemyScheduleSource(ScheduleSource):
         def settle(sent: Sent) -> None:
             left = None
             if times.interval is not None:
-                # Half a second early will do: see send_at_interval().
+                # Up to half a second early is accepted: see send_at_interval().
                 left = max(_SECOND, timedelta(seconds=round(sent.seconds or 0)))
             self._looks[schedule_id] = _Look(times, left)
             task.interval = left
@@ -211,17 +215,17 @@ class SQLAlchemyScheduleSource(ScheduleSource):
         set_tick(Tick(schedule_id, times.kind, parameters, self._broker.settings, settle))
 
     def post_send(self, task: ScheduledTask) -> None:
-        """Finds a scheduler that does not ask for the tick; else nothing is left to do.
+        """Checks that the scheduler has sent the tick through the source's broker.
 
         Raises:
-            ConfigurationError: It sends by another broker, past the schedules' table.
+            ConfigurationError: It sends with another broker, which bypasses the schedules' table.
         """
         if has_tick(task.schedule_id):
             set_tick(None)
             raise ConfigurationError(
-                f"schedule {task.schedule_id!r} was sent by another broker than its source's, or "
-                "without the label schedule_id, and so maybe by each scheduler: give "
-                "TaskiqScheduler the source's broker"
+                f"schedule {task.schedule_id!r} was not sent by its source's broker, or without "
+                "the label schedule_id, so several schedulers may send it: create TaskiqScheduler "
+                "with the source's broker"
             )
 
     async def _store_labelled(self) -> None:
@@ -239,7 +243,7 @@ class SQLAlchemyScheduleSource(ScheduleSource):
             try:
                 schedule = schedule_of_row(self._broker.serializer, row)
             except Exception:
-                text = "schedule %s of task %s in table %s cannot be read, and is left out"
+                text = "schedule %s of task %s in table %s cannot be read, and is skipped"
                 logger.exception(text, row.schedule_id, row.task_name, self._table)
             else:
                 yield row.schedule_id, (schedule, times_of(schedule))
@@ -268,18 +272,18 @@ class SQLAlchemyScheduleSource(ScheduleSource):
 
 
 def utc_now() -> datetime:
-    """What time it is, by the clock of taskiq's scheduler."""
+    """The time by the clock of taskiq's scheduler."""
     return datetime.now(UTC)
 
 
 def _due_minute(task: ScheduledTask, cron: str, unsent: datetime | None) -> datetime:
     """The minute for which a task with a cron expression is sent now.
 
-    By the clock that taskiq's loop goes by: if all schedulers took that of the database, those
-    whose own differ would send one minute twice.
+    It uses the clock of taskiq's loop: with the database's clock, schedulers with different clocks
+    would send one minute twice.
     """
     minute = utc_now().replace(second=0, microsecond=0)
-    for each in (minute, minute - _MINUTE):  # which may have ended since the loop looked
+    for each in (minute, minute - _MINUTE):  # it may have ended since the loop checked
         if is_cron_now(cron, task.cron_offset, each):
             return each
     return unsent or minute

@@ -1,4 +1,4 @@
-"""Sending tasks: a message becomes a row, and what is sent at once shares a statement."""
+"""Sends tasks: converts messages to rows, and stores concurrent ones in one statement."""
 
 import random
 from collections.abc import Callable, Collection, Mapping
@@ -14,22 +14,20 @@ from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.statements import MAX_PRIORITY, QueueRow, enqueue_tasks
 
-# The number begins anywhere, so that a claim of a task id that was used before holds nothing of its
-# later use; and leaves room to grow.
+# Claim numbers start at a random value, so that an old claim does not match a task id that is used
+# again; 30 bits leave room to count up.
 _CLAIM_BITS: Final = 30
 
-# A century. PostgreSQL's times would overflow with some thousands of them.
+# A century. PostgreSQL's times overflow with some thousands of them.
 _LONGEST_DELAY: Final = 3_155_760_000.0
 
 
 class Sender:
-    """Stores tasks in the queue, and tells workers of what was committed.
-
-    Made for one event loop.
+    """Stores tasks in the queue and notifies workers after the commit, for one event loop.
 
     Args:
-        settings: Those of the broker.
-        database: Where the queue is.
+        settings: The broker's settings.
+        database: The queue's database.
         announce: Called with the names of the queues that have new tasks.
     """
 
@@ -42,13 +40,13 @@ class Sender:
         self._database = database
         self._announce = announce
         self._enqueue = enqueue_tasks(settings.queue_table)
-        self._purpose = f"send it through table {settings.table}"
+        self._purpose = f"send it to table {settings.table}"
         self._numbers = count()
         self._batcher: Batcher[Any, tuple[int, QueueRow], QueueRow, None] = Batcher(
             self._store,
             encode=lambda _, item: item[1],
             size=lambda row: len(row.message),
-            rank=lambda item: -item[0],  # a task that waits already stays as it is
+            rank=lambda item: -item[0],  # the first: a waiting task is not replaced
         )
 
     async def send(self, row: QueueRow) -> None:
@@ -56,7 +54,7 @@ class Sender:
         await self._batcher.submit(row.task_id, (next(self._numbers), row))
 
     async def close(self) -> None:
-        """Refuses further tasks, and returns when those before are stored."""
+        """Refuses new tasks, and returns when earlier ones are stored."""
         await self._batcher.close()
 
     async def _store(self, batch: Mapping[Any, Entry[QueueRow]]) -> Mapping[Any, None]:
@@ -67,10 +65,10 @@ class Sender:
 
 
 def row_of(settings: QueueSettings, message: BrokerMessage) -> QueueRow:
-    """What is stored of a message, as its labels `queue_name`, `priority` and `delay` say.
+    """Converts a message to a row, with its labels `queue_name`, `priority` and `delay`.
 
     Raises:
-        ConfigurationError: A label that cannot work.
+        ConfigurationError: A label is invalid.
         InvalidTaskIdError: The task-id column cannot hold the id.
     """
     labels = message.labels
@@ -95,7 +93,7 @@ def _queue_name_of(label: Any, default: str) -> str:
 def _number_of(
     labels: Mapping[str, Any], name: str, most: float, *, is_whole: bool = False
 ) -> float:
-    # Labels travel as strings, and a retry middleware sends those that it got.
+    # Labels are sent as strings, and a retry middleware sends those that it received.
     label = labels.get(name)
     if label is None:
         return 0.0

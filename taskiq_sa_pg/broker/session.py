@@ -1,4 +1,4 @@
-"""Sending a task in the application's own transaction: it is committed with it, or never was."""
+"""Sends a task in the application's transaction: it is committed or rolled back with it."""
 
 import inspect
 from collections.abc import AsyncGenerator, Coroutine
@@ -15,7 +15,7 @@ from taskiq.abc.middleware import TaskiqMiddleware
 from taskiq.decor import AsyncTaskiqDecoratedTask
 from taskiq.kicker import AsyncKicker
 
-from taskiq_sa_pg.broker.pending import Tell, tell_at_commit
+from taskiq_sa_pg.broker.pending import OnCommit, call_at_commit
 from taskiq_sa_pg.broker.sender import row_of
 from taskiq_sa_pg.broker.settings import QueueSettings
 from taskiq_sa_pg.database import Database
@@ -30,12 +30,12 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _T = TypeVar("_T")
 
-# What can be sent: a task, or its kicker with labels, a task id, ...
+# A task, or its kicker with labels, a task id, ...
 _Task: TypeAlias = AsyncTaskiqDecoratedTask[_P, _R] | AsyncKicker[_P, _R]
 
 
-# What SQLAlchemy has no public names for: what became of a session, the connections that its
-# transaction has already, and the level of create_engine(isolation_level=...).
+# Private names of SQLAlchemy: the state of a session, the connections of its transaction, and the
+# level of create_engine(isolation_level=...).
 _CLOSE_STATE: Final = "_close_state"
 _CONNECTIONS: Final = "_connections"
 _ENGINE_WIDE: Final = "_on_connect_isolation_level"
@@ -46,29 +46,28 @@ class Transaction:
     """The transaction of a session, and how tasks are stored in it.
 
     Attributes:
-        session: The session, or what is below an AsyncSession.
-        awaited: The AsyncSession.
-        settings: Those of the broker.
-        enqueue: Stores a task; None stores none, and has the transaction begin.
-        tell: Called with what is committed.
-        outer: The application's own connection that the session is on. Where nothing is stored,
-            the session's own commit counts.
+        session: The session, or the AsyncSession's sync_session.
+        awaited: The AsyncSession; None for a Session.
+        settings: The broker's settings.
+        enqueue: Stores a task; None only begins the transaction.
+        on_commit: Called with the committed rows.
+        outer: The application's connection, if the session is bound to one and tasks are stored.
     """
 
     session: Session
     awaited: AsyncSession | None
     settings: QueueSettings
     enqueue: Upsert | None
-    tell: Tell
+    on_commit: OnCommit
     outer: Connection | None
 
     async def send(self, row: QueueRow) -> None:
-        """Stores a task; with a Session it awaits nothing."""
+        """Stores a task; with a Session, without awaiting anything."""
         if self.awaited is None:
             self._store(self.session, row)
         else:
             await self.awaited.run_sync(self._store, row)
-        tell_at_commit(self.session, row, self.tell, self.outer)
+        call_at_commit(self.session, row, self.on_commit, self.outer)
 
     def _store(self, session: Session, row: QueueRow) -> None:
         chosen = {"mapper": self.settings.models.Queue}
@@ -80,11 +79,11 @@ class Transaction:
 
 
 class SessionBroker(AsyncBroker):
-    """Sends tasks in the transaction of a session; all else of it is the broker's own.
+    """Sends tasks in the transaction of a session; otherwise the same as its broker.
 
-    From SQLAlchemyBroker.in_session(). A task exists from the commit of the session on, and what is
-    rolled back, be it to a savepoint, was never sent. Nothing is tried again: a failure is the
-    session's, as of any other statement.
+    SQLAlchemyBroker.in_session() returns it. A task is sent when the session commits. If the
+    session is rolled back, also to a savepoint, the task is not sent. Statements are not retried:
+    errors are raised as for any other statement of the session.
     """
 
     __slots__ = ("_transaction",)
@@ -94,8 +93,8 @@ class SessionBroker(AsyncBroker):
         self._transaction = transaction
 
     @property
-    def middlewares(self) -> list[TaskiqMiddleware]:  # type: ignore[override]  # a list, there
-        """Those of the broker, with what they do in a transaction."""
+    def middlewares(self) -> list[TaskiqMiddleware]:  # type: ignore[override]  # a list in the base class
+        """The broker's middlewares, adapted to a transaction."""
         return list(map(_InTransaction, vars(self)["middlewares"]))
 
     @overload
@@ -117,8 +116,8 @@ class SessionBroker(AsyncBroker):
             **kwargs: The task's arguments.
 
         Raises:
-            ConfigurationError: It is a Session: kiq_sync() is for that.
-            SendTaskError: The session could not store it; the reason is its `__cause__`.
+            ConfigurationError: The session is a Session: use kiq_sync().
+            SendTaskError: The session could not store the task; the reason is its `__cause__`.
         """
         if self._transaction.awaited is None:
             raise ConfigurationError("kiq() is for an AsyncSession: with a Session, use kiq_sync()")
@@ -135,13 +134,13 @@ class SessionBroker(AsyncBroker):
     ) -> AsyncTaskiqTask[_R]: ...
 
     def kiq_sync(self, task: _Task[_P, Any], *args: _P.args, **kwargs: _P.kwargs) -> Any:
-        """Sends a task in the transaction of a Session; without an event loop.
+        """Sends a task in the transaction of a Session; needs no event loop.
 
-        Arguments as kiq().
+        The arguments are those of kiq().
 
         Raises:
-            ConfigurationError: It is an AsyncSession, or a middleware can only be awaited.
-            SendTaskError: As kiq().
+            ConfigurationError: The session is an AsyncSession, or a middleware has to be awaited.
+            SendTaskError: As for kiq().
         """
         if self._transaction.awaited is not None:
             raise ConfigurationError("kiq_sync() is for a Session: with an AsyncSession, use kiq()")
@@ -153,14 +152,14 @@ class SessionBroker(AsyncBroker):
         except StopIteration as done:
             return done.value
         sending.close()
-        raise ConfigurationError("kiq_sync() cannot wait for what a middleware awaits")
+        raise ConfigurationError("kiq_sync() does not support a middleware that awaits something")
 
     async def kick(self, message: BrokerMessage) -> None:
         """Stores a message in the transaction; taskiq's kicker calls it."""
         await self._transaction.send(row_of(self._transaction.settings, message))
 
     def listen(self) -> AsyncGenerator[AckableMessage, None]:
-        """Nothing can be listened to in a session.
+        """Not supported in a session.
 
         Raises:
             ConfigurationError: Always.
@@ -177,19 +176,19 @@ def join(
     settings: QueueSettings,
     database: Database | None,
     enqueue: Upsert | None,
-    tell: Tell,
+    on_commit: OnCommit,
 ) -> Transaction:
-    """The transaction of a session, which has to be able to store tasks.
+    """The transaction of a session, after checking that it can store tasks.
 
     Args:
         session: The session.
-        settings: Those of the broker.
-        database: Where it has to be; None is anywhere.
+        settings: The broker's settings.
+        database: The database that the session must have; None allows any.
         enqueue: Stores a task; None stores none.
-        tell: Called with what is committed.
+        on_commit: Called with the committed rows.
 
     Raises:
-        ConfigurationError: It cannot.
+        ConfigurationError: The session cannot store tasks.
     """
     if isinstance(session, scoped_session | async_scoped_session):
         session = session()
@@ -204,8 +203,8 @@ def join(
         bind = sync_session.get_bind(mapper=settings.models.Queue)
     except UnboundExecutionError as exc:
         raise ConfigurationError(
-            f"the session has no engine for {settings.table}: give it one, as in "
-            "sessionmaker(engine), or in its binds= one for the model of the queue"
+            f"the session has no engine for {settings.table}: create it with sessionmaker(engine), "
+            "or add the model of the queue to its binds="
         ) from exc
     if database is not None:
         _check_place(bind, settings, database)
@@ -215,7 +214,7 @@ def join(
         awaited=awaited,
         settings=settings,
         enqueue=enqueue,
-        tell=tell,
+        on_commit=on_commit,
         outer=bind if isinstance(bind, Connection) and enqueue is not None else None,
     )
 
@@ -227,11 +226,13 @@ def _named(value: object) -> str:
 def _check_open(session: Session) -> None:
     if session.in_transaction():
         return
-    state = getattr(session, _CLOSE_STATE, None)  # one that close() only resets goes on
+    state = getattr(session, _CLOSE_STATE, None)  # after close(), most sessions can be used again
     if getattr(state, "name", None) == "CLOSED":
-        raise ConfigurationError("the session is closed: send the task before that")
+        raise ConfigurationError("the session is closed: send the task before you close it")
     if not session.autobegin:
-        raise ConfigurationError("the session has autobegin=False and no transaction: begin() one")
+        raise ConfigurationError(
+            "the session has autobegin=False and no transaction: call begin() first"
+        )
 
 
 def _check_place(bind: Engine | Connection, settings: QueueSettings, database: Database) -> None:
@@ -240,9 +241,9 @@ def _check_place(bind: Engine | Connection, settings: QueueSettings, database: D
         # Any other parameter may be a secret.
         query = {name: value for name, value in url.query.items() if name in {"host", "port"}}
         raise ConfigurationError(
-            f"the session is one of {url.set(query=query)!r}, where table {settings.table} of the "
-            "broker is not: a task would be sent where no worker looks. Give both the same "
-            "address, or an AsyncSession's engine to the broker: SQLAlchemyBroker(engine=...)"
+            f"the session is connected to {url.set(query=query)!r}, but table {settings.table} of "
+            "the broker is in another database, so no worker would find the task. Use the same "
+            "address for both, or pass an AsyncSession's engine: SQLAlchemyBroker(engine=...)"
         )
 
 
@@ -252,16 +253,16 @@ def _check_level(session: Session, bind: Engine | Connection) -> None:
     level = begun.get_execution_options().get("isolation_level", engine_wide)
     if str(level).upper() == "AUTOCOMMIT":
         raise ConfigurationError(
-            "the session is in AUTOCOMMIT, so a task would be sent whatever becomes of the rest: "
-            "send it with its own kiq(), or take a session with transactions"
+            "the session is in AUTOCOMMIT, so it has no transaction to send the task in: use the "
+            "task's own kiq(), or a session with transactions"
         )
 
 
 class _InTransaction(TaskiqMiddleware):
-    """What a middleware does with a task that is sent in a transaction.
+    """Calls a middleware for a task that is sent in a transaction.
 
-    One that stores something itself would do so whatever becomes of the transaction: it may have a
-    method `pre_send_in_session(message)` instead of `pre_send(message)`, which is not awaited.
+    A middleware that stores something itself would do so even if the transaction is rolled back. It
+    can define `pre_send_in_session(message)`, which is not awaited, instead of `pre_send(message)`.
     """
 
     def __init__(self, middleware: TaskiqMiddleware) -> None:
@@ -278,7 +279,7 @@ class _InTransaction(TaskiqMiddleware):
 
 def _refuse_async(middleware: TaskiqMiddleware) -> None:
     remedies = {
-        "pre_send": ", or give the middleware a method pre_send_in_session(message)",
+        "pre_send": ", or add a method pre_send_in_session(message) to the middleware",
         "post_send": "",
     }
     if hasattr(middleware, "pre_send_in_session"):
@@ -287,5 +288,5 @@ def _refuse_async(middleware: TaskiqMiddleware) -> None:
         if inspect.iscoroutinefunction(getattr(middleware, name)):
             raise ConfigurationError(
                 f"kiq_sync() cannot await {type(middleware).__qualname__}.{name}(): make it a "
-                f"plain method{remedy}"
+                f"synchronous method{remedy}"
             )

@@ -1,4 +1,4 @@
-"""What a broker was told, checked."""
+"""The broker's settings, checked."""
 
 import reprlib
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from taskiq_sa_pg.models import DEFAULT_QUEUE, Models
 from taskiq_sa_pg.schema import SchemaCheck, check_schema_check
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
-# Seconds for which a worker has a task, and which it prolongs three times as often.
+# Seconds.
 DEFAULT_LEASE: Final = 60.0
 
 DEFAULT_MAX_DELIVERIES: Final = 5
 
-# With one more, with which a task is parked, the column's smallint is full: nothing could be
-# claimed any more.
+# Parking a task adds one. With more, the column's smallint would overflow, and no task could be
+# claimed.
 _MOST_DELIVERIES: Final = 32_766
 
-# An entry of an index holds 2,704 bytes at most.
+# An index entry can hold at most 2,704 bytes.
 _MAX_QUEUE_NAME_BYTES: Final = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueSettings:
-    """Arguments of SQLAlchemyBroker, but for those that the Database has taken in.
+    """Arguments of SQLAlchemyBroker, except those of the Database.
 
     Raises:
-        ConfigurationError: One that cannot work.
+        ConfigurationError: An argument is invalid.
     """
 
     models: Models
@@ -62,31 +62,31 @@ class QueueSettings:
 
     @property
     def queue_table(self) -> Table:
-        """The queue."""
+        """The queue's table."""
         assert self.models.queue_table is not None
         return self.models.queue_table
 
     @property
     def table(self) -> str:
-        """The queue's table, as messages name it."""
+        """The name of the queue's table, for messages."""
         config = self.models.config
         return config.qualified(config.queue_table_name)
 
 
 def check_queue_name(what: str, name: object) -> None:
-    """Refuses what is no name of a queue.
+    """Checks the name of a queue.
 
     Raises:
-        ConfigurationError: It is no str, is empty, or is what PostgreSQL cannot store.
+        ConfigurationError: It is not a str, it is empty, or PostgreSQL cannot store it.
     """
-    if not isinstance(name, str) or not name or "\x00" in name or _is_unfit(name):
+    if not isinstance(name, str) or not name or "\x00" in name or _is_too_long(name):
         raise ConfigurationError(
             f"{what} must be a str of 1 to {_MAX_QUEUE_NAME_BYTES:,} bytes of UTF-8, without NUL, "
             f"not {reprlib.repr(name)}"
         )
 
 
-def _is_unfit(name: str) -> bool:
+def _is_too_long(name: str) -> bool:
     try:
         return len(name.encode()) > _MAX_QUEUE_NAME_BYTES
     except UnicodeEncodeError:  # a lone surrogate
@@ -94,10 +94,10 @@ def _is_unfit(name: str) -> bool:
 
 
 def check_queue_names(names: tuple[str, ...]) -> None:
-    """Refuses what a worker cannot listen to.
+    """Checks the names of queues that a worker listens to.
 
     Raises:
-        ConfigurationError: No name, or what is none.
+        ConfigurationError: No name, or an invalid one.
     """
     if not names:
         raise ConfigurationError("listening_to() needs the name of a queue")

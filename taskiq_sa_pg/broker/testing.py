@@ -1,4 +1,4 @@
-"""A broker for the tests of applications: it runs tasks in the process, after their commit."""
+"""A broker for the tests of applications: it runs tasks in the same process, after the commit."""
 
 import asyncio
 from collections import deque
@@ -21,25 +21,26 @@ from taskiq_sa_pg.statements import QueueRow
 class InProcessBroker(InMemoryBroker):
     """Runs tasks in the process that sends them, as taskiq's InMemoryBroker does; for tests.
 
-    In place of a SQLAlchemyBroker: what is sent in a session runs after its commit, once, and never
-    if it is rolled back. It needs no table. It refuses the labels, task ids and sessions that a
-    SQLAlchemyBroker refuses. `delay` and `priority` change nothing: every task runs at once.
+    It replaces a SQLAlchemyBroker. A task that is sent in a session runs once after the commit, and
+    never if the session is rolled back. It needs no table. It refuses the labels, task ids and
+    sessions that a SQLAlchemyBroker refuses. `delay` and `priority` are ignored: every task runs at
+    once.
 
-    A commit starts its tasks on the event loop that the broker was started on or used last, from
-    whatever thread. Where there is none, they are started by wait_all().
+    A commit in any thread starts its tasks on the event loop on which the broker was started or
+    last used. If there is none, wait_all() starts them.
 
     Args:
-        dsn: Address of the database that sessions have to be of; None takes any.
+        dsn: Address of the database that sessions must have; None allows any.
         engine: The same as an engine.
-        models: Those of the broker that it stands for, if that is given any.
+        models: The models of the broker that it replaces, if you pass them there.
         field_for_task_id: Type of the task-id column.
-        queue_name: The queue that tasks without a label `queue_name` go to.
-        await_inplace: Whether a task has ended when kiq() returns, or the commit. Where a commit
-            cannot wait, because a Session is committed on the event loop, it is only started.
-        **in_memory: Passed on to taskiq's InMemoryBroker.
+        queue_name: The queue of tasks without a label `queue_name`.
+        await_inplace: Whether kiq(), or the commit, returns after the task has ended. A Session
+            that is committed on the event loop cannot wait: then the task is only started.
+        **in_memory: Passed to taskiq's InMemoryBroker.
 
     Raises:
-        ConfigurationError: An argument that cannot work.
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class InProcessBroker(InMemoryBroker):
         has_place = dsn is not None or engine is not None
         self._database = Database(dsn, engine=engine) if has_place else None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._committed: deque[QueueRow] = deque()  # and not yet started
+        self._committed: deque[QueueRow] = deque()  # not started yet
         self._running: set[asyncio.Task[Any]] = set()
 
     async def startup(self) -> None:
@@ -72,9 +73,9 @@ class InProcessBroker(InMemoryBroker):
         """Runs a task; taskiq's kicker calls it.
 
         Raises:
-            ConfigurationError: A label that cannot work.
-            InvalidTaskIdError: The task-id column could not hold the id.
-            UnknownTaskError: There is no such task.
+            ConfigurationError: A label is invalid.
+            InvalidTaskIdError: The task-id column cannot hold the id.
+            UnknownTaskError: The task does not exist.
         """
         self._note_loop()
         if self.find_task(message.task_name) is None:
@@ -88,15 +89,15 @@ class InProcessBroker(InMemoryBroker):
     def in_session(self, session: AnySession) -> SessionBroker:
         """Sends tasks in the transaction of a session: they run after its commit, or never.
 
-        As SQLAlchemyBroker.in_session(). Of a session on a connection that the test itself will
-        roll back, the session's own commit() counts.
+        As SQLAlchemyBroker.in_session(). If the session is bound to a connection that the test
+        rolls back later, its tasks run after the session's commit().
 
         Args:
             session: A session, sync or async.
 
         Raises:
-            ConfigurationError: One in AUTOCOMMIT, a closed one, or one of another database, where
-                the broker knows its own.
+            ConfigurationError: The session is in AUTOCOMMIT or closed, or it has another database
+                than the broker's dsn or engine.
         """
         self._note_loop()
         transaction = join(session, self.settings, self._database, None, self._run_committed)
@@ -106,16 +107,16 @@ class InProcessBroker(InMemoryBroker):
         """The broker itself: it runs the tasks of all queues.
 
         Args:
-            *queue_names: What a worker would listen to.
+            *queue_names: The queues.
 
         Raises:
-            ConfigurationError: No name, or what is none.
+            ConfigurationError: No name, or an invalid one.
         """
         check_queue_names(queue_names)
         return self
 
     async def wait_all(self) -> None:
-        """Returns when all that was sent and committed has run, and what that has sent."""
+        """Returns when all sent and committed tasks have run, including those that they sent."""
         self._note_loop()
         self._start_committed()
         while self._running:
@@ -128,8 +129,8 @@ class InProcessBroker(InMemoryBroker):
             self._loop = loop
 
     def _run_committed(self, rows: list[QueueRow]) -> None:
-        """Runs what is committed, from the thread of the commit."""
-        # One that waits already stays as it is.
+        """Runs committed tasks; called in the thread of the commit."""
+        # As in the queue, a waiting task is not replaced by one of the same id.
         first: dict[Any, QueueRow] = {}
         for row in rows:
             first.setdefault(row.task_id, row)
@@ -149,7 +150,7 @@ class InProcessBroker(InMemoryBroker):
         if self.await_inplace:
             try:
                 await_only(self._run_all())
-            except MissingGreenlet:  # a Session, of which nothing can be awaited
+            except MissingGreenlet:  # in a Session, nothing can be awaited
                 self._start_committed()
         else:
             self._start_committed()
@@ -169,7 +170,7 @@ class InProcessBroker(InMemoryBroker):
 
 
 class _InProcessSession(SessionBroker):
-    """Refuses a task that nobody could run, because it is too late for that at the commit."""
+    """Refuses an unknown task when it is sent, because the commit could not raise the error."""
 
     __slots__ = ()
 

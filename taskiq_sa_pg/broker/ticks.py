@@ -1,4 +1,4 @@
-"""Ticks: the times at which schedules are due, for each of which one of all schedulers sends."""
+"""Ticks: the times at which schedules are due. For each tick, one scheduler sends the task."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["cron", "interval", "time"]
 
-# The label that taskiq's scheduler gives to what it sends.
+# The label that taskiq's scheduler adds to the tasks that it sends.
 _SCHEDULE_ID: Final = "schedule_id"
 
 _STATEMENTS: Final[Mapping[Kind, Callable[[Table, Table], Executable]]] = {
@@ -29,14 +29,14 @@ _STATEMENTS: Final[Mapping[Kind, Callable[[Table, Table], Executable]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A tick as a scheduler saw it.
+    """A tick that a scheduler found due.
 
     Attributes:
         schedule_id: The schedule.
-        kind: What makes it due.
-        parameters: Those of the statement that sends it.
-        settings: Those of the broker that sends it.
-        settle: Called when it is known whose the tick was, be it that of another scheduler.
+        kind: The kind of schedule.
+        parameters: The parameters of the statement that sends it.
+        settings: The settings of the broker that sends it.
+        settle: Called when the outcome is known: sent by this or by another scheduler.
     """
 
     schedule_id: str
@@ -51,17 +51,17 @@ _TICK: Final[ContextVar[Tick | None]] = ContextVar("taskiq_sa_pg_tick", default=
 
 
 def set_tick(tick: Tick | None) -> None:
-    """Says for which tick the next task of its schedule is sent."""
+    """Sets the tick for which the next task of its schedule is sent."""
     _TICK.set(tick)
 
 
 def take_tick(message: BrokerMessage, settings: QueueSettings) -> Tick | None:
-    """The tick for which a message is sent by a broker; nobody gets it again."""
+    """Takes the tick for which a broker sends a message; None if there is none."""
     tick = _TICK.get()
     if tick is None:
         return None
-    # After a failure before kick(), such as a middleware's, nobody was there to take it: what the
-    # same asyncio task sends later must not pass for it.
+    # After a failure before kick(), such as a middleware's, the tick was not taken. It must not be
+    # used for other tasks that the same asyncio task sends later.
     is_its = message.labels.get(_SCHEDULE_ID) == tick.schedule_id
     if not is_its or tick.settings is not settings:
         return None
@@ -76,16 +76,16 @@ def has_tick(schedule_id: str) -> bool:
 
 
 def is_for_tick(message: TaskiqMessage) -> bool:
-    """Whether a message is sent for a tick, and so only if no other scheduler does."""
+    """Whether a message is sent for a tick, and so only if no other scheduler sends it."""
     return has_tick(str(message.labels.get(_SCHEDULE_ID)))
 
 
 class TickSender:
-    """Sends the tasks of schedules; made for one event loop.
+    """Sends the tasks of schedules, for one event loop.
 
     Args:
-        settings: Those of the broker.
-        database: Where the queue and the schedules are.
+        settings: The broker's settings.
+        database: The database of the queue and the schedules.
         announce: Called with the names of the queues that have new tasks.
     """
 
@@ -101,17 +101,21 @@ class TickSender:
         self._statements: dict[Kind, Executable] = {}
 
     async def send(self, tick: Tick, row: QueueRow) -> bool:
-        """Stores a task if its tick is still to be had; committed on return. False if it is not."""
+        """Stores a task unless its tick was sent before; it is committed on return.
+
+        Returns:
+            Whether it was stored.
+        """
         parameters = {f"task_{name}": value for name, value in row._asdict().items()}
         parameters |= {"id_sought": tick.schedule_id, **tick.parameters}
-        purpose = f"send schedule {tick.schedule_id!r} through table {self._settings.table}"
+        purpose = f"send schedule {tick.schedule_id!r} to table {self._settings.table}"
         [answer] = await self._database.fetch(self._statement(tick.kind), parameters, purpose)
         sent = Sent(*answer)
         tick.settle(sent)
         if sent.is_sent:
             self._announce({row.queue_name})
         else:
-            text = "schedule %s (%s): not sent, another scheduler has, or it is not due"
+            text = "schedule %s (%s): not sent: another scheduler sent it, or it is not due"
             logger.debug(text, tick.schedule_id, row.task_name)
         return sent.is_sent
 

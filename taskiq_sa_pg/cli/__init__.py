@@ -8,6 +8,8 @@ def main() -> None:
     """Runs the command line; the entry point."""
     try:
         # Here, because both packages are optional.
+        import rich  # noqa: F401, PLC0415
+
         from taskiq_sa_pg.cli.app import app  # noqa: PLC0415
         from taskiq_sa_pg.cli.output import Warnings  # noqa: PLC0415
     except ModuleNotFoundError as exc:
@@ -15,4 +17,5 @@ def main() -> None:
             raise
         sys.exit("taskiq-sa-pg needs the extra `cli`: pip install 'taskiq-sa-pg[cli]'")
     logging.basicConfig(format="taskiq-sa-pg: %(message)s", handlers=[Warnings()])
-    app()
+    # The name in usage lines: of `python -m taskiq_sa_pg`, too.
+    app(prog_name="taskiq-sa-pg")

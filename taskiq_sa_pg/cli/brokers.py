@@ -1,4 +1,4 @@
-"""The application's own broker, for commands that send tasks or show its queues."""
+"""The application's broker, for commands that send tasks or show queues."""
 
 import inspect
 import sys
@@ -13,15 +13,15 @@ from taskiq_sa_pg.exceptions import ConfigurationError, TaskiqSaPgError
 
 
 def broker_of(name: str) -> AsyncBroker:
-    """The broker that is `module:attribute`, or that a function of that name returns.
+    """The broker `module:attribute`, or the broker that a function of this name returns.
 
     Raises:
-        ConfigurationError: It cannot be imported, or is none.
+        ConfigurationError: It cannot be imported, or is not a broker.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ConfigurationError(
-            f"--broker {name}: write it as module:attribute, such as shop.tasks:broker"
+            f"--broker {name}: use module:attribute, such as shop.tasks:broker"
         )
     sys.path.insert(0, str(Path.cwd()))  # as taskiq's own command line does
     try:
@@ -29,7 +29,7 @@ def broker_of(name: str) -> AsyncBroker:
         if inspect.isfunction(found):
             found = found()
     except Exception as exc:
-        # Whatever the module of the user's raises.
+        # The application's module may raise anything.
         raise ConfigurationError(f"--broker {name} cannot be imported: {exc!r}") from exc
     if not isinstance(found, AsyncBroker):
         raise ConfigurationError(f"--broker {name} is not a taskiq broker: {found!r}")
@@ -38,7 +38,7 @@ def broker_of(name: str) -> AsyncBroker:
 
 @asynccontextmanager
 async def started(broker: AsyncBroker) -> AsyncIterator[None]:
-    """Starts a broker, with its result backend, and shuts it down at the end.
+    """Starts a broker with its result backend, and shuts it down at the end.
 
     Raises:
         TaskiqSaPgError: It could not be started.
@@ -48,7 +48,7 @@ async def started(broker: AsyncBroker) -> AsyncIterator[None]:
     except TaskiqSaPgError:
         raise
     except Exception as exc:
-        # Whatever somebody else's broker raises.
+        # Other brokers may raise anything.
         raise TaskiqSaPgError(f"the broker could not be started: {exc!r}") from exc
     try:
         yield

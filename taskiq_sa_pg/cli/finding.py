@@ -1,4 +1,4 @@
-"""The command that finds results, and follows those that are stored."""
+"""The command that lists results, and follows new ones."""
 
 import asyncio
 import csv as csv_module
@@ -15,69 +15,64 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from taskiq_sa_pg.cli.output import (
-    JsonOption,
-    complain,
-    printable,
-    say,
-    say_json,
-    say_table,
-    to_json,
-)
+from taskiq_sa_pg.cli.output import JsonOption, note, printable, say_json, to_json
 from taskiq_sa_pg.cli.since import parse_since
+from taskiq_sa_pg.cli.tables import Cell, say_row, say_table
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.database import DEFAULT_COMMAND_TIMEOUT
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.results import MAX_LIMIT, Page, Runtime, TaskRecord, check_query
 
-# Seconds. A result is committed later than its finished_at says, at most by the time limit of the
-# statement that has stored it; --follow looks back so far, and a little further.
+# Seconds. A result is committed after its finished_at, at most by the time limit of the statement
+# that stores it; --follow looks back this far, and a little further.
 _OVERLAP: Final = DEFAULT_COMMAND_TIMEOUT + 5
 
-# Between two looks, however many results are stored.
+# Seconds between two queries, however many results are stored.
 _BETWEEN_LOOKS: Final = 0.25
 
-# How long it may take until a closed pipe, or a result that nobody was told of, is noticed.
+# Seconds until a closed pipe, or a result without a notification, is noticed.
 _LONGEST_WAIT: Final = 2.0
 
 _HEADERS: Final = ["finished at", "outcome", "seconds", "task", "task id", "error"]
-# Text that a spreadsheet would execute: with a call, or a command for another program.
+# Text that a spreadsheet would execute: it has a call, or a command for another program.
 _FORMULA: Final = re.compile(r"[=+\-@].*[(|!]", re.DOTALL)
 _POSITION: Final = re.compile(r"-?\d{1,9}")
 
 _Say = Callable[[Sequence[TaskRecord]], None]
 
-_Errors = Annotated[bool, typer.Option("--errors", help="Failures only.")]
+_Errors = Annotated[bool, typer.Option("--errors", help="Only failed tasks.")]
 _Since = Annotated[
     str | None,
-    typer.Option(help="Finished in the last 30s, 15m, 2h, 7d or 1w, or since an ISO date."),
+    typer.Option(help="Only finished in the last 30s, 15m, 2h, 7d or 1w, or since an ISO date."),
 ]
 _TaskName = Annotated[
     str | None,
-    typer.Option(help="Only of this task; needs TaskMetadataMiddleware."),
+    typer.Option(help="Only with this task name; needs TaskMetadataMiddleware."),
 ]
 _Worker = Annotated[
-    str | None, typer.Option(help="Only executed by this worker; needs TaskMetadataMiddleware.")
+    str | None, typer.Option(help="Only of this worker; needs TaskMetadataMiddleware.")
 ]
 _Label = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="Only with this label; may be repeated."),
+    typer.Option(metavar="KEY=VALUE", help="Only with this label; repeatable."),
 ]
 _Arg = Annotated[
     list[str] | None,
     typer.Option(
         metavar="[KEY=]VALUE",
-        help="Only with this recorded argument: by name, by position (0=VALUE), or any argument "
-        "(VALUE). With a key, it may be repeated.",
+        help="Only with this recorded argument, by name or position (0=VALUE); a VALUE alone "
+        "matches any argument. Repeatable with a key.",
     ),
 ]
-_After = Annotated[str | None, typer.Option(help="The next page; the page before prints it.")]
-_Limit = Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="How many at most.")]
+_After = Annotated[
+    str | None, typer.Option(help="Start of the next page, as printed with the page before.")
+]
+_Limit = Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="Maximum number of results.")]
 _Jsonl = Annotated[bool, typer.Option("--jsonl", help="Print a JSON object on each line.")]
 _Csv = Annotated[bool, typer.Option("--csv", help="Print CSV with a header line.")]
 _Follow = Annotated[
     bool,
-    typer.Option("--follow", "-f", help="Keep printing new results as they are stored."),
+    typer.Option("--follow", "-f", help="Print new results as they are stored."),
 ]
 
 
@@ -96,14 +91,17 @@ async def list_results(
     csv: _Csv = False,
     follow: _Follow = False,
 ) -> None:
-    """Lists results, the latest first. With --follow, the latest is last."""
+    """List or follow results.
+
+    The latest result is first; with --follow it is last.
+    """
     if json + jsonl + csv > 1:
-        raise ConfigurationError("--json, --jsonl and --csv: choose one")
+        raise ConfigurationError("--json, --jsonl and --csv exclude each other: choose one")
     if follow and (json or after is not None):
-        raise ConfigurationError("--follow goes with neither --json nor --after; try --jsonl")
+        raise ConfigurationError("--follow does not work with --json or --after; try --jsonl")
     start = None if since is None else parse_since(since)
     found = {
-        # Exact, while the window keeps the search short, whatever the clocks say.
+        # Exact; the window only keeps the search short, and allows for clocks that differ.
         "where": () if start is None else target.models.Result.finished_at >= start,
         "outcome": "failed" if errors else None,
         "name": task_name,
@@ -128,9 +126,9 @@ async def list_results(
     elif csv:
         _CsvLines()(page.records)
     else:
-        say_table(_HEADERS, [_cells(record) for record in page.records])
+        say_table(_HEADERS, [_cells(record) for record in page.records], "no results")
         if page.next is not None:
-            complain(f"there are more: --after {shlex.quote(page.next)}")
+            note(f"there are more: --after {shlex.quote(page.next)}")
 
 
 async def _find(
@@ -149,15 +147,17 @@ async def _find(
 async def _follow(
     runtime: Runtime, found: Mapping[str, Any], window: timedelta | None, limit: int, say: _Say
 ) -> None:
-    """Prints the latest results, and then each that is stored, until the reader goes away."""
+    """Prints the latest results, then new ones, until the reader of the pipe goes away."""
     clock = asyncio.get_running_loop().time
     async with _stored(runtime) as has_stored:
         looked_at = clock()
-        # Before the page: what is stored between the two is in the page, or else new.
+        # Before the page: a result that is stored in between is in the page, or is new later.
         seen = {_key_of(each) for each in await _find_all(runtime, found, _OVERLAP)}
         page = await _find(runtime, found, window=window, limit=limit)
         seen |= {_key_of(each) for each in page.records}
         say(page.records[::-1])
+        if not page.records:
+            note("no results yet; waiting for new ones")
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LONGEST_WAIT):
@@ -165,7 +165,7 @@ async def _follow(
             has_stored.clear()
             if _is_reader_gone():
                 raise BrokenPipeError
-            # As far back as the look before saw all that was committed, however long that is ago.
+            # Back to what the query before may have missed, however long ago that was.
             since_then, looked_at = clock() - looked_at, clock()
             records = await _find_all(runtime, found, _OVERLAP + since_then)
             say([each for each in records[::-1] if _key_of(each) not in seen])
@@ -175,7 +175,7 @@ async def _follow(
 
 @asynccontextmanager
 async def _stored(runtime: Runtime) -> AsyncIterator[asyncio.Event]:
-    """An event that is set whenever results were stored, or may have been unheard."""
+    """An event that is set when results were stored, or notifications may have been missed."""
     has_stored = asyncio.Event()
     listener = runtime.listener
     assert listener is not None
@@ -202,12 +202,12 @@ async def _find_all(runtime: Runtime, found: Mapping[str, Any], window: float) -
 
 
 def _key_of(record: TaskRecord) -> tuple[str, datetime]:
-    # A task may finish again.
+    # A task may finish several times.
     return record.task_id, record.finished_at
 
 
 def _is_reader_gone() -> bool:
-    """Whether a pipe was closed at its other end, which else only the next line would tell."""
+    """Whether the pipe was closed; otherwise only the next line would notice."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -223,11 +223,11 @@ def _say_jsonl(records: Sequence[TaskRecord]) -> None:
 
 def _say_lines(records: Sequence[TaskRecord]) -> None:
     for record in records:
-        say("  ".join(_cells(record)))
+        say_row(_HEADERS, _cells(record))
 
 
 class _CsvLines:
-    """Prints records as CSV, with a line of names before the first."""
+    """Prints records as CSV, with a header line."""
 
     _has_names = False
 
@@ -257,15 +257,10 @@ def _csv_cell(value: Any) -> str:
             return printable(str(value))
 
 
-def _cells(record: TaskRecord) -> list[str]:
-    return [
-        record.finished_at.isoformat(sep=" ", timespec="seconds"),
-        record.outcome,
-        f"{record.execution_time:.3f}",
-        record.task_name or "",
-        record.task_id,
-        record.error_type or "",
-    ]
+def _cells(record: TaskRecord) -> list[Cell]:
+    seconds = f"{record.execution_time:.3f}"
+    names = record.task_name, record.task_id, record.error_type
+    return [record.finished_at, record.outcome, seconds, *names]
 
 
 def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
@@ -273,9 +268,9 @@ def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         key, separator, value = text.partition("=")
         if not separator or not key:
-            raise ConfigurationError(f"{option} {text}: write it as KEY=VALUE")
+            raise ConfigurationError(f"{option} {text}: use KEY=VALUE")
         if key in pairs:
-            raise ConfigurationError(f"{option} {text}: {key} has a value already")
+            raise ConfigurationError(f"{option} {text}: {key} was given already")
         pairs[key] = value
     return pairs
 

@@ -1,13 +1,12 @@
-"""The commands that show what is stored."""
+"""The commands that show a result, and counts of all."""
 
-from collections.abc import Mapping
-from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 
 from taskiq_sa_pg import statements as sql
-from taskiq_sa_pg.cli.output import JsonOption, repr_of, say, say_json, say_lines
+from taskiq_sa_pg.cli.output import JsonOption, say, say_json
+from taskiq_sa_pg.cli.tables import say_fields
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ResultDecodeError, ResultIsMissingError
 from taskiq_sa_pg.results import TaskDetails
@@ -18,13 +17,14 @@ async def show(
     target: Target,
     task_id: Annotated[str, typer.Argument(help="The task.")],
     raw: Annotated[
-        bool, typer.Option("--raw", help="Leave values undecoded: nothing is unpickled.")
+        bool, typer.Option("--raw", help="Do not decode values: nothing is unpickled.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Shows a result with its progress and its traceback. Reading a pickle runs what it says.
+    """Show a result, its progress and its traceback.
 
-    The exit status is 1 if something of it cannot be decoded.
+    Decoding a pickle runs code that its writer has chosen; --raw decodes nothing. The exit status
+    is 1 if a value cannot be decoded.
     """
     column_id = target.config.to_column_task_id(task_id)
     parameters, purpose = {"task_ids": [column_id]}, f"read the result of task {task_id!r}"
@@ -47,7 +47,7 @@ async def show(
     if json:
         say_json(shown)
     else:
-        _say_fields(shown)
+        say_fields(shown)
     if "undecodable" in {*shown, *shown.get("progress", ())}:
         raise typer.Exit(1)
 
@@ -81,28 +81,11 @@ def _shown_progress(target: Target, stored: sql.StoredProgress, *, is_raw: bool)
     return {"state": progress.state, "meta": progress.meta}
 
 
-def _say_fields(fields: Mapping[str, Any]) -> None:
-    for name, value in fields.items():
-        if value is None or name == "traceback" or (name == "labels" and not value):
-            continue
-        say(f"{name + ':':<16}{value if isinstance(value, str) else _to_text(name, value)}")
-    # Last, so that no line of it can be taken for a field.
-    if traceback := fields.get("traceback"):
-        say_lines(f"\n{traceback.rstrip()}")
-
-
-def _to_text(name: str, value: Any) -> str:
-    match value:
-        case datetime():
-            return value.isoformat(sep=" ", timespec="seconds")
-        case float() if name == "execution_time":
-            return f"{value:.3f} s"
-        case _:
-            return repr_of(value)
-
-
 async def stats(target: Target, json: JsonOption = False) -> None:
-    """Counts results by outcome, and says how large and how old the tables are."""
+    """Show counts of results and sizes of the tables.
+
+    The table also has the times of the oldest and the newest result.
+    """
     async with target.runtime() as runtime:
         fetch, models = runtime.database.fetch, target.models
         [row] = await fetch(sql.select_counts(models), {}, "count results")
@@ -123,6 +106,6 @@ async def stats(target: Target, json: JsonOption = False) -> None:
     if json:
         say_json(shown | {"bytes": dict(map(tuple, sizes))})
         return
-    _say_fields(shown)
+    say_fields(shown)
     for name, size in sizes:
         say(f"{'size:':<16}{size / 1024:,.0f} kB  {name}")

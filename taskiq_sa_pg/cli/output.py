@@ -1,19 +1,18 @@
-"""What commands print: text that no terminal obeys, and JSON for scripts."""
+"""What commands print: text without control characters, and JSON for scripts."""
 
 import json
 import logging
-import sys
 import unicodedata
 from typing import Annotated, Any, Final
 
 import typer
 from pydantic_core import to_jsonable_python
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
 # Control, format and surrogate characters, and the separators of lines and paragraphs.
 _ESCAPED: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+# The largest number that a LIMIT of ours is sent as.
+MAX_INT: Final = 2_147_483_647
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -29,12 +28,22 @@ def say_lines(text: str, *, err: bool = False) -> None:
 
 
 def complain(text: str) -> None:
-    """Prints on standard error, as one line, what is wrong or worth knowing."""
+    """Prints an error or a warning on standard error, as one line."""
     typer.echo(f"taskiq-sa-pg: {printable(text)}", err=True)
 
 
+def note(text: str) -> None:
+    """Prints a remark for people on standard error, so that a pipe stays empty."""
+    typer.echo(printable(text), err=True)
+
+
+def plural(count: int, noun: str) -> str:
+    """Such as "1 result" and "1,234 results"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class Warnings(logging.Handler):
-    """Prints on standard error what is logged, such as what PostgreSQL said."""
+    """Prints log records on standard error, such as warnings of PostgreSQL."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a message, with its traceback if there is one."""
@@ -70,27 +79,8 @@ def repr_of(value: Any) -> str:
         return f"<{type(value).__qualname__} that cannot be shown: {type(exc).__name__}: {exc}>"
 
 
-def say_table(headers: list[str], rows: list[list[str]]) -> None:
-    """Prints a table; in a pipe no cell is cut."""
-    columns = [Column(header, overflow="fold") for header in headers]
-    table = Table(*columns, box=None, pad_edge=False, show_edge=False)
-    for row in rows:
-        table.add_row(*[Text(printable(cell)) for cell in row])
-    drawing = console()
-    with drawing.capture() as capture:
-        drawing.print(table)
-    # Not by rich, which ends the process itself when a pipe is closed.
-    typer.echo(capture.get(), nl=False)
-
-
-def console() -> Console:
-    """Where commands print; without a terminal, or with NO_COLOR, without colours."""
-    width = None if sys.stdout.isatty() else 10_000
-    return Console(markup=False, highlight=False, emoji=False, width=width)
-
-
 def printable(text: str) -> str:
-    """The text with what a terminal would obey, and what would end a line, written as escapes."""
+    """The text with control characters and line ends as escapes."""
     return "".join(
         character.encode("unicode_escape").decode()
         if unicodedata.category(character) in _ESCAPED

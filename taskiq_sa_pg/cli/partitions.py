@@ -1,4 +1,4 @@
-"""The command that makes and drops the partitions of the results table."""
+"""The command that creates and drops partitions of the results table."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from taskiq_sa_pg.cli.output import JsonOption, complain, say, say_json
+from taskiq_sa_pg.cli.output import MAX_INT, JsonOption, complain, plural, say, say_json
 from taskiq_sa_pg.cli.since import parse_duration
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.database import Database
@@ -22,42 +22,42 @@ from taskiq_sa_pg.schema import (
     make_partition,
 )
 
-_NO_DEFAULT = (
-    "there is no default partition: a result whose id belongs to no partition is refused, and lost"
-)
+_NO_DEFAULT = "there is no default partition: a result is lost if its id belongs to no partition"
 
 
 async def partitions(
     target: Target,
     ahead: Annotated[
-        str, typer.Option(help="For how long from now on there are partitions: 12h, 7d, 4w.")
+        str, typer.Option(help="Create partitions for this time from now on: 12h, 7d, 4w.")
     ] = "7d",
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Drop partitions of which all is older: 12h, 30d. Also results that have not "
-            "expired. Without it nothing is dropped."
+            help="Drop partitions with only older results, even if they have not expired: 12h, "
+            "30d. By default nothing is dropped."
         ),
     ] = None,
-    every: Annotated[str, typer.Option(help="How long a new partition is: 1h, 1d, 1w.")] = "1d",
+    every: Annotated[str, typer.Option(help="Length of a new partition: 1h, 1d, 1w.")] = "1d",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be done, do nothing.")
     ] = False,
     move_at_most: Annotated[
         int,
         typer.Option(
             min=0,
-            help="How many results may be moved from the default partition into a new one that "
-            "they belong to; others wait for it.",
+            max=MAX_INT,
+            help="Maximum number of results to move from the default partition into a new one. "
+            "Other processes wait meanwhile.",
         ),
     ] = 10_000,
     json: JsonOption = False,
 ) -> None:
-    """Makes partitions of a results table that is partitioned by time, and drops old ones.
+    """Create and drop partitions by time.
 
-    For task ids of make_task_id(), and others of UUID version 7. Run it once a day; any number may
-    run at once. It gives up, with exit status 1, where locks of others keep it waiting for 3
-    seconds. Results with other ids are in the default partition, which only prune empties.
+    The results table has to be partitioned, and task ids have to come from make_task_id() or be
+    UUIDs of version 7. Results with other ids are in the default partition, which only `prune`
+    empties. Run this once a day; several processes may run it at once. It gives up, with exit
+    status 1, if it waits 3 seconds for a lock.
     """
     times = parse_duration("--ahead", ahead), parse_duration("--every", every)
     age = None if keep is None else parse_duration("--keep", keep)
@@ -69,7 +69,7 @@ async def partitions(
         with report.refusing():
             for each in found.missing(*times):
                 await _make(runtime.database, found, each, move_at_most, report)
-        # Also where none could be made.
+        # Also if none could be created.
         with report.refusing():
             for each in [] if age is None else found.outdated(age):
                 if dry_run or await drop_partition(runtime.database, target.config, each):
@@ -77,14 +77,14 @@ async def partitions(
     if json:
         say_json({**report.done, "is_dry_run": dry_run})
     elif not (any(report.done.values()) or report.is_refused):
-        say(f"nothing to do: {len(found.partitions)} partitions")
+        say(f"nothing to do: {plural(len(found.partitions), 'partition')}")
     if report.is_refused:
         raise typer.Exit(1)
 
 
 @dataclass
 class _Report:
-    """What was done, in lines that are printed at once or in JSON at the end."""
+    """What was done: lines that are printed at once, or JSON at the end."""
 
     is_dry_run: bool
     is_json: bool
@@ -97,7 +97,7 @@ class _Report:
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """What cannot be done is told, and ends this part of the work."""
+        """Prints an error, which ends this part of the work."""
         try:
             yield
         except SchemaError as exc:
@@ -109,9 +109,10 @@ class _Report:
         if self.is_json:
             return
         would_be = "would be " if self.is_dry_run else ""
-        rows = f", with {moved:,} that were in the default partition" if moved else ""
+        rows = f", with {plural(moved, 'result')} of the default partition" if moved else ""
         times = f"{start:%Y-%m-%d %H:%M:%S} to {end:%Y-%m-%d %H:%M:%S} UTC"
-        say(f"{would_be}{done}: {partition.name}, {times}{rows}")
+        did = {"made": "created"}.get(done, done)
+        say(f"{would_be}{did}: {partition.name}, {times}{rows}")
 
 
 async def _make(
@@ -130,4 +131,4 @@ async def _make(
         return
     report.note("made", partition, moved)
     if report.is_dry_run and moved > most:
-        report.refuse(f"{partition.name} needs --move-at-most={moved}: everybody waits meanwhile")
+        report.refuse(f"{partition.name} needs --move-at-most={moved}: other processes will wait")

@@ -1,4 +1,4 @@
-"""The commands that make, change and check the tables."""
+"""The commands that create, upgrade, downgrade and check the tables."""
 
 import asyncio
 import os
@@ -19,23 +19,23 @@ from taskiq_sa_pg.schema.migrate import current_revision, move_to, offline_sql
 _VARIABLE: Final = "TASKIQ_SA_PG_QUEUE"
 
 QueueOption = Annotated[
-    bool, typer.Option("--queue", help=f"The broker's tables, too. [env var: {_VARIABLE}=true]")
+    bool, typer.Option("--queue", help=f"Include the broker's tables. [env var: {_VARIABLE}=true]")
 ]
 QueueOnlyOption = Annotated[
     bool,
-    typer.Option("--queue-only", help=f"The broker's tables alone. [env var: {_VARIABLE}=only]"),
+    typer.Option("--queue-only", help=f"Only the broker's tables. [env var: {_VARIABLE}=only]"),
 ]
 
 
 def upgrade(
     target: Target,
-    revision: Annotated[str, typer.Argument(help="0001, head ...")] = "head",
+    revision: Annotated[str, typer.Argument(help="Revision: 0001 ... or head.")] = "head",
     queue: QueueOption = False,
     queue_only: QueueOnlyOption = False,
 ) -> None:
-    """Makes the tables, or brings them up to date; makes those again that were dropped.
+    """Create or upgrade the tables.
 
-    Any number may run at once.
+    Tables that were dropped are created again, empty. Several processes may run this at once.
     """
     for family in _families(queue, queue_only):
         _move(target, family, revision)
@@ -43,11 +43,16 @@ def upgrade(
 
 def downgrade(
     target: Target,
-    revision: Annotated[str, typer.Argument(help="0001 ..., or base, which drops the tables.")],
+    revision: Annotated[
+        str, typer.Argument(help="Revision: 0001 ... or base, which drops the tables.")
+    ],
     queue: QueueOption = False,
     queue_only: QueueOnlyOption = False,
 ) -> None:
-    """Takes the tables back to an earlier revision; what it does not have is lost."""
+    """Downgrade or drop the tables.
+
+    Data that the earlier revision has no place for is lost.
+    """
     for family in _families(queue, queue_only):
         _move(target, family, revision, is_down=True)
 
@@ -58,7 +63,10 @@ def current(
     queue_only: QueueOnlyOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Says which revision the tables have, and which is the latest."""
+    """Show the schema version of the tables.
+
+    The latest version is shown, too.
+    """
     families, latest = _families(queue, queue_only), f"{LATEST_VERSION:04}"
     revisions = {family: asyncio.run(_current(target, family)) for family in families}
     if json:
@@ -76,37 +84,43 @@ async def check(
     queue_only: QueueOnlyOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Compares the tables, and the role's rights on them, with what their users need.
+    """Check the tables and your role's privileges.
 
-    The exit status is 1 if they are unfit.
+    They are compared with what the backend and the broker need. The exit status is 1 if something
+    is missing or does not match.
     """
     families = _families(queue, queue_only)
-    unfit = []
+    wrong = []
     async with target.runtime() as runtime:
         for family in families:
             try:
                 await _check(runtime, family)
             except SchemaError as exc:
-                unfit.append(str(exc))
+                wrong.append(str(exc))
             else:
                 if not json:
-                    say(f"table {family.place(target.config)} is as it should be")
-    reason = "; ".join(unfit)
+                    say(f"table {family.place(target.config)}: OK")
+    reason = "; ".join(wrong)
     if json:
-        say_json({"is_fit": not unfit, "reason": reason or None})
-        raise typer.Exit(1 if unfit else 0)
-    if unfit:
+        say_json({"is_fit": not wrong, "reason": reason or None})
+        raise typer.Exit(1 if wrong else 0)
+    if wrong:
         raise SchemaError(reason)
 
 
 def sql(
     target: Target,
-    start: Annotated[str, typer.Argument(help="The revision that the tables have.")] = "base",
-    end: Annotated[str, typer.Argument(help="Where to; an earlier one downgrades.")] = "head",
+    start: Annotated[str, typer.Argument(help="Revision of the tables now.")] = "base",
+    end: Annotated[
+        str, typer.Argument(help="Target revision; an earlier one downgrades.")
+    ] = "head",
     queue: QueueOption = False,
     queue_only: QueueOnlyOption = False,
 ) -> None:
-    """Prints the SQL that leads from one revision to another; connects to nothing."""
+    """Print the SQL of a migration.
+
+    It leads from one revision to another. No database is needed.
+    """
     families = _families(queue, queue_only)
     printed = [offline_sql(target.config, start, end, family) for family in families]
     if not any(printed):
@@ -120,7 +134,7 @@ def sql(
 
 def _families(queue: bool, queue_only: bool) -> tuple[Family, ...]:
     if queue and queue_only:
-        raise ConfigurationError("--queue and --queue-only exclude each other: pass one of them")
+        raise ConfigurationError("--queue and --queue-only exclude each other: choose one")
     if queue:
         return RESULTS, QUEUE
     if queue_only:
@@ -148,5 +162,5 @@ def _move(target: Target, family: Family, revision: str, *, is_down: bool = Fals
     before = asyncio.run(_current(target, family)) or "none"
     move_to(target.config, revision, is_down=is_down, dsn=target.dsn, family=family)
     after = asyncio.run(_current(target, family)) or "none"
-    change = f"is at {after}" if before == after else f"{before} -> {after}"
+    change = f"already at {after}" if before == after else f"{before} -> {after}"
     say(f"table {family.place(target.config)}: {change}")

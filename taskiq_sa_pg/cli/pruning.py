@@ -1,11 +1,11 @@
-"""The command that deletes what has expired."""
+"""The command that deletes expired results."""
 
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from taskiq_sa_pg.cli.output import JsonOption, say, say_json
+from taskiq_sa_pg.cli.output import MAX_INT, JsonOption, plural, say, say_json
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.codec import check_seconds
 
@@ -13,25 +13,28 @@ from taskiq_sa_pg.codec import check_seconds
 async def prune(
     target: Target,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count what would be deleted, and delete nothing.")
+        bool, typer.Option("--dry-run", help="Only count the rows that would be deleted.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="How many rows at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MAX_INT, help="Maximum number of rows to delete.")
+    ] = None,
     time_budget: Annotated[
-        float | None, typer.Option(help="Seconds after which no further 500 rows are deleted.")
+        float | None, typer.Option(help="Seconds after which no further transaction begins.")
     ] = None,
     progress_ttl: Annotated[
         float | None,
         typer.Option(
             envvar="TASKIQ_SA_PG_PROGRESS_TTL",
-            help="Delete progress and status, too, that have not changed for so many seconds and "
-            "whose task has no result.",
+            help="Also delete progress and status of tasks without a result, if they have not "
+            "changed for this number of seconds.",
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Deletes results that have expired, with their progress.
+    """Delete expired results.
 
-    In transactions of at most 500 rows; it may be interrupted and run again.
+    Their progress and status are deleted, too. A transaction deletes at most 500 rows. You can
+    interrupt the command and run it again.
     """
     check_seconds("--time-budget", time_budget)
     check_seconds("--progress-ttl", progress_ttl)
@@ -43,8 +46,8 @@ async def prune(
         return
     would = "would be deleted" if dry_run else "deleted"
     say(
-        f"{pruned.results:,} expired results, {pruned.progress:,} stale progress and "
-        f"{pruned.statuses:,} stale statuses {would}"
+        f"{plural(pruned.results, 'expired result')}, {pruned.progress:,} stale progress and "
+        f"{plural(pruned.statuses, 'stale status row')} {would}"
     )
     if not pruned.is_complete:
-        say("something may be left: run it again")
+        say("there may be more: run the command again")

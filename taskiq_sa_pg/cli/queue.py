@@ -1,4 +1,4 @@
-"""The commands that look after the broker's queue."""
+"""The commands for the broker's queue."""
 
 import asyncio
 import sys
@@ -10,9 +10,18 @@ from typing import Annotated, Any, Final
 import typer
 from sqlalchemy import NullPool
 
-from taskiq_sa_pg.broker import ParkedTask, QueueCount, SQLAlchemyBroker
-from taskiq_sa_pg.cli.output import JsonOption, complain, say, say_json, say_table, to_json
+from taskiq_sa_pg.broker import QueueCount, SQLAlchemyBroker
+from taskiq_sa_pg.cli.output import (
+    MAX_INT,
+    JsonOption,
+    complain,
+    plural,
+    say,
+    say_json,
+    to_json,
+)
 from taskiq_sa_pg.cli.since import parse_since
+from taskiq_sa_pg.cli.tables import say_table
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ConfigurationError, SchemaError, StorageError
 from taskiq_sa_pg.importing import QueueImportReport, import_queue
@@ -22,10 +31,10 @@ UNDEFINED_TABLE: Final = "42P01"
 
 _STATES: Final = ("waiting", "delayed", "running", "parked")
 
-_TaskIds = Annotated[list[str] | None, typer.Argument(help="Parked tasks.")]
+_TaskIds = Annotated[list[str] | None, typer.Argument(help="Ids of parked tasks.")]
 _All = Annotated[bool, typer.Option("--all", help="All parked tasks.")]
 _QueueName = Annotated[str | None, typer.Option(help="Only in this queue.")]
-_TaskName = Annotated[str | None, typer.Option(help="Only of this task.")]
+_TaskName = Annotated[str | None, typer.Option(help="Only with this task name.")]
 
 
 async def queue(
@@ -33,16 +42,18 @@ async def queue(
     limit: Annotated[
         int,
         typer.Option(
-            min=1, help="Stop counting each state and priority of a queue at this number."
+            min=1,
+            max=MAX_INT,
+            help="Stop counting at this number, for each state and priority of a queue.",
         ),
     ] = 10_000,
     json: JsonOption = False,
 ) -> None:
-    """Counts the tasks in the broker's queue: waiting, delayed, running and parked.
+    """Count the tasks in the broker's queue.
 
-    By queue and task name. "oldest s" is for how many seconds the oldest waiting task has been
-    due. "10,000+" means that counting stopped at --limit; a larger --limit takes longer, a second
-    or two for a million tasks.
+    Tasks are counted by queue, task name and state: waiting, delayed, running or parked. "oldest s"
+    is the number of seconds for which the oldest waiting task has been due. "10,000+" means that
+    counting stopped at --limit. A larger --limit takes longer: seconds for a million tasks.
     """
     async with _open(target) as broker:
         counts = await broker.get_queues(limit)
@@ -57,10 +68,11 @@ async def queue(
         return
     since = "" if oldest is None else f", the oldest for {oldest:,.1f} s"
     waiting, *others = (f"{_shown(count, s in at_least)} {s}" for s, count in sums.items())
-    say(f"{_shown(depth, bool(at_least))} tasks: {', '.join([waiting + since, *others])}")
+    noun = "task" if depth == 1 else "tasks"
+    say(f"{_shown(depth, bool(at_least))} {noun}: {', '.join([waiting + since, *others])}")
     if counts:
         headers = ["queue", "task", "waiting", "oldest s", "delayed", "running", "parked"]
-        say_table(headers, [_cells(each) for each in counts])
+        say_table(headers, [_cells(each) for each in counts], "")
 
 
 def _cells(each: QueueCount) -> list[str]:
@@ -78,13 +90,14 @@ async def parked(
     target: Target,
     queue_name: _QueueName = None,
     task_name: _TaskName = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Maximum number of tasks.")] = 100,
     json: JsonOption = False,
 ) -> None:
-    """Lists parked tasks, oldest first: delivered too often, and never acknowledged.
+    """List parked tasks.
 
-    The worker is the one that parked the task. The result of a parked task is an error.
-    `release` delivers the task again, `discard` deletes it.
+    The oldest task is first. A task is parked if it was delivered too often and never acknowledged.
+    The worker in the list parked the task. The result of a parked task is an error. `release`
+    delivers the task again, `discard` deletes it.
     """
     async with _open(target) as broker:
         found = await broker.get_parked(queue_name, task_name, limit)
@@ -92,13 +105,11 @@ async def parked(
         say_json([asdict(each) for each in found])
         return
     headers = ["queued at", "queue", "task", "deliveries", "worker", "task id"]
-    say_table(headers, [_cells_of_parked(each) for each in found])
-
-
-def _cells_of_parked(each: ParkedTask) -> list[str]:
-    queued_at = each.queued_at.isoformat(sep=" ", timespec="seconds")
-    names = each.queue_name, each.task_name
-    return [queued_at, *names, str(each.deliveries), each.worker or "", each.task_id]
+    rows = [
+        (t.queued_at, t.queue_name, t.task_name, str(t.deliveries), t.worker, t.task_id)
+        for t in found
+    ]
+    say_table(headers, rows, "no parked tasks")
 
 
 async def release(
@@ -109,15 +120,15 @@ async def release(
     task_name: _TaskName = None,
     json: JsonOption = False,
 ) -> None:
-    """Makes parked tasks due at once, as if they had just been sent, and notifies workers.
+    """Deliver parked tasks again.
 
-    The result of a task stays an error until it has run. The exit status is 1 if one of the task
-    ids is not parked.
+    They are due at once, as if they had just been sent, and workers are notified. The result of a
+    task stays an error until the task has run. The exit status is 1 if a task id is not parked.
     """
     column_ids = _check_choice(target, task_ids, everything, queue_name, task_name)
     async with _open(target) as broker:
         done = await broker.runtime.admin.release(column_ids, queue_name, task_name)
-    _tell(task_ids, column_ids, done, "released", json=json)
+    _report(task_ids, column_ids, done, "released", json=json)
 
 
 def discard(
@@ -126,26 +137,31 @@ def discard(
     everything: _All = False,
     queue_name: _QueueName = None,
     task_name: _TaskName = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before --all.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask for confirmation of --all.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Deletes parked tasks. Their results, which are errors, stay.
+    """Delete parked tasks.
 
-    --all asks first. The exit status is 1 if one of the task ids is not parked.
+    Their results, which are errors, are kept. --all asks for confirmation. The exit status is 1 if
+    a task id is not parked.
     """
     column_ids = _check_choice(target, task_ids, everything, queue_name, task_name)
     if everything and not yes:
         if not sys.stdin.isatty():
-            raise ConfigurationError("discard --all asks first: without a terminal, add --yes")
-        # Not while an event loop runs, which would take the interruption of the question.
+            raise ConfigurationError(
+                "discard --all asks for confirmation: without a terminal, add --yes"
+            )
+        # Not in an event loop, which would catch Ctrl-C.
         count = asyncio.run(_count(target, queue_name, task_name))
-        typer.confirm(f"Delete {count:,} parked tasks?", abort=True, err=True)
+        typer.confirm(f"Delete {plural(count, 'parked task')}?", abort=True, err=True)
 
     async def run() -> set[Any]:
         async with _open(target) as broker:
             return await broker.runtime.admin.discard(column_ids, queue_name, task_name)
 
-    _tell(task_ids, column_ids, asyncio.run(run()), "discarded", json=json)
+    _report(task_ids, column_ids, asyncio.run(run()), "discarded", json=json)
 
 
 async def _count(target: Target, queue_name: str | None, task_name: str | None) -> int:
@@ -163,18 +179,18 @@ def _check_choice(
     """The ids as the column has them, or None for all.
 
     Raises:
-        ConfigurationError: Both or neither are named.
+        ConfigurationError: Both or neither were given.
     """
     if bool(task_ids) == everything:
-        raise ConfigurationError("which tasks? Name their ids, or say --all")
+        raise ConfigurationError("pass either task ids or --all")
     if not everything and not (queue_name is None and task_name is None):
-        raise ConfigurationError("--queue-name and --task-name choose among --all")
+        raise ConfigurationError("--queue-name and --task-name need --all")
     if not task_ids:
         return None
     return [target.config.to_column_task_id(task_id) for task_id in task_ids]
 
 
-def _tell(
+def _report(
     task_ids: list[str] | None,
     column_ids: list[Any] | None,
     done: Collection[Any],
@@ -187,7 +203,7 @@ def _tell(
     if json:
         say_json({what: len(done), "not_parked": missing})
     else:
-        say(f"{len(done):,} parked tasks {what}")
+        say(f"{plural(len(done), 'parked task')} {what}")
         for task_id in missing:
             complain(f"task {task_id} is not parked")
     if missing:
@@ -196,39 +212,40 @@ def _tell(
 
 async def import_old_queue(
     target: Target,
-    from_table: Annotated[str, typer.Option(help="The table of taskiq-postgres' broker.")],
+    from_table: Annotated[str, typer.Option(help="Table of taskiq-postgres' broker.")],
     from_schema: Annotated[
-        str | None, typer.Option(help="Its PostgreSQL schema, else the search_path's.")
+        str | None, typer.Option(help="Its PostgreSQL schema; by default the search_path decides.")
     ] = None,
     queue_name: Annotated[
-        str, typer.Option(help="The queue of tasks without a label queue_name.")
+        str, typer.Option(help="Queue for tasks without a label queue_name.")
     ] = DEFAULT_QUEUE,
     since: Annotated[
         str | None,
-        typer.Option(help="Sent in the last 30s, 15m, 2h, 7d or 1w, or since an ISO date."),
+        typer.Option(help="Only sent in the last 30s, 15m, 2h, 7d or 1w, or since an ISO date."),
     ] = None,
     processing: Annotated[
         bool,
         typer.Option(
             "--processing",
-            help="Move those, too, that a worker has taken. Stop the old workers first: they may "
-            "still be at it.",
+            help="Also move tasks that a worker has taken. Stop the old workers first: they may "
+            "still be executing them.",
         ),
     ] = False,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the old table as it is: copy.")
+        bool, typer.Option("--keep", help="Copy: do not change the old table.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read everything, and change nothing.")
+        bool, typer.Option("--dry-run", help="Read everything, change nothing.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Moves the tasks of taskiq-postgres' broker into our queue of the same database.
+    """Import tasks of taskiq-postgres' broker.
 
-    Those that wait there, among them all that it has lost since the table was made: look with
-    --dry-run, and choose with --since. Stop the old senders and workers first. It may be
-    interrupted and run again. Of tasks with the same id, as retries are, the last is moved and the
-    others are deleted. What our queue cannot hold stays and is told, and the exit status is 1.
+    They are moved into the queue in the same database. The old table also has every task that was
+    lost since it was created: check with --dry-run, and choose with --since. Stop the old senders
+    and workers first. You can interrupt the command and run it again. If several tasks have the
+    same id, such as retries, the last is moved and the others are deleted. Tasks that the queue
+    cannot hold stay and are printed, and the exit status is 1.
     """
     start = None if since is None else parse_since(since)
     async with _open(target, queue_name) as broker:
@@ -255,22 +272,23 @@ async def import_old_queue(
 def _say_report(report: QueueImportReport, would: str, moved: str) -> None:
     since = "" if report.oldest is None else f", sent since {report.oldest:%Y-%m-%d %H:%M:%S%z}"
     say(
-        f"{report.messages:,} tasks read{since}: {report.moved:,} {would}{moved}, "
-        f"{report.already_there:,} were there already, {report.superseded:,} were sent again "
-        f"later, {report.left_out:,} left out"
+        f"{plural(report.messages, 'task')} read{since}: {report.moved:,} {would}{moved}, "
+        f"{report.already_there:,} already in the queue, {report.superseded:,} sent again later, "
+        f"{report.left_out:,} skipped"
     )
     if report.processing:
-        say(f"{report.processing:,} are left that a worker had taken: --processing moves them, too")
+        taken = plural(report.processing, "task")
+        say(f"{taken} taken by a worker left in the old table: --processing moves them, too")
 
 
 @asynccontextmanager
 async def _open(target: Target, queue_name: str = DEFAULT_QUEUE) -> AsyncIterator[SQLAlchemyBroker]:
-    """A broker on the tables, which delivers nothing; it says at once what is wrong."""
+    """A broker on the tables that delivers nothing; errors are printed at once."""
     broker = SQLAlchemyBroker(
         target.dsn,
         models=build_models(**asdict(target.config), queue=True),
         queue_name=queue_name,
-        check_schema="off",  # to look needs fewer rights than to send
+        check_schema="off",  # reading needs fewer privileges than sending
         retry_timeout=0,
         startup_timeout=0,
         poolclass=NullPool,
@@ -282,8 +300,8 @@ async def _open(target: Target, queue_name: str = DEFAULT_QUEUE) -> AsyncIterato
         if exc.sqlstate != UNDEFINED_TABLE:
             raise
         raise SchemaError(
-            f"table {broker.settings.table} does not exist: make it with `taskiq-sa-pg upgrade "
-            "--queue`, or name its results table by --table-name and --schema"
+            f"table {broker.settings.table} does not exist: create it with `taskiq-sa-pg upgrade "
+            "--queue`, or pass --table-name and --schema of its results table"
         ) from exc
     finally:
         await broker.shutdown()

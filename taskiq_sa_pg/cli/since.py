@@ -1,4 +1,4 @@
-"""The moments and durations that options mean."""
+"""Moments and durations in options."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -20,7 +20,7 @@ def parse_since(text: str) -> datetime:
         return datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError):
         raise ConfigurationError(
-            f"--since {text}: say 30s, 15m, 2h, 7d, 1w or a date such as 2026-11-23T08:30"
+            f"--since {text}: use 30s, 15m, 2h, 7d, 1w or a date such as 2026-11-23T08:30"
         ) from None
 
 
@@ -28,7 +28,7 @@ def parse_duration(option: str, text: str) -> timedelta:
     """The time that "30s", "15m", "2h", "7d" or "1w" means; not 0, not 100 years.
 
     Raises:
-        ConfigurationError: It means none.
+        ConfigurationError: The text is not a duration in these limits.
     """
     try:
         duration = _duration(text)
@@ -36,7 +36,7 @@ def parse_duration(option: str, text: str) -> timedelta:
         duration = None
     if not duration or duration > _LONGEST:
         raise ConfigurationError(
-            f"{option} {text}: say 30s, 15m, 2h, 7d or 1w; more than 0, at most {_LONGEST.days}d"
+            f"{option} {text}: use 30s, 15m, 2h, 7d or 1w; more than 0, at most {_LONGEST.days}d"
         )
     return duration
 

@@ -1,4 +1,4 @@
-"""What every command shares: the options that say which tables, and how errors are told."""
+"""What all commands share: the options that name the tables, and how errors are printed."""
 
 import asyncio
 import functools
@@ -36,15 +36,15 @@ _SERIALIZERS: Final[dict[str, Callable[[], TaskiqSerializer]]] = {
     "cbor": serializers.CBORSerializer,
 }
 
-# As typer ends for one that it cannot read.
+# As typer's own.
 _WRONG_COMMAND_LINE: Final = 2
 
-# As a shell tells of a command whose reader went away.
+# As a shell reports SIGPIPE.
 _BROKEN_PIPE: Final = 141
 
 
 class Target:
-    """The database and the tables that a command is about, as the shared options name them."""
+    """The database and the tables of a command, from the shared options."""
 
     serializer_option = "--serializer"
 
@@ -63,35 +63,36 @@ class Target:
         schema: Annotated[
             str | None,
             typer.Option(
-                envvar="TASKIQ_SA_PG_SCHEMA", help="Its PostgreSQL schema, else the search_path's."
+                envvar="TASKIQ_SA_PG_SCHEMA",
+                help="PostgreSQL schema of the tables; by default the search_path decides.",
             ),
         ] = None,
         field_for_task_id: Annotated[
             TaskIdField,
             typer.Option(
-                envvar="TASKIQ_SA_PG_FIELD_FOR_TASK_ID", help="Type of the task-id columns."
+                envvar="TASKIQ_SA_PG_FIELD_FOR_TASK_ID", help="Type of the task id columns."
             ),
         ] = "VarChar",
         field_for_payload: Annotated[
             PayloadField,
             typer.Option(
-                envvar="TASKIQ_SA_PG_FIELD_FOR_PAYLOAD", help="Type of the values' columns."
+                envvar="TASKIQ_SA_PG_FIELD_FOR_PAYLOAD", help="Type of the value columns."
             ),
         ] = "Bytea",
         serializer: Annotated[
             str | None,
             typer.Option(
                 envvar="TASKIQ_SA_PG_SERIALIZER",
-                help="Of our tables: pickle, json, orjson, msgpack, cbor, or module:attribute. The "
-                "default is the backend's: pickle, and json with Jsonb.",
+                help="Serializer of the tables: pickle, json, orjson, msgpack, cbor, or "
+                "module:attribute. By default pickle, or json with Jsonb.",
             ),
         ] = None,
         listen_dsn: Annotated[
             str | None,
             typer.Option(
                 envvar="TASKIQ_SA_PG_LISTEN_DSN",
-                help="Where to listen: the server's own address behind a transaction pooler, the "
-                "primary's on a read replica.",
+                help="Database address for LISTEN: the server's own if --dsn is a transaction "
+                "pooler, the primary's if --dsn is a read replica.",
             ),
         ] = None,
     ) -> None:
@@ -108,21 +109,21 @@ class Target:
 
     @property
     def dsn(self) -> str:
-        """The DSN, without which a ConfigurationError is raised."""
+        """The DSN; without one, a ConfigurationError is raised."""
         if not self._dsn:
             raise ConfigurationError(
-                "which database? Set TASKIQ_SA_PG_DSN, or pass --dsn postgresql://..."
+                "no database: set TASKIQ_SA_PG_DSN, or pass --dsn postgresql://..."
             )
         return self._dsn
 
     @property
     def has_dsn(self) -> bool:
-        """Whether a database is named."""
+        """Whether a DSN was given."""
         return bool(self._dsn)
 
     @property
     def codec(self) -> Codec:
-        """What reads the tables' values."""
+        """Decodes the values of the tables."""
         return Codec(self.config, self._find_serializer())
 
     def _find_serializer(self) -> TaskiqSerializer | None:
@@ -132,7 +133,7 @@ class Target:
     async def runtime(
         self, progress_ttl: float | None = None, codec: Codec | None = None
     ) -> AsyncIterator[Runtime]:
-        """What works on the tables; it says at once what is wrong."""
+        """What works on the tables, without retries: errors are printed at once."""
         database = Database(self.dsn, engine_kwargs={"poolclass": NullPool}, retry_timeout=0)
         await database.open()
         try:
@@ -148,7 +149,7 @@ class Target:
             await database.close()
 
     async def _models_in(self, database: Database) -> Models:
-        # An application whose models have no StatusMixin or WorkerMixin has no such table.
+        # Applications whose models have no StatusMixin or WorkerMixin do not have these tables.
         rows = await database.fetch(select_sizes(self.config), {}, "look for the tables")
         found = {name for name, _ in rows}
         models = self.models
@@ -162,7 +163,7 @@ class Target:
     async def backend(
         self, check_schema: SchemaCheck = "error", *, is_tracked: bool = False, **options: Any
     ) -> AsyncIterator[SQLAlchemyResultBackend[Any]]:
-        """A started backend, with further arguments; if `is_tracked`, with statuses if they are."""
+        """A started backend; with `is_tracked`, it tracks statuses if their table exists."""
         async with self.runtime() as runtime:
             models = runtime.settings.models
         backend: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(
@@ -185,7 +186,7 @@ class Target:
 def find_serializer(name: str | None, option: str = "--serializer") -> TaskiqSerializer | None:
     """The serializer of that name, or what `module:attribute` is or returns; None for None.
 
-    The option is where the name came from, for errors.
+    Errors name the option.
     """
     if not name:
         return None
@@ -197,21 +198,21 @@ def find_serializer(name: str | None, option: str = "--serializer") -> TaskiqSer
         found: Any = getattr(importlib.import_module(module), attribute)
         serializer = found if isinstance(found, TaskiqSerializer) else found()
     except Exception as exc:
-        # Whatever the module of the user's raises.
+        # The application's module may raise anything.
         raise ConfigurationError(
-            f"{option} {name}: {exc}; the serializers are {', '.join(_SERIALIZERS)}, and "
-            "module:attribute for one of your own"
+            f"{option} {name}: {exc}; the serializers are {', '.join(_SERIALIZERS)} and "
+            "module:attribute"
         ) from exc
     if not isinstance(serializer, TaskiqSerializer):
-        raise ConfigurationError(f"{option} {name} is no TaskiqSerializer: {serializer!r}")
+        raise ConfigurationError(f"{option} {name} is not a TaskiqSerializer: {serializer!r}")
     return serializer
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """A command for typer: `function` with the options of Target instead of its first parameter.
 
-    Where it has a serializer of its own, that of our tables becomes --to-serializer. It may be a
-    coroutine function; what it raises is told in one line.
+    If the function has an option --serializer itself, that of Target becomes --to-serializer. The
+    function may be a coroutine function. Its errors are printed as one line.
     """
     own = list(inspect.signature(function).parameters.values())[1:]
     shared = dict(inspect.signature(Target).parameters)
@@ -221,7 +222,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(**arguments: Any) -> None:
-        with _telling_errors():
+        with _printing_errors():
             target = Target(**{key: arguments.pop(each.name) for key, each in shared.items()})
             if has_serializer:
                 target.serializer_option = "--to-serializer"
@@ -237,10 +238,10 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _telling_errors() -> Iterator[None]:
-    # A shell's `>&-`. What was opened next would get its number.
+def _printing_errors() -> Iterator[None]:
+    # A shell's `>&-`. The next file to be opened would get its number.
     if sys.stdout is None:
-        complain("standard output is closed: send it to /dev/null where nobody reads it")
+        complain("standard output is closed: redirect it to /dev/null if you do not need it")
         raise typer.Exit(1)
     try:
         yield
@@ -250,7 +251,7 @@ def _telling_errors() -> Iterator[None]:
         is_wrong_line = isinstance(exc, (ConfigurationError, InvalidTaskIdError))
         raise typer.Exit(_WRONG_COMMAND_LINE if is_wrong_line else 1) from None
     except OSError as exc:
-        # Python flushes it once more at its end.
+        # Python flushes it again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(exc, BrokenPipeError):
             raise typer.Exit(_BROKEN_PIPE) from None

@@ -1,4 +1,4 @@
-"""The command that serves the dashboard by itself."""
+"""The command that serves the dashboard."""
 
 import errno
 import signal
@@ -21,10 +21,10 @@ from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import ConfigurationError, StorageError, TaskiqSaPgError
 from taskiq_sa_pg.models import build_models
 
-# Seconds for requests that are being answered; streams of events would never end.
+# Seconds for requests in progress; event streams would never end.
 _GRACE: Final = 1
 
-# Seconds: whoever looks at a page should not wait longer to read that PostgreSQL is away.
+# Seconds until a page shows that PostgreSQL is not available.
 _RETRY_TIMEOUT: Final = 3.0
 
 _INSUFFICIENT_PRIVILEGE: Final = "42501"
@@ -34,16 +34,14 @@ _App = Callable[[Any, Any, Any], Awaitable[None]]
 
 async def ui(
     target: Target,
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")
-    ] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")] = 8000,
     host: Annotated[
-        str, typer.Option(help="A loopback address: 127.0.0.1, ::1 or localhost.")
+        str, typer.Option(help="Loopback address: 127.0.0.1, ::1 or localhost.")
     ] = "127.0.0.1",
     broker: Annotated[
         str | None,
         typer.Option(
-            help="Your broker, as module:attribute; it runs tasks again. If it has a "
+            help="Your broker, as module:attribute; it sends tasks again. If it has a "
             "SQLAlchemyResultBackend, the tables of that backend are shown."
         ),
     ] = None,
@@ -51,11 +49,11 @@ async def ui(
         bool, typer.Option("--write", help="Allow changes: run again, forget, release, discard.")
     ] = False,
 ) -> None:
-    """Serves the dashboard on this machine, until Ctrl-C.
+    """Serve the dashboard on this machine.
 
-    There is no login, so it listens on the loopback address only. Every user of this machine can
-    see the tasks. Without --write, nothing can be changed. To show the dashboard to others, mount
-    dashboard(backend, authorize=...) into your application, behind its login.
+    Ctrl-C stops it. There is no login, so it listens on the loopback address only. Every user of
+    this machine can see the tasks. Without --write, nothing can be changed. To show the dashboard
+    to others, mount dashboard(backend, authorize=...) into your application, behind its login.
     """
     _check_host(host)
     try:
@@ -85,19 +83,19 @@ async def ui(
             server = uvicorn.Server(config)
             shown = f"[{host}]" if ":" in host else host
             what = "tasks may be changed" if write else "read-only"
-            say(f"The dashboard is at http://{shown}:{port}/ ({what}). Ctrl-C ends it.")
+            say(f"The dashboard is at http://{shown}:{port}/ ({what}). Ctrl-C stops it.")
             with _ended_by_signals(server):
                 await server.serve([listener])
 
 
 class OwnHostOnly:
-    """Answers only requests that are meant for this server, by the name that they call it.
+    """Answers only requests whose Host header names this server.
 
-    Else a page of any site could have its own name lead to the loopback address (DNS rebinding),
-    and a browser would let it read ours.
+    Otherwise a page of any site could point its own name to the loopback address (DNS rebinding),
+    and read our pages through the browser.
 
     Args:
-        app: What answers the others.
+        app: The application that answers accepted requests.
         host: The address on which the server listens.
         port: Its port.
     """
@@ -114,7 +112,7 @@ class OwnHostOnly:
         receive: Callable[[], Awaitable[Any]],
         send: Callable[[Mapping[str, Any]], Awaitable[None]],
     ) -> None:
-        """Answers, or refuses with status 403."""
+        """Answers a request, or refuses it with status 403."""
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         if len(hosts) == 1 and hosts[0].decode("latin-1").lower() in self._hosts:
             await self._app(scope, receive, send)
@@ -145,7 +143,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.create_server((host, port), family=family)
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE:
-            text = f"port {port} is in use: choose another one with --port; 0 takes any free one"
+            text = f"port {port} is in use: choose another one with --port; 0 chooses a free one"
         else:
             text = f"cannot listen on port {port} of {host}: {exc.strerror or exc}"
         raise TaskiqSaPgError(text) from exc
@@ -165,7 +163,7 @@ async def opened(
             if isinstance(own.result_backend, SQLAlchemyResultBackend):
                 yield own.result_backend, own
                 return
-        # To look needs fewer rights than to store results; but the tables have to be there.
+        # Reading needs fewer privileges than storing, but the tables have to exist.
         backend = await stack.enter_async_context(
             target.backend(
                 check_schema="error" if is_writing else "off",
@@ -174,23 +172,23 @@ async def opened(
             )
         )
         _ = await backend.find(window=1, limit=1)
-        yield backend, own or await _broker_beside(target, backend, stack)
+        yield backend, own or await _broker_of_queues(target, backend, stack)
 
 
 class _Onlooker(SQLAlchemyBroker):
-    """A broker that shows its queues, and sends nothing: how tasks become messages is unknown."""
+    """A broker that shows its queues, and cannot send: it does not know how to format messages."""
 
     async def kick(self, message: BrokerMessage) -> None:
         raise ConfigurationError(
-            f"task {message.task_name} cannot be sent, because only your application knows how: "
-            "name its broker with --broker module:attribute"
+            f"task {message.task_name} cannot be sent without your application's broker: pass "
+            "--broker module:attribute"
         )
 
 
-async def _broker_beside(
+async def _broker_of_queues(
     target: Target, backend: SQLAlchemyResultBackend[Any], stack: AsyncExitStack
 ) -> SQLAlchemyBroker | None:
-    """A started broker on the tables of queues, if there are any that may be read.
+    """A started broker on the queue tables, or None if they do not exist or cannot be read.
 
     It shares the backend's connections.
     """
@@ -210,9 +208,9 @@ async def _broker_beside(
 
 @contextmanager
 def _ended_by_signals(server: Any) -> Iterator[None]:
-    """Lets a signal end the server, and nothing else: neither asyncio nor Python hear of it.
+    """Lets a signal stop the server, without reaching asyncio or Python.
 
-    uvicorn takes signals while it serves, and at its end sends them once more.
+    uvicorn handles signals while it serves, and sends them again when it stops.
     """
 
     def end(*_: object) -> None:

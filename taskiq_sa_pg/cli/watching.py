@@ -1,123 +1,153 @@
 """The command that shows tasks at work."""
 
-import asyncio
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import isnan
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
-from taskiq.exceptions import TaskiqResultTimeoutError
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
+from taskiq import TaskiqResult
 
-from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.cli.output import JsonOption, console, printable, repr_of, say, say_json
+from taskiq_sa_pg.cli.outcomes import (
+    Event,
+    Show,
+    end_of_each,
+    say_event,
+    say_event_json,
+    waiting_backend,
+)
+from taskiq_sa_pg.cli.output import JsonOption, printable, repr_of
+from taskiq_sa_pg.cli.tables import console, is_terminal, styled
 from taskiq_sa_pg.cli.target import Target
-from taskiq_sa_pg.exceptions import TaskiqSaPgError
-from taskiq_sa_pg.statements import select_progress, select_results
 
-# Takes a task, what has become of it, that in words, and as fields of a JSON object.
-_Tell = Callable[[str, str, str, Mapping[str, Any]], None]
+# What a row shows at the end of a task.
+_ENDS = {"success": "succeeded", "failure": "failed", "timeout": "timed out", "trouble": "failed"}
+
+# Seconds of progress by which the remaining time is estimated.
+_ESTIMATED_BY = 600
 
 
 async def watch(
     target: Target,
-    task_ids: Annotated[list[str], typer.Argument(help="The tasks.")],
+    task_ids: Annotated[list[str], typer.Argument(help="Task ids.")],
     timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds to wait; else for as long as it takes.")
+        float | None, typer.Option(min=0, help="Seconds to wait; by default for ever.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Shows the progress of tasks until all have ended; the exit status is 1 if one has failed.
+    """Show live progress of tasks.
 
-    Metadata with `percent`, or with `current` and `total`, fills a bar.
+    It ends when all tasks have finished. The exit status is 1 if one has failed, or has not
+    finished in time. Metadata with `percent`, or with `current` and `total`, fills a bar; `message`
+    is shown next to it. The elapsed time counts from the start of the command.
     """
-    for task_id in task_ids:
-        target.config.to_column_task_id(task_id)
-    view: AbstractContextManager[_Tell] = (
-        nullcontext(_say_json) if json else _bars() if sys.stdout.isatty() else nullcontext(_say)
+    view: AbstractContextManager[Show] = (
+        nullcontext(say_event_json)
+        if json
+        else _rows(task_ids)
+        if is_terminal()
+        else nullcontext(say_event)
     )
-    # Not the backend's check of the tables: nothing is written, which a column of the application's
-    # own that is NOT NULL would be in the way of.
-    async with target.runtime() as runtime:
-        for select in (select_results, select_progress):
-            await runtime.database.fetch(select(target.models), {"task_ids": []}, "watch tasks")
-    try:
-        async with target.backend(check_schema="off") as backend:
-            with view as tell:
-                async with asyncio.TaskGroup() as group:
-                    watching = [
-                        group.create_task(_watch(backend, task_id, timeout, tell))
-                        for task_id in dict.fromkeys(task_ids)
-                    ]
-    except ExceptionGroup as exc:
-        # One is told, such as a closed pipe, as with the other commands.
-        raise exc.exceptions[0] from None
-    if not all(each.result() for each in watching):
+    async with waiting_backend(target, task_ids) as backend:
+        with view as show:
+
+            async def result_of(task_id: str) -> TaskiqResult[Any]:
+                async for progress in backend.watch_progress(task_id, timeout):
+                    # The name: "STARTED", not "TaskState.STARTED".
+                    state = str(getattr(progress.state, "value", progress.state))
+                    text = f"{state} {repr_of(progress.meta)}"
+                    show(Event(task_id, "progress", text, {"state": state, "meta": progress.meta}))
+                return await backend.get_result(task_id)
+
+            ends = await end_of_each(task_ids, result_of, show)
+    if ends - {"success"}:
         raise typer.Exit(1)
 
 
-async def _watch(
-    backend: SQLAlchemyResultBackend[Any], task_id: str, timeout: float | None, tell: _Tell
-) -> bool:
-    """Whether the task has succeeded."""
-    try:
-        async for progress in backend.watch_progress(task_id, timeout):
-            # The name: "STARTED", not "TaskState.STARTED".
-            state = str(getattr(progress.state, "value", progress.state))
-            fields = {"state": state, "meta": progress.meta}
-            tell(task_id, "progress", f"{state} {repr_of(progress.meta)}", fields)
-        result = await backend.get_result(task_id)
-    except TaskiqResultTimeoutError:
-        reason = "not finished in time"
-        tell(task_id, "timeout", reason, {"reason": reason})
-    except TaskiqSaPgError as exc:
-        tell(task_id, "trouble", str(exc), {"reason": str(exc)})
-    else:
-        value, error, seconds = result.return_value, result.error, f"{result.execution_time:.3f} s"
-        fields = {"return_value": value, "error": error}
-        if result.is_err:
-            tell(task_id, "failure", f"failure after {seconds}: {repr_of(error)}", fields)
-        else:
-            tell(task_id, "success", f"success in {seconds}: {repr_of(value)}", fields)
-        return not result.is_err
-    return False
+class _State(ProgressColumn):
+    """A state in its colour, or the message of a task."""
+
+    def render(self, task: Task) -> Text:
+        """What the row shows."""
+        return styled(task.fields["state"])
 
 
-def _say(task_id: str, _event: str, text: str, _fields: Mapping[str, Any]) -> None:
-    say(f"{task_id}: {text}")
+class _Remaining(TimeRemainingColumn):
+    """The estimated time until a task ends, if there is an estimate."""
 
-
-def _say_json(task_id: str, event: str, _text: str, fields: Mapping[str, Any]) -> None:
-    say_json({"task_id": task_id, "event": event, **fields})
+    def render(self, task: Task) -> Text:
+        """What the row shows."""
+        is_known = task.time_remaining and not task.finished
+        return Text("ETA ").append(super().render(task)) if is_known else Text()
 
 
 @contextmanager
-def _bars() -> Iterator[_Tell]:
-    """A bar for each task, live."""
+def _rows(task_ids: Iterable[str]) -> Iterator[Show]:
+    """A row for each task, live; above the rows, a line for each task that has ended."""
+    shown = {task_id: printable(task_id) for task_id in task_ids}
+    widest = max(map(len, shown.values()))
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        TextColumn(
+            "{task.description}",
+            markup=False,
+            table_column=Column("task", no_wrap=True, min_width=widest),
+        ),
+        BarColumn(10),
         TaskProgressColumn(),
-        TextColumn("{task.fields[state]}", markup=False),
+        TimeElapsedColumn(),
+        _Remaining(compact=True),
+        _State(Column("state", ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=console()) as progress:
+    drawing = console()
+    with Progress(
+        *columns, console=drawing, expand=True, speed_estimate_period=_ESTIMATED_BY
+    ) as progress:
+        rows = {
+            task_id: progress.add_task(text, total=None, state="waiting")
+            for task_id, text in shown.items()
+        }
 
-        def show(task_id: str, event: str, text: str, fields: Mapping[str, Any]) -> None:
-            if task_id not in bars:
-                bars[task_id] = progress.add_task(printable(task_id), total=None, state="")
-            fraction = 1.0 if event == "success" else fraction_of(fields.get("meta"))
-            state = text if fraction is None else fields.get("state", text)
-            total = None if fraction is None else 1.0
-            progress.update(bars[task_id], total=total, completed=fraction, state=printable(state))
+        def show(event: Event) -> None:
+            row = rows[event.task_id]
+            if event.kind == "progress":
+                meta = event.fields["meta"]
+                fraction = fraction_of(meta)
+                state = message_of(meta) or (event.text if fraction is None else "")
+                state = state or event.fields["state"]
+                total = None if fraction is None else 1.0
+                progress.update(row, total=total, completed=fraction, state=printable(state))
+                return
+            drawing.print(printable(f"{event.task_id}: {event.text}"), soft_wrap=True)
+            done = 1.0 if event.kind == "success" else progress.tasks[row].completed
+            progress.update(row, total=1.0, completed=done, state=_ENDS[event.kind])
+            progress.stop_task(row)
 
         yield show
 
 
+def message_of(meta: Any) -> str:
+    """The message in a task's metadata; "" without one."""
+    match meta:
+        case str(text) | {"message": str(text)}:
+            return text
+        case _:
+            return ""
+
+
 def fraction_of(meta: Any) -> float | None:
-    """How far a task is, from 0 to 1, of `percent` or of `current` and `total`; None unknown."""
+    """How far a task is, from 0 to 1, by `percent`, or `current` and `total`; None: unknown."""
     match meta:
         case {"percent": int() | float() as percent}:
             fraction = percent / 100

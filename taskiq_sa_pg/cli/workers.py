@@ -1,9 +1,8 @@
-"""The commands that show worker processes, and run tasks again."""
+"""The commands that list worker processes, and send tasks again."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -12,10 +11,16 @@ from taskiq.exceptions import SendTaskError
 
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.cli.brokers import broker_of, started
-from taskiq_sa_pg.cli.output import JsonOption, complain, say, say_json, say_table
+from taskiq_sa_pg.cli.output import JsonOption, complain, say, say_json
+from taskiq_sa_pg.cli.tables import say_table
 from taskiq_sa_pg.cli.target import Target
 from taskiq_sa_pg.exceptions import TaskiqSaPgError
 from taskiq_sa_pg.statements import LOST_AFTER
+
+_NO_WORKERS = (
+    'no workers. A worker is listed if its result backend has track="started" and its broker has '
+    "TaskMetadataMiddleware"
+)
 
 
 async def workers(
@@ -25,49 +30,45 @@ async def workers(
         typer.Option(
             min=0,
             max=86_400,
-            help="A worker is alive if it was seen in the last so many seconds; at most a day.",
+            help="Seconds since a worker was last seen for it to count as alive; at most a day.",
         ),
     ] = LOST_AFTER,
     json: JsonOption = False,
 ) -> None:
-    """Lists the worker processes; the exit status is 1 if none is alive.
+    """List worker processes.
 
-    It needs track="started" and TaskMetadataMiddleware. A worker renews its row every 15 seconds.
-    A worker that was killed is "silent", and listed for a day.
+    The exit status is 1 if no worker is alive. This needs track="started" and
+    TaskMetadataMiddleware. A worker renews its row every 15 seconds. A worker that was killed
+    becomes "silent", and is listed for a day.
     """
     async with target.runtime() as runtime:
         found = await runtime.workers.read(max_age)
     if json:
         say_json([asdict(each) for each in found])
     else:
-        rows, now = [], datetime.now(UTC)
-        for each in found:
-            seen = f"{max(0.0, (now - each.seen_at).total_seconds()):.0f} s ago"
-            started_at = each.started_at.isoformat(sep=" ", timespec="seconds")
-            state = "alive" if each.is_alive else "silent"
-            rows.append([each.worker, state, seen, started_at, str(each.running)])
-        say_table(["worker", "state", "seen", "started at", "running"], rows)
-        if not found:
-            complain(
-                'no worker is known: a worker is listed if its result backend has track="started" '
-                "and its broker has TaskMetadataMiddleware"
-            )
+        states = {True: "alive", False: "silent"}
+        rows = [
+            (each.worker, states[each.is_alive], each.seen_at, each.started_at, str(each.running))
+            for each in found
+        ]
+        say_table(["worker", "state", "seen at", "started at", "running"], rows, _NO_WORKERS)
     if not any(each.is_alive for each in found):
         raise typer.Exit(1)
 
 
 async def retry(
     target: Target,
-    task_ids: Annotated[list[str], typer.Argument(help="Finished tasks.")],
+    task_ids: Annotated[list[str], typer.Argument(help="Ids of finished tasks.")],
     broker: Annotated[
         str, typer.Option(help="Your broker, as module:attribute; it sends the tasks.")
     ],
     json: JsonOption = False,
 ) -> None:
-    """Sends finished tasks again with their recorded arguments, and prints the new task ids.
+    """Send finished tasks again.
 
-    The tasks are read with the broker's result backend, or with --dsn from the tables that the
-    options name. The exit status is 1 if a task could not be sent.
+    The tasks get their recorded arguments. The new task ids are printed. The tasks are read from
+    the broker's result backend, or, with --dsn, from the tables that the options name. The exit
+    status is 1 if a task could not be sent.
     """
     opened = broker_of(broker)
     sent: dict[str, str] = {}

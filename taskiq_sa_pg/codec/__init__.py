@@ -1,4 +1,4 @@
-"""Between taskiq's objects and the rows of the tables."""
+"""Converts taskiq's objects to rows of the tables and back."""
 
 from taskiq_sa_pg.codec.codec import UNREAD as UNREAD
 from taskiq_sa_pg.codec.codec import Codec as Codec

@@ -1,7 +1,7 @@
-"""Between taskiq's objects and column values: TaskiqResult and TaskProgress, both ways.
+"""Converts TaskiqResult and TaskProgress to column values and back.
 
-Every value is serialized by itself: as it is where the serializer can hold it, else in its
-JSON-able form, else not at all, which makes an error result.
+Each value is serialized separately: as it is if the serializer accepts it, otherwise in its
+JSON-able form. If that fails too, an error result is stored.
 """
 
 import dataclasses
@@ -57,27 +57,27 @@ logger = logging.getLogger(__name__)
 _MAX_INTEGER: Final = 2_147_483_647
 _MAX_REASON_CHARACTERS: Final = 500
 
-# PostgreSQL takes a message below 1 GiB, of which some bytes are for the other values; and in jsonb
-# whatever is not more than 256 MiB, with some bytes of its own.
+# PostgreSQL accepts a message below 1 GiB, which includes the other values, and a jsonb value of at
+# most 256 MiB, which includes some overhead.
 _COLUMN_BYTES: Final = {"Bytea": 1_000_000_000, "Jsonb": 268_435_000}
 
-# What read_labels() says of a value that it does not read.
+# read_labels() returns this instead of a value that it does not read.
 UNREAD: Final = "(serialized)"
 
-# Whatever these can dump they can also load; of others it is found out before a row is written.
+# These can load everything that they can dump; for others that is checked before a row is written.
 _TRUSTED_TO_LOAD: Final = (JSONSerializer, ORJSONSerializer)
 
 
 class Codec:
     """Encodes and decodes the rows of one table with one serializer.
 
-    Without one it takes PickleSerializer or, with "Jsonb", JSONSerializer. `max_payload_bytes`
-    is the limit of a serialized return value, exception or progress's metadata, and `column_bytes`
-    that of their columns, None what PostgreSQL's can hold. Task ids are as the columns have them.
+    The default is PickleSerializer, or JSONSerializer with "Jsonb". `max_payload_bytes` limits a
+    serialized return value, exception or progress metadata; `column_bytes` limits their columns,
+    None to PostgreSQL's maximum. Task ids are values of the task-id column.
 
     Raises:
-        ConfigurationError: No serializer, "Jsonb" with one that does not write JSON, or a limit
-            below 1.
+        ConfigurationError: The serializer is invalid or, with "Jsonb", does not write JSON; or a
+            limit is below 1.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class Codec:
     def encode_result(
         self, task_id: Any, result: TaskiqResult[Any], *, strict: bool = False
     ) -> ResultRow:
-        """The row of a result. What cannot be stored becomes an error result, and is logged.
+        """Returns the row of a result. If a value cannot be stored, logs it and returns an error.
 
         Raises:
-            ResultSerializationError: With strict: the serializer cannot hold a value.
+            ResultSerializationError: With strict: a value cannot be serialized.
             PayloadTooLargeError: With strict: a value is too large.
         """
         error, is_err, labels = result.error, result.is_err, result.labels
@@ -125,7 +125,7 @@ class Codec:
         except (ResultSerializationError, PayloadTooLargeError) as exc:
             if strict:
                 raise
-            logger.error("task %s: %s", task_id, exc)  # noqa: TRY400 - the reason says it all
+            logger.error("task %s: %s", task_id, exc)  # noqa: TRY400 - the reason is enough
             error, is_err = exc, True
             return_value = self._encode_payload("the return value", None, is_limited=False)
         encoded_error = error_type = traceback = None
@@ -150,15 +150,15 @@ class Codec:
         )
 
     def decode_result(self, row: StoredResult, *, with_logs: bool = False) -> TaskiqResult[Any]:
-        """The result of a row; without its log unless with_logs is true.
+        """Returns the result of a row; its log only if with_logs is true.
 
-        The row's task id is for errors; None is one that nobody knows.
+        The row's task id is used in errors only; None if it is unknown.
 
         Raises:
-            ResultDecodeError: A value of the row cannot be read back.
+            ResultDecodeError: A value of the row cannot be decoded.
         """
         try:
-            # Not validated: validation copies, and would rebuild the exception once more.
+            # Without validation, which copies values and would rebuild the exception again.
             return TaskiqResult.model_construct(
                 is_err=row.is_err,
                 log=row.log if with_logs else None,
@@ -177,9 +177,9 @@ class Codec:
         *,
         with_logs: bool = False,
     ) -> TaskiqResult[Any]:
-        """The same; where a value cannot be read back, a failure with the ResultDecodeError.
+        """The same, but if a value cannot be decoded, a failure with the ResultDecodeError.
 
-        Such a failure is put into `failures`, by task id.
+        Such a failure is also added to `failures`, by task id.
         """
         try:
             return self.decode_result(row, with_logs=with_logs)
@@ -197,10 +197,10 @@ class Codec:
         return failure
 
     def decode_labels(self, task_id: Any, stored: str) -> dict[str, Any]:
-        """The labels of a row.
+        """Returns the labels of a row.
 
         Raises:
-            ResultDecodeError: They cannot be read back.
+            ResultDecodeError: They cannot be decoded.
         """
         try:
             return self._decode_labels(stored)
@@ -208,25 +208,25 @@ class Codec:
             raise self.decode_error(task_id, exc) from exc
 
     def decode_error(self, task_id: Any, exc: Exception) -> ResultDecodeError:
-        """The error of a result that cannot be read back for this reason."""
+        """Returns the error for a result that cannot be decoded because of `exc`."""
         what = "a result" if task_id is None else f"the result of task {str(task_id)!r}"
         return ResultDecodeError(what, self._table, reason_of(exc))
 
     def encode_progress(self, task_id: Any, progress: TaskProgress[Any]) -> ProgressRow:
-        """The row of a progress; raises where its metadata cannot be stored."""
+        """Returns the row of a progress; raises an error if its metadata cannot be stored."""
         state = progress.state.value if isinstance(progress.state, Enum) else progress.state
         meta = progress.meta
         return ProgressRow(
             task_id=task_id,
             state=storable_text(str(state)),
-            meta=None if meta is None else self._encode_payload("the progress's meta", meta),
+            meta=None if meta is None else self._encode_payload("the progress metadata", meta),
         )
 
     def decode_progress(self, row: StoredProgress) -> TaskProgress[Any]:
-        """The progress of a row.
+        """Returns the progress of a row.
 
         Raises:
-            ResultDecodeError: The metadata cannot be read back.
+            ResultDecodeError: The metadata cannot be decoded.
         """
         try:
             meta = None if row.meta is None else self._decode_payload(row.meta)
@@ -236,10 +236,10 @@ class Codec:
         return TaskProgress.model_construct(state=row.state, meta=meta)
 
     def pack(self, value: Any) -> Any:
-        """The value as plain data for an exception's document.
+        """Returns the value as plain data for an exception's document.
 
         Raises:
-            ResultSerializationError: The serializer cannot hold it.
+            ResultSerializationError: It cannot be serialized.
         """
         if type(value) is bytes:
             return wrap_bytes(value)
@@ -259,7 +259,7 @@ class Codec:
     def _serialize(self, what: str, value: Any) -> bytes:
         try:
             return self._dump(value)
-        except Exception as refusal:  # noqa: BLE001 - serializers raise what they like
+        except Exception as refusal:  # noqa: BLE001 - serializers raise anything
             try:
                 _refuse_iterators(value)
                 return self._dump(to_jsonable_python(value))
@@ -269,7 +269,7 @@ class Codec:
                 raise ResultSerializationError(what, type_name, reasons) from refusal
 
     def _dump_and_load_exceptions(self, value: Any) -> bytes:
-        # Whose constructors may take other arguments than they leave behind.
+        # An exception's constructor may take other arguments than those in `args`.
         dumped = self.serializer.dumpb(value)
         if may_hold_exception(dumped):
             self.serializer.loadb(dumped)
@@ -281,10 +281,10 @@ class Codec:
         return dumped
 
     def _holds_in_document(self, value: Any) -> bool:
-        # Serializers bound integers, and the depth, of which the document takes some.
+        # Serializers limit integers and the depth, to which the document adds.
         try:
             self._dump({"exceptions": [{"args": [value]}]})
-        except Exception:  # noqa: BLE001 - serializers raise what they like
+        except Exception:  # noqa: BLE001 - serializers raise anything
             return False
         return True
 
@@ -295,7 +295,7 @@ class Codec:
         if not self._is_jsonb:
             return dumped
         text = to_jsonb(dumped)
-        if len(text) > self._column_bytes:  # of a wrapper, which is longer
+        if len(text) > self._column_bytes:  # a wrapper, which is longer
             raise PayloadTooLargeError(what, len(text), self._column_bytes)
         return text
 
@@ -310,7 +310,7 @@ class Codec:
         except Exception as exc:
             if strict:
                 raise
-            logger.exception("task %s: its exception cannot be stored whole", task_id)
+            logger.exception("task %s: its exception cannot be stored completely", task_id)
             stand_in = ResultSerializationError(
                 "the error", qualified_name(type(exception)), reason_of(exc)
             )
@@ -322,10 +322,10 @@ class Codec:
 
     def _encode_labels(self, labels: Mapping[str, Any]) -> str:
         document: Any = {name: self._pack_label(value) for name, value in labels.items()}
-        if not is_plain(document):  # the names are at fault
+        if not is_plain(document):  # because of the names
             try:
                 document = self.pack({name: self.unpack(v) for name, v in document.items()})
-            except Exception:  # noqa: BLE001 - serializers raise what they like
+            except Exception:  # noqa: BLE001 - serializers raise anything
                 document = {storable_text(str(name)): v for name, v in document.items()}
         return json.dumps(document, ensure_ascii=False)
 
@@ -351,18 +351,19 @@ def _check_writes_json(serializer: TaskiqSerializer) -> None:
 
 
 def read_labels(stored: str) -> dict[str, Any]:
-    """The labels of a row without any serializer, which may be one that executes what it reads.
+    """Returns the labels of a row without the serializer, which may execute what it reads.
 
-    A value that only the serializer can read is `UNREAD`; what is no JSON at all stays as it is.
+    A value that only the serializer can read becomes `UNREAD`. Text that is not JSON is returned
+    under the name "labels".
     """
     try:
         return labels_of(stored, _unpack_plain)
-    except (ValueError, RecursionError):  # as an integer of more digits than Python reads
+    except (ValueError, RecursionError):  # such as an integer of more digits than Python reads
         return {"labels": stored}
 
 
 def labels_of(stored: str, unpack: Callable[[Any], Any]) -> dict[str, Any]:
-    """The labels of JSON text."""
+    """Returns the labels in JSON text."""
     if stored == "{}":
         return {}
     document = json.loads(stored)
@@ -377,8 +378,8 @@ def _unpack_plain(packed: Any) -> Any:
 
 
 def attempt_of(labels: Any) -> int:
-    """The number of the attempt, 0 for the first; from the label of taskiq's retry middlewares."""
-    try:  # a label can be anything, and so can labels
+    """The number of the attempt, 0 for the first, from the label of taskiq's retry middlewares."""
+    try:  # a label can be of any type, and so can the labels
         if "_retries" not in labels:
             return 0
         return min(max(int(labels["_retries"]), 0), _MAX_INTEGER)
@@ -387,7 +388,7 @@ def attempt_of(labels: Any) -> int:
 
 
 def reason_of(exc: Exception) -> str:
-    """What an error is and says, whatever it is; some hundred characters of it."""
+    """The class and text of an error, at most 500 characters of text; never raises."""
     try:
         text = str(exc)
     except Exception:  # noqa: BLE001 - anyone's __str__
@@ -400,9 +401,9 @@ def _refuse_iterators(value: Any) -> None:
     while pending:
         current = pending.pop()
         if isinstance(current, Iterator | AsyncIterator):
-            # pydantic would make a list of it: of a generator, which may be endless, or of the
-            # lines of an open file.
-            raise TypeError("an iterator is not a value")
+            # pydantic would convert it to a list: a generator, which may be endless, or the lines
+            # of an open file.
+            raise TypeError("an iterator cannot be stored")
         if id(current) not in seen:
             seen.add(id(current))
             pending.extend(_parts(current))

@@ -1,4 +1,4 @@
-"""From rows that the application has selected itself back to TaskiqResult."""
+"""Decodes rows that the application has selected itself to TaskiqResult."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from taskiq_sa_pg.exceptions import MissingColumnsError
 from taskiq_sa_pg.models import Models, ResultMixin
 from taskiq_sa_pg.statements import StoredResult
 
-# What a TaskiqResult cannot do without; labels and log have defaults there.
+# Required by TaskiqResult; labels and log have defaults.
 _REQUIRED: Final = ("is_err", "return_value", "error", "execution_time")
 
 _MISSING: Final[Any] = object()
@@ -25,7 +25,7 @@ _Lookup = Callable[[str], Any]
 
 
 class RowDecoder:
-    """Decodes rows of any select, as SQLAlchemy's types give their values. It never connects."""
+    """Decodes rows of any select, with values as SQLAlchemy's types return them; no queries."""
 
     def __init__(self, codec: Codec, models: Models) -> None:
         self._codec = codec
@@ -33,12 +33,12 @@ class RowDecoder:
         self._is_jsonb = models.config.field_for_payload == "Jsonb"
 
     def decode(self, row: object, *, with_logs: bool = False) -> TaskiqResult[Any]:
-        """The result in a row.
+        """Returns the result in a row.
 
         Raises:
-            MissingColumnsError: The row lacks a column without which there is no result.
-            ResultDecodeError: A value cannot be read back.
-            TypeError: It is no row, or holds several results.
+            MissingColumnsError: The row lacks a required column.
+            ResultDecodeError: A value cannot be decoded.
+            TypeError: It is not a row, or it has several results.
         """
         value_of = self._lookup(row)
         required = (*_REQUIRED, "log") if with_logs else _REQUIRED
@@ -69,7 +69,7 @@ class RowDecoder:
             return _to_json(value)
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value)
-        raise TypeError(f"{name} is a {type(value).__qualname__}, and not bytes")
+        raise TypeError(f"{name} is a {type(value).__qualname__}, not bytes")
 
     def _lookup(self, row: object) -> _Lookup:
         mapping = row._mapping if isinstance(row, Row) else row
@@ -78,10 +78,10 @@ class RowDecoder:
             if not found:
                 return partial(self._value_in, mapping)
             if len(found) > 1:
-                raise TypeError(f"the row holds {len(found)} results: decode them one by one")
+                raise TypeError(f"the row has {len(found)} results: decode them one by one")
             [row] = found
         if isinstance(row, ResultMixin):
-            # What is not loaded would be asked for: an expired instance, a deferred column.
+            # Not getattr(), which would query an expired instance or a deferred column.
             loaded: Mapping[str, Any] = inspect(row).dict
             return lambda name: loaded.get(name, _MISSING)
         raise TypeError(
@@ -90,28 +90,30 @@ class RowDecoder:
         )
 
     def _value_in(self, mapping: Mapping[Any, Any], name: str) -> Any:
-        # By the column first: another table may have one of this name.
+        # By the column first: another table may have a column of the same name.
         for key in (self._models.results_table.c[name], name):
             try:
                 return mapping[key]
             except KeyError:
                 continue
             except InvalidRequestError as exc:
-                raise TypeError(f"the row has several columns {name}: label the others") from exc
+                raise TypeError(
+                    f"the row has several columns named {name}: label the others"
+                ) from exc
         return _MISSING
 
 
 def _is_missing(name: str, value: object) -> bool:
-    # NULL in a column that is NOT NULL is an outer join's, which has found no result.
+    # A NOT NULL column is NULL only if an outer join found no result.
     return value is _MISSING or (value is None and name in {"is_err", "execution_time"})
 
 
 def _to_json(value: Any) -> str:
-    """The JSON text that a jsonb column had."""
+    """The JSON text of a value that was loaded from a jsonb column."""
     return json.dumps(value, ensure_ascii=False, default=_to_float)
 
 
 def _to_float(value: Any) -> float:
-    if isinstance(value, Decimal):  # of an application's json_deserializer
+    if isinstance(value, Decimal):  # from an application's json_deserializer
         return float(value)
-    raise TypeError(f"the engine's json_deserializer has made a {type(value).__qualname__} of it")
+    raise TypeError(f"the engine's json_deserializer returned a {type(value).__qualname__}")

@@ -1,16 +1,16 @@
-"""Exceptions as plain data and back: with arguments, attributes, notes, chain and group.
+"""Converts exceptions to plain data and back: arguments, attributes, notes, chain and group.
 
-taskiq.serialization has no place for the chain of an exception that can be pickled, loses the
-class where a constructor takes other arguments than `args`, and recurses along the chain. So its
-rule of what may be rebuilt is kept here (exception classes of modules that are imported already,
-and nothing else), and its stand-in classes; the form is our own:
+taskiq.serialization does not store the chain of an exception that can be pickled, loses the class
+if a constructor takes other arguments than `args`, and recurses along the chain. This module keeps
+its rule of what may be rebuilt (only exception classes of modules that are already imported) and
+its stand-in classes, but has its own format:
 
     {"exceptions": [{"mro": [[module, qualified name], ...], "text": str(exception),
                      "args": [...], "state": {...}, "object": ..., "members": [index, ...],
                      "cause": index, "context": index, "suppress_context": bool}, ...]}
 
-The first is the exception itself. `object` is there where the serializer holds exceptions as they
-are (pickle); the rest is for readers that cannot load it, and for the other serializers.
+The first is the exception itself. `object` exists if the serializer can store exceptions (pickle);
+the rest is for readers that cannot load it, and for the other serializers.
 """
 
 import re
@@ -29,30 +29,30 @@ Document = dict[str, Any]
 
 _MAX_TRACEBACK_CHARACTERS: Final = 65_536
 
-# How a pickle ends to name a class for the first time: the opcodes STACK_GLOBAL and MEMOIZE.
+# A pickle ends the first mention of a class with the opcodes STACK_GLOBAL and MEMOIZE.
 _CLASS: Final = b"\x93\x94"
 
-# And what stands before: the name, with its length, or its number if it was written before.
+# Before them is the name with its length, or its number if it was written before.
 _CLASS_NAME: Final = re.compile(rb"(?:\x8c(.)([\x20-\x7e]+)\x94|h.|j.{4}|\x94)\Z", re.DOTALL)
 _MAX_NAME_BYTES: Final = 260
 
 
 class _Packer(Protocol):
-    """Makes values plain data, and back; raises where it cannot: a class may not be here."""
+    """Converts values to plain data and back; raises if it cannot: a class may be missing."""
 
     def pack(self, value: Any) -> Any: ...
     def unpack(self, packed: Any) -> Any: ...
 
 
 def qualified_name(cls: type) -> str:
-    """Module and qualified name, as tracebacks print them: builtins without their module."""
+    """Module and qualified name, as tracebacks print them: builtins without the module."""
     if cls.__module__ in {"builtins", "__main__"}:
         return cls.__qualname__
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def format_traceback(exception: BaseException) -> str:
-    """The traceback with its chain, as Python prints it; the end of it where it is very long."""
+    """The traceback with its chain, as Python prints it; only its end if it is very long."""
     try:
         formatted = "".join(traceback.format_exception(exception))
     except Exception as exc:  # noqa: BLE001 - whatever its __str__ and attributes do
@@ -64,7 +64,7 @@ def format_traceback(exception: BaseException) -> str:
 
 
 def exception_to_document(exception: BaseException, packer: _Packer) -> Document:
-    """The exception, and all that its chain and its groups reach, as plain data."""
+    """Converts an exception, with its chain and its groups, to plain data."""
     found: list[BaseException] = [exception]
     index_of: dict[int, int] = {id(exception): 0}
 
@@ -77,7 +77,7 @@ def exception_to_document(exception: BaseException, packer: _Packer) -> Document
         return index_of[id(to)]
 
     nodes: list[Document] = []
-    for current in found:  # which grows meanwhile: the chain may be long and have cycles
+    for current in found:  # the list grows meanwhile; the chain may be long and have cycles
         node: Document = {
             "mro": [
                 [cls.__module__, cls.__qualname__]
@@ -103,9 +103,9 @@ def exception_to_document(exception: BaseException, packer: _Packer) -> Document
 
 
 def may_hold_exception(pickled: bytes) -> bool:
-    """Whether a pickle names a class called like an exception; it is not loaded.
+    """Whether a pickle names a class that is called like an exception, without loading it.
 
-    Bytes that only look so, and classes whose name is not told where they are used, count too.
+    Bytes that look the same, and classes whose name was written earlier, count too.
     """
     at = pickled.find(_CLASS)
     while at != -1:
@@ -121,7 +121,7 @@ def may_hold_exception(pickled: bytes) -> bool:
 @lru_cache(maxsize=1_000)
 def _is_exception_name(name: str) -> bool:
     pending: list[type] = [BaseException]
-    for cls in pending:  # which grows meanwhile
+    for cls in pending:  # the list grows meanwhile
         pending += type.__subclasses__(cls)
         if cls.__qualname__ == name:
             return True
@@ -134,7 +134,7 @@ def _state_of(exception: BaseException) -> dict[str, Any]:
         for cls in type(exception).__mro__
         if cls.__module__ != "builtins"
         for name, member in vars(cls).items()
-        if isinstance(member, MemberDescriptorType)  # of __slots__
+        if isinstance(member, MemberDescriptorType)  # from __slots__
     ]
     if isinstance(exception, ImportError):
         names += ["name", "path"]
@@ -145,7 +145,7 @@ def _state_of(exception: BaseException) -> dict[str, Any]:
 def _constructor_args(exception: BaseException) -> tuple[Any, ...]:
     if isinstance(exception, BaseExceptionGroup):
         return (exception.message,)
-    # OSError takes its file names out of `args`; __reduce__ puts them back.
+    # OSError removes its file names from `args`; __reduce__ returns them.
     if isinstance(exception, OSError) and type(exception).__reduce__ is OSError.__reduce__:
         reduced: Any = exception.__reduce__()
         return tuple(reduced[1])
@@ -160,10 +160,10 @@ def _text_of(exception: BaseException) -> str:
 
 
 def pack_or_repr(value: Any, packer: _Packer) -> Any:
-    """The value packed or, where it cannot be, its repr."""
+    """The packed value, or its repr if it cannot be packed."""
     try:
         return packer.pack(value)
-    except Exception:  # noqa: BLE001 - what cannot be packed is told by its repr
+    except Exception:  # noqa: BLE001 - packing may raise anything
         return _repr_of(value)
 
 
@@ -178,24 +178,24 @@ def _pack_whole(exception: BaseException, packer: _Packer) -> Any:
     try:
         packed = packer.pack(exception)
         copy = packer.unpack(packed)
-        # A constructor that takes other arguments than it leaves in `args` can succeed all the
-        # same, and garble them.
+        # A constructor that takes other arguments than those in `args` may succeed and change
+        # them.
         is_faithful = (
             type(copy) is type(exception)
             and exception.args in ((), copy.args)
             and _text_of(copy) == _text_of(exception)
             and _state_of(copy).keys() == _state_of(exception).keys()
         )
-    except Exception:  # noqa: BLE001 - then its parts have to do
+    except Exception:  # noqa: BLE001 - then only its parts are stored
         return None
     return packed if is_faithful else None
 
 
 def exception_from_document(document: Mapping[str, Any], packer: _Packer) -> BaseException:
-    """The exception of a document, of the nearest class that this process has.
+    """Rebuilds the exception of a document.
 
-    A class that is not there, or is no exception, is replaced by a stand-in of the same name
-    that derives from the nearest base that is there.
+    A class that is not imported, or is not an exception, is replaced by a stand-in of the same
+    name that derives from the nearest imported base.
     """
     nodes: list[Document] = document["exceptions"]
     built = _build_all(nodes, packer)
@@ -208,13 +208,13 @@ def exception_from_document(document: Mapping[str, Any], packer: _Packer) -> Bas
 
 
 def _set(exception: BaseException, name: str, value: Any) -> None:
-    # Past the __setattr__ of the class: that of a frozen dataclass refuses.
+    # Not by the class's own __setattr__, which a frozen dataclass does not allow.
     BaseException.__setattr__(exception, name, value)
 
 
 def _build_all(nodes: list[Document], packer: _Packer) -> dict[int, BaseException]:
     built: dict[int, BaseException] = {}
-    # A group is made of its members, which mostly come after it.
+    # A group is built from its members, which mostly come after it.
     pending = list(reversed(range(len(nodes))))
     while pending:
         postponed = []
@@ -233,7 +233,7 @@ def _build_all(nodes: list[Document], packer: _Packer) -> dict[int, BaseExceptio
 def _build(node: Document, members: list[BaseException], packer: _Packer) -> BaseException:
     whole = _unpack_or(None, node.get("object"), packer)
     if isinstance(whole, BaseException):
-        if not node["args"]:  # pydantic's ValidationError gets some by being rebuilt
+        if not node["args"]:  # rebuilding pydantic's ValidationError adds some
             _set(whole, "args", ())
         return whole
     args = [_unpack_or(node["text"], arg, packer) for arg in node["args"]]
@@ -255,12 +255,12 @@ def _build(node: Document, members: list[BaseException], packer: _Packer) -> Bas
 def _unpack_or(default: Any, packed: Any, packer: _Packer) -> Any:
     try:
         return packer.unpack(packed)
-    except Exception:  # noqa: BLE001 - its class is not here, or has become another
+    except Exception:  # noqa: BLE001 - its class is missing or has changed
         return default
 
 
 def _find_class(name: list[str]) -> type[BaseException] | None:
-    # Only what is imported already: a name in a table is no reason to run a module.
+    # Only imported modules: a name in a table must not run a module.
     module, qualname = name
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
@@ -271,12 +271,12 @@ def _find_class(name: list[str]) -> type[BaseException] | None:
 
 
 def _instantiate(cls: type[BaseException], args: list[Any]) -> BaseException | None:
-    # Past the constructors written in Python: what they take is not what they left in `args`.
+    # Not by constructors written in Python: they may take other arguments than those in `args`.
     native: Any = next(base for base in cls.__mro__ if base.__module__ == "builtins")
     try:
         exception = native.__new__(cls, *args)
         native.__init__(exception, *args)
-    except Exception:  # noqa: BLE001 - a native constructor that takes something else
+    except Exception:  # noqa: BLE001 - a native constructor with other arguments
         return None
     return exception if isinstance(exception, BaseException) else None
 
@@ -287,7 +287,7 @@ def _stand_in(node: Document, bases: list[type[BaseException]], args: list[Any])
     for base in bases:
         try:
             cls = create_exception_cls(qualname.rpartition(".")[2], module, base)  # type: ignore[arg-type]  # taskiq takes any BaseException
-            cls.__str__ = lambda _: text  # type: ignore[method-assign]  # a class of our own
+            cls.__str__ = lambda _: text  # type: ignore[method-assign]  # our own class
         except Exception:  # noqa: BLE001, S112 - a class that cannot be derived from
             continue
         for arguments in (args, [text]):

@@ -1,11 +1,11 @@
-"""What PostgreSQL's text and jsonb can hold, and wrappers for what they cannot.
+"""Values that PostgreSQL's text and jsonb can store, and wrappers for other values.
 
-jsonb refuses NUL, lone surrogates, NaN and infinities, forgets the sign of -0.0 and turns a float
-that is written with an exponent into an integer. Such a value, and one that looks like a wrapper
-itself, is stored as `{"$serialized": "<base64 of the serializer's bytes>"}`: it comes back whole.
+jsonb rejects NUL, lone surrogates, NaN and infinities, loses the sign of -0.0, and converts a
+float that is written with an exponent to an integer. Such a value, or a value that looks like a
+wrapper, is stored as `{"$serialized": "<base64 of the serializer's bytes>"}` and read unchanged.
 
-Bytes in labels and in exceptions, which JSON cannot hold, are `{"$bytes": "<base64>"}`, and texts
-with lone surrogates, where the serializer cannot hold them either, `{"$surrogates": "<base64>"}`.
+Bytes in labels and exceptions, which JSON does not have, are `{"$bytes": "<base64>"}`. Texts with
+lone surrogates that the serializer rejects, too, are `{"$surrogates": "<base64>"}`.
 """
 
 import base64
@@ -20,13 +20,13 @@ _BYTES: Final = "$bytes"
 _SURROGATES: Final = "$surrogates"
 _WRAPPERS: Final = frozenset({_SERIALIZED, _BYTES, _SURROGATES})
 
-# Python refuses to read integers of more than 4,300 digits.
+# Python does not read integers of more than 4,300 digits.
 _MAX_PLAIN_BITS: Final = 14_000
 
-# Python's own JSON encoder ends near 1,000.
+# Python's JSON encoder fails near 1,000.
 _MAX_PLAIN_DEPTH: Final = 500
 
-# JSON text without any of these needs no closer look.
+# JSON text without any of these is plain and is not parsed.
 _SUSPECT: Final = re.compile(
     r"\\u0000|\\u[dD][89a-fA-F]|\d[eE]\+?\d|(?<!\w)-0|NaN|Infinity|\$serialized|\$bytes"
     r"|\$surrogates"
@@ -34,12 +34,12 @@ _SUSPECT: Final = re.compile(
 
 
 def storable_text(text: str) -> str:
-    """The text with what PostgreSQL cannot hold, NUL and lone surrogates, written as escapes."""
+    """The text with NUL and lone surrogates, which PostgreSQL cannot store, as escapes."""
     return text.encode(errors="backslashreplace").decode().replace("\x00", "\\x00")
 
 
 def to_jsonb(dumped: bytes) -> str:
-    """JSON text for a jsonb column, of what a serializer that writes JSON has written."""
+    """Converts the bytes of a serializer that writes JSON to text for a jsonb column."""
     text = dumped.decode()
     if not _SUSPECT.search(text):
         return text
@@ -51,7 +51,7 @@ def to_jsonb(dumped: bytes) -> str:
 
 
 def from_jsonb(stored: str) -> bytes:
-    """What the serializer wrote, of the text of a jsonb column."""
+    """Converts the text of a jsonb column to the bytes that the serializer wrote."""
     if _SERIALIZED in stored:
         document = json.loads(stored)
         if is_wrapper(document):
@@ -60,7 +60,7 @@ def from_jsonb(stored: str) -> bytes:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether jsonb returns this value equal and of the same type, and it is no wrapper."""
+    """Whether jsonb returns this value unchanged and of the same type, and it is not a wrapper."""
     if is_wrapper(value):
         return False
     pending = [(value, 0)]
@@ -77,7 +77,7 @@ def is_plain(value: Any) -> bool:
             continue
         else:
             return False
-        if depth == _MAX_PLAIN_DEPTH:  # as of a value that contains itself
+        if depth == _MAX_PLAIN_DEPTH:  # such as a value that contains itself
             return False
         pending.extend((part, depth + 1) for part in parts)
     return True
@@ -87,7 +87,7 @@ def _is_plain_scalar(value: Any, kind: type) -> bool:
     if kind is str:
         return (value.isascii() and "\x00" not in value) or storable_text(value) == value
     if kind is float:
-        # From 1e16 on floats are written with an exponent, which jsonb turns into an integer.
+        # Floats from 1e16 are written with an exponent, which jsonb converts to an integer.
         is_negative_zero = value == 0 and math.copysign(1, value) < 0
         return abs(value) < 1e16 and not is_negative_zero
     if kind is int:
@@ -101,17 +101,17 @@ def wrap(dumped: bytes) -> dict[str, str]:
 
 
 def wrap_bytes(value: bytes) -> dict[str, str]:
-    """The wrapper of a value that is bytes."""
+    """The wrapper of a bytes value."""
     return {_BYTES: base64.b64encode(value).decode()}
 
 
 def wrap_text(value: str) -> dict[str, str]:
-    """The wrapper of a text that UTF-8 cannot hold."""
+    """The wrapper of a text that UTF-8 cannot encode."""
     return {_SURROGATES: base64.b64encode(value.encode(errors="surrogatepass")).decode()}
 
 
 def unwrap(document: Mapping[str, str], load: Callable[[bytes], Any]) -> Any:
-    """The value in a wrapper; load is the serializer's."""
+    """The value in a wrapper; `load` is the serializer's loadb()."""
     [(kind, encoded)] = document.items()
     content = base64.b64decode(encoded, validate=True)
     if kind == _SURROGATES:

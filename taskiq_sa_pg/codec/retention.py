@@ -1,4 +1,4 @@
-"""How long results are kept, in seconds from their completion; no I/O."""
+"""How long results are kept, in seconds since their completion; no I/O."""
 
 import logging
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ Seconds = float | timedelta
 # Of successes and of failures, by is_err.
 _LABELS: Final = ("result_ttl", "failure_ttl")
 
-# Three thousand years: PostgreSQL's calendar ends later, and its arithmetic stays exact.
+# Three thousand years: within PostgreSQL's calendar and its exact arithmetic.
 _MAX_SECONDS: Final = 1e11
 
-# What a label says that has no number, as brokers carry None.
+# Labels that mean "for ever": brokers may carry None as text.
 _FOR_EVER: Final = frozenset({"none", "null", ""})
 
 _MAX_COMPLAINTS: Final = 100
 
 
 class Retention:
-    """Says when a result expires: by its outcome, and by the labels of its task.
+    """Determines when a result expires, from its outcome and the labels of its task.
 
-    The label `result_ttl` is for successes and `failure_ttl` for failures: a number of seconds, or
-    None, which keeps the result for ever. One that is nothing of that kind is logged, once for each
-    value, and the backend's own setting is used.
+    The label `result_ttl` applies to successes and `failure_ttl` to failures: a number of seconds,
+    or None, which keeps the result for ever. An invalid label is logged, once for each value, and
+    the backend's setting is used.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class Retention:
         self._complained_of: set[tuple[str, str]] = set()
 
     def seconds_for(self, is_err: bool, labels: Mapping[str, Any]) -> float | None:
-        """After how many seconds a result with this outcome and these labels expires, or None."""
+        """Seconds after which a result with this outcome and these labels expires; None: never."""
         own = self._own[is_err]
         if not labels:
             return own
         name = _LABELS[is_err]
-        try:  # labels can be anything
+        try:  # labels can be of any type
             return _parse(labels[name]) if name in labels else own
         except Exception as exc:  # noqa: BLE001 - anyone's __float__
             self._complain(name, exc)
@@ -53,14 +53,14 @@ class Retention:
         complaint = name, str(exc)
         if complaint not in self._complained_of and len(self._complained_of) < _MAX_COMPLAINTS:
             self._complained_of.add(complaint)
-            logger.error("label %s is not used: %s", name, exc)
+            logger.error("label %s is ignored: %s", name, exc)
 
 
 def check_seconds(name: str, value: Seconds | None) -> float | None:
-    """A duration in seconds, at most three thousand years; None stays None.
+    """Returns a duration in seconds, at most three thousand years; None stays None.
 
     Raises:
-        ConfigurationError: It is no number above 0.
+        ConfigurationError: It is not a number above 0.
     """
     if value is None:
         return None
@@ -82,10 +82,10 @@ def _to_seconds(value: Any) -> float:
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r:.100} is no number of seconds")
+        raise TypeError(f"{value!r:.100} is not a number of seconds")
     seconds = float(min(value, _MAX_SECONDS))
-    if not seconds > 0:  # nor is NaN
-        raise ValueError(f"{value!r:.100} is no number of seconds above 0")
+    if not seconds > 0:  # also for NaN
+        raise ValueError(f"{value!r:.100} is not a number of seconds above 0")
     return seconds
 
 

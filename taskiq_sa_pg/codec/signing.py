@@ -1,4 +1,4 @@
-"""A serializer that signs: readers load only what holders of a key have written."""
+"""A serializer that signs: readers load only payloads that were signed with a known key."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,34 +10,33 @@ from taskiq_sa_pg.exceptions import ConfigurationError, check_serializer
 
 _MIN_KEY_BYTES: Final = 16
 
-# Signatures made for something else with the same key are of no use here.
+# Signatures for another purpose with the same key are not valid here.
 _SALT: Final = b"taskiq_sa_pg.payload"
 
 
 class SignedSerializer(TaskiqSerializer):
-    """Adds a signature, HMAC with SHA-256, to what another serializer writes.
+    """Adds a signature (HMAC with SHA-256) to the bytes of another serializer.
 
-    Whoever can write the tables but has no key cannot make readers load what he wrote: a payload
-    that is unsigned, altered or signed with another key is refused before the other serializer
-    sees it. It protects from forged payloads, not from a whole payload copied from another row,
-    and hides nothing.
+    A client that can write to the tables but has no key cannot make readers load its payloads: an
+    unsigned or changed payload, or one signed with another key, is rejected before the other
+    serializer reads it. It does not detect a payload copied from another row, and does not encrypt.
 
     Needs `pip install 'taskiq-sa-pg[signed]'`.
 
     Args:
-        serializer: What writes and reads the values, such as PickleSerializer().
-        keys: Secrets of 16 bytes or more; a str counts in UTF-8. The first signs, and all of them
-            are accepted: put a new key before the old one, and take the old one away when the
-            results that it signed are gone.
+        serializer: The serializer of the values, such as PickleSerializer().
+        keys: Secrets of 16 bytes or more; a str is encoded as UTF-8. The first key signs, and all
+            keys are accepted. To replace a key, put the new one first, and remove the old one when
+            the results that it signed are deleted.
 
     Raises:
-        ConfigurationError: No serializer, no key, one that is too short, or itsdangerous is not
-            installed.
+        ConfigurationError: The serializer is invalid, there is no key, a key is too short, or
+            itsdangerous is not installed.
     """
 
     def __init__(self, serializer: TaskiqSerializer, keys: Sequence[str | bytes]) -> None:
         try:
-            # Here, because it is an extra's.
+            # Here, because it is optional: the extra `signed`.
             from itsdangerous import Signer  # noqa: PLC0415
         except ModuleNotFoundError as exc:
             raise ConfigurationError(
@@ -45,35 +44,35 @@ class SignedSerializer(TaskiqSerializer):
             ) from exc
         check_serializer(serializer)
         if isinstance(keys, str | bytes):
-            raise ConfigurationError("keys must be a list of keys, not one key")
+            raise ConfigurationError("keys must be a list of keys, not a single key")
         secrets = [key.encode() if isinstance(key, str) else bytes(key) for key in keys]
         if not secrets:
             raise ConfigurationError("SignedSerializer needs at least one key")
         if any(len(secret) < _MIN_KEY_BYTES for secret in secrets):
             raise ConfigurationError(f"a key must have at least {_MIN_KEY_BYTES} bytes")
         self.serializer: Final = serializer
-        # It signs with the last of them.
+        # itsdangerous signs with the last key.
         self._signer: Final = Signer(
             secrets[::-1], salt=_SALT, key_derivation="hmac", digest_method=hashlib.sha256
         )
 
     def dumpb(self, value: Any) -> bytes:
-        """The value, signed."""
+        """Returns the serialized value with a signature."""
         return self._signer.sign(self.serializer.dumpb(value))
 
     def loadb(self, value: bytes) -> Any:
-        """The value, if its signature is right.
+        """Returns the value if the signature is valid.
 
         Raises:
-            ValueError: The payload is not signed, not with one of the keys, or was altered.
+            ValueError: The payload is not signed with one of the keys, or was changed.
         """
         from itsdangerous import BadSignature  # noqa: PLC0415
 
         try:
             payload = self._signer.unsign(value)
         except BadSignature:
-            # `from None`: what itsdangerous says quotes the payload.
+            # `from None`: the text of itsdangerous quotes the payload.
             raise ValueError(
-                "the payload is not signed with one of the keys, or was altered after it was signed"
+                "the payload is not signed with one of the keys, or was changed after signing"
             ) from None
         return self.serializer.loadb(payload)

@@ -1,4 +1,4 @@
-"""What is known of a task beside its result, on its way from taskiq's message to the row."""
+"""Metadata of a task, carried from taskiq's message to the row of its result."""
 
 from datetime import datetime
 from typing import Final, NamedTuple
@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 
 class TaskMetadata(NamedTuple):
-    """Columns of a result's row; args and kwargs as JSON text."""
+    """Columns of a result's row; args and kwargs are JSON text."""
 
     task_name: str | None = None
     args: str | None = None
@@ -23,15 +23,15 @@ _ATTRIBUTE: Final = "_taskiq_sa_pg_metadata"
 
 
 def attach(bearer: BaseModel, metadata: TaskMetadata) -> None:
-    """Gives a message or a result its metadata, which goes where it goes and ends when it ends.
+    """Attaches metadata to a message or a result.
 
-    The bearer's copies have it too; no serialization of it, and no comparison, takes notice.
+    Copies keep it; serialization and comparison ignore it.
     """
-    # As functools.cached_property does, which pydantic provides for.
+    # Like functools.cached_property, which pydantic supports.
     vars(bearer)[_ATTRIBUTE] = metadata
 
 
 def task_metadata_of(bearer: BaseModel) -> TaskMetadata:
-    """What was attached; NO_TASK_METADATA where nothing was."""
+    """The attached metadata; NO_TASK_METADATA if there is none."""
     metadata: TaskMetadata = vars(bearer).get(_ATTRIBUTE, NO_TASK_METADATA)
     return metadata

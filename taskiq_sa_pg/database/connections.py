@@ -1,10 +1,11 @@
-"""The connections that statements run on: few, and kept between statements.
+"""The connections that statements run on: a few, which stay checked out between statements.
 
-The engine's pool hands them out, opens and closes them. The way through the pool for every
-statement would cost as much as a small statement.
+The engine's pool opens and closes them. To check one out for every statement would cost as much as
+a small statement.
 """
 
 import asyncio
+import os
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -22,7 +23,7 @@ from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskiq_sa_pg.background import start_task
+from taskiq_sa_pg.background import leave_to_parent, start_task
 from taskiq_sa_pg.database.direct import (
     SECONDS_TO_GIVE_UP,
     DirectExecution,
@@ -35,22 +36,28 @@ from taskiq_sa_pg.database.direct import (
     time_limit,
 )
 from taskiq_sa_pg.database.errors import NoPlaceError
+from taskiq_sa_pg.exceptions import NotStartedError
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
-# A server that does not answer would keep us for as long as it likes.
+# Bounds the wait for a server that does not answer.
 MAX_SECONDS_TO_CLOSE: Final = 2.0
 
-# In the pool's notes about a connection: when it last answered us, by the event loop's clock.
+# A key of the pool's info about a connection: when it last answered, by the event loop's clock.
 _ANSWERED_AT: Final = "taskiq_sa_pg.answered_at"
 
 
 class Connections:
     """A bounded number of an engine's connections, each for one statement or transaction at a time.
 
-    Whoever comes when all are in use waits, first come first served. There are never more than
-    the engine's pool has places. With `keep` a connection stays checked out after its statement,
-    for some seconds in all; others who use the same pool might have to wait for it. The first one
-    that is opened is shown to `examine`, which may raise.
+    When all are in use, callers wait in FIFO order.
+
+    Args:
+        engine: The engine.
+        limit: The most connections; never more than the size of the engine's pool.
+        keep: Whether a connection stays checked out after its statement, until
+            `timings.keep_connection` seconds after it was checked out.
+        examine: Called with the first driver connection; may raise.
+        timings: The durations.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class Connections:
     ) -> None:
         self.engine: Final = engine
         self.loop: Final = asyncio.get_running_loop()
+        self._process = os.getpid()
         self._keep_seconds = timings.keep_connection if keep else 0.0
         self._examine = examine
         self._limit = min(limit, _size_of_pool(engine) or limit)
@@ -75,20 +83,25 @@ class Connections:
         self._invalidated_at = -inf
 
     @property
+    def is_running(self) -> bool:
+        """Whether its event loop runs. That of the parent of a fork does not run in the child."""
+        return self.loop.is_running() and self._process == os.getpid()
+
+    @property
     def kept(self) -> int:
-        """How many are checked out although nothing runs on them."""
+        """The number of connections that are checked out and idle."""
         return len(self._kept)
 
     async def fetch(
         self, statement: Executable, parameters: Parameters, timeout: float
     ) -> Sequence[Any]:
-        """The rows of a statement in AUTOCOMMIT; the timeout includes the way to a connection."""
+        """Runs a statement in AUTOCOMMIT and returns its rows; the timeout includes connecting."""
         deadline = self.loop.time() + timeout
         execution = await self._take(deadline)
         try:
             rows = await execution.fetch(statement, parameters, deadline)
         except BaseException as exc:
-            # Neither who is cancelled a second time nor a silent server keeps it from going back.
+            # In the background: neither a second cancellation nor a silent server may prevent it.
             closing = self._close_and_leave(execution, execution.is_unusable_after(exc))
             await asyncio.wait([closing], timeout=SECONDS_TO_GIVE_UP)
             raise
@@ -108,10 +121,10 @@ class Connections:
     ) -> AsyncIterator[AsyncConnection]:
         """A connection in one transaction: committed at the end, rolled back by an exception.
 
-        All of it may take so many seconds; only the way to the connection, if not `is_limited`.
+        The time limit is for all of it; with `is_limited=False`, for connecting only.
 
         Raises:
-            NoPlaceError: Others have all connections of the pool.
+            NoPlaceError: Other code uses all connections of the pool.
             TimeoutError: It took longer.
         """
         has_connection = has_place = False
@@ -122,7 +135,7 @@ class Connections:
                 async with self.engine.connect() as connection:
                     has_connection = True
                     await self._driver_of(connection)
-                    # Explicitly: the engine's own default may be AUTOCOMMIT.
+                    # The engine's default may be AUTOCOMMIT.
                     await set_isolation_level(connection, "READ COMMITTED")
                     if not is_limited:
                         lift_limit()
@@ -138,10 +151,10 @@ class Connections:
     async def detached(
         self, level: IsolationLevel, seconds: float
     ) -> AsyncIterator[tuple[AsyncConnection, Any]]:
-        """A connection that the pool no longer knows, and the driver's; closed at the end.
+        """A connection removed from the pool, and the driver's connection; closed at the end.
 
-        It takes no place from statements, however long it is open. The way to it may take so many
-        seconds.
+        It does not count towards the limit, however long it is open. The time limit is for
+        connecting.
         """
         async with AsyncExitStack() as stack:
             async with self._limited(seconds), self._places:
@@ -154,7 +167,7 @@ class Connections:
             try:
                 yield connection, driver
             finally:
-                # SQLAlchemy would not close it for psycopg, and roll back even where it is lost.
+                # SQLAlchemy would not close psycopg's, and would roll back even if it is lost.
                 try:
                     await connection.invalidate()
                 finally:
@@ -163,33 +176,39 @@ class Connections:
                             await driver.close()
 
     def invalidate_all(self) -> None:
-        """Replaces every connection that has not answered since, as it would be used next.
+        """Replaces each open connection when it is used next.
 
-        Where one was lost the others are likely to be: behind a network that went silent each of
-        them would cost the time limit of a statement. After a failover they may be alive and lead
-        to the old primary.
+        If one was lost, the others probably are as well: in a silent network, each of them would
+        take the whole time limit. After a failover they may be alive, but on the old primary.
         """
         self._invalidated_at = self.loop.time()
 
     async def close(self) -> None:
-        """Gives all back to the pool, those in use when their statement has ended."""
+        """Returns all connections to the pool, and waits for statements that still run."""
         self._keep_seconds = 0.0
         if self._sweeper is not None:
             self._sweeper.cancel()
         while self._kept:
             _ = self._close(self._kept.pop())
-        # Whoever came earlier has a place earlier: with all of them, nobody is left.
+        # FIFO: with all places acquired, no statement is left.
         for _ in range(self._limit):
             await self._places.acquire()
         if self._closing:
             await asyncio.wait(self._closing)
 
-    def abandon(self) -> None:
-        """Leaves the kept connections to the garbage collector, because their loop has ended."""
+    async def abandon(self) -> None:
+        """Leaves idle connections to the garbage collector: their event loop has ended.
+
+        In the child of a fork all connections are left to the parent; its engine gets a new pool.
+        """
+        if self._process != os.getpid():
+            leave_to_parent(self.loop, self, self.engine.pool)
+            await self.engine.dispose(close=False)
+            return
         while self._kept:
             abandoned = self._kept.pop().connection.sync_connection
             assert abandoned is not None
-            # Else the pool would complain that it never came back.
+            # Otherwise the pool would warn that it was not returned.
             abandoned.detach()
 
     async def _take(self, deadline: float) -> Execution:
@@ -197,7 +216,7 @@ class Connections:
             async with asyncio.timeout_at(deadline):
                 await self._places.acquire()
         else:
-            await self._places.acquire()  # which waits for nothing
+            await self._places.acquire()  # does not wait
         try:
             execution = self._take_kept()
             if execution is None:
@@ -210,10 +229,10 @@ class Connections:
 
     @asynccontextmanager
     async def _limited(self, seconds: float) -> AsyncIterator[None]:
-        """A limit for the way to a connection.
+        """A time limit for connecting.
 
         Raises:
-            NoPlaceError: Others have all connections of the pool.
+            NoPlaceError: Other code uses all connections of the pool.
             TimeoutError: It took longer.
         """
         try:
@@ -224,16 +243,16 @@ class Connections:
             raise
 
     def _check_pool(self, exc: Exception) -> None:
-        """Tells where there was no connection because the pool may open no more.
+        """Checks whether the cause of a timeout is that the pool may open no more connections.
 
         Raises:
-            NoPlaceError: Others have all of them.
+            NoPlaceError: Other code uses all of them.
         """
         if isinstance(exc, PoolTimeoutError) or _is_exhausted(self.engine):
             raise NoPlaceError(_checked_out(self.engine)) from exc
 
     async def _make_room(self) -> None:
-        # So that all of ours together stay within the limit, and the pool has a place.
+        # So that the total stays within the limit, and the pool can hand out a connection.
         if self._kept:
             await asyncio.shield(self._close(self._kept.pop()))
 
@@ -242,7 +261,7 @@ class Connections:
             execution = self._kept.pop()
             if execution.answered_at >= self._invalidated_at and not execution.is_closed():
                 return execution
-            # Not waited for: a silent server keeps it for a while.
+            # Not awaited: with a silent server this takes a while.
             _ = self._close(execution, invalidate=True)
         return None
 
@@ -258,8 +277,8 @@ class Connections:
         return Execution(connection, driver)
 
     def _sweep_later(self) -> None:
-        seconds, nobody = self._keep_seconds, Context()
-        self._sweeper = self.loop.call_later(seconds, self._sweep, context=nobody)
+        seconds, empty = self._keep_seconds, Context()
+        self._sweeper = self.loop.call_later(seconds, self._sweep, context=empty)
 
     async def _driver_of(self, connection: AsyncConnection) -> Any:
         driver = await _open_driver_of(connection, self._invalidated_at)
@@ -267,7 +286,7 @@ class Connections:
             try:
                 await self._examine(driver)
             except BaseException:
-                await connection.invalidate()  # who was cancelled leaves an answer behind
+                await connection.invalidate()  # after a cancellation, an answer may be unread
                 raise
             self._examine = None
         return driver
@@ -284,13 +303,13 @@ class Connections:
     def _close_and_leave(
         self, execution: Execution, invalidate: bool = False
     ) -> asyncio.Task[None]:
-        # Its place is free once it has gone back, whoever waits for that.
+        # Its place is released when it is back in the pool, whether or not that is awaited.
         closing = self._close(execution, invalidate)
         closing.add_done_callback(lambda _: self._places.release())
         return closing
 
     def _close(self, execution: Execution, invalidate: bool = False) -> asyncio.Task[None]:
-        # In a task of its own: SQLAlchemy loses a place of the pool when it is cancelled in this.
+        # In a separate task: if this were cancelled, SQLAlchemy would lose a place of the pool.
         closing = start_task(_give_back(execution, invalidate))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
@@ -308,7 +327,7 @@ async def _give_back(execution: Execution, invalidate: bool) -> None:
 async def _open_driver_of(connection: AsyncConnection, invalidated_at: float) -> Any:
     while True:
         pooled = await connection.get_raw_connection()
-        # A new one has just answered, and one that others opened is trusted once.
+        # A new one has just answered; one that other code opened is trusted once.
         answered_at = pooled.info.setdefault(_ANSWERED_AT, asyncio.get_running_loop().time())
         if answered_at >= invalidated_at and not is_closed_of(pooled.driver_connection)():
             return pooled.driver_connection
@@ -322,7 +341,7 @@ def _note_answer(connection: AsyncConnection, at: float) -> None:
 
 def _is_exhausted(engine: AsyncEngine) -> bool:
     pool = engine.pool
-    most = getattr(pool, "_max_overflow", -1)  # which no public name tells; -1 is no bound
+    most = getattr(pool, "_max_overflow", -1)  # it has no public name; -1 is no bound
     return isinstance(pool, QueuePool) and not pool.checkedin() and 0 <= most <= pool.overflow()
 
 
@@ -332,18 +351,18 @@ def _checked_out(engine: AsyncEngine) -> str:
 
 
 def _size_of_pool(engine: AsyncEngine) -> int | None:
-    """How many connections a pool keeps; None or 0 where it sets no bound."""
+    """The number of connections that a pool keeps; None or 0 if it sets no bound."""
     pool = engine.pool
     if isinstance(pool, StaticPool | AssertionPool):
-        # They give the one connection that they have to everybody who asks, or refuse a second.
+        # They have one connection, which several users share or which only one may use.
         return 1
     return pool.size() if isinstance(pool, QueuePool) else None
 
 
 async def disposing(connections: Connections) -> AsyncGenerator[None, None]:
-    """Ends the connections and their engine when it is closed."""
-    # asyncio.run() and its like close the async generators of their event loop before the loop
-    # itself, so connections that nobody shut down are closed while they still can be.
+    """Closes the connections and disposes their engine when the generator is closed."""
+    # asyncio.run() closes async generators before it closes the event loop. So connections are
+    # closed in time even if shutdown() was not called.
     try:
         yield
     finally:
@@ -354,9 +373,27 @@ async def disposing(connections: Connections) -> AsyncGenerator[None, None]:
 
 
 async def dispose(engine: AsyncEngine) -> None:
-    """Closes the connections of a pool, or leaves them alone if the server stands still."""
+    """Closes the connections of a pool, or abandons them if the server does not answer."""
     try:
         async with asyncio.timeout(MAX_SECONDS_TO_CLOSE):
             await engine.dispose()
-    except TimeoutError:  # asyncpg itself would wait for ever
+    except TimeoutError:  # asyncpg would wait for ever
         await engine.dispose(close=False)
+
+
+def check_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Checks that the running event loop is the one of startup().
+
+    Raises:
+        NotStartedError: It is another one.
+    """
+    try:
+        is_another = asyncio.get_running_loop() is not loop
+    except RuntimeError:  # no loop runs, so no connection can be used
+        is_another = False
+    if is_another:
+        raise NotStartedError(
+            f"startup() was called on another event loop ({loop!r}): create a broker or result "
+            "backend for each event loop, or call `await startup()` on this one after the other "
+            "has ended"
+        )

@@ -1,7 +1,7 @@
-"""How a statement in AUTOCOMMIT runs on a connection: through SQLAlchemy, or straight to asyncpg.
+"""Runs a statement in AUTOCOMMIT on a connection: through SQLAlchemy, or directly with asyncpg.
 
-SQLAlchemy's execution takes a lone caller a quarter of what its statement takes, so it is left out
-where the driver is asyncpg and nobody listens to the engine.
+For a single caller, SQLAlchemy's execution adds a quarter to the time of a statement. So it is
+bypassed if the driver is asyncpg and the engine has no event listeners for statements.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskiq_sa_pg.database.errors import is_stale_plan
 
-# The drivers ask the server to cancel a statement and wait for its answer: psycopg for 10 s, unless
-# it is interrupted again.
+# A cancelled driver asks the server to cancel the statement and waits for the answer: psycopg for
+# 10 s, unless it is cancelled again.
 SECONDS_TO_GIVE_UP: Final = 1.0
 
-# Of a statement; of one that SQLAlchemy makes for several rows, those of each row.
+# Of a statement; or of each row, for a statement that SQLAlchemy builds for several rows.
 Parameters = Mapping[str, Any] | list[dict[str, Any]]
 
 _ENGINE_EVENTS: Final = (
@@ -35,7 +35,7 @@ _DIALECT_EVENTS: Final = ("do_execute", "do_execute_no_params", "handle_error")
 
 
 class Execution:
-    """Runs statements on a connection, as SQLAlchemy does."""
+    """Runs statements on a connection through SQLAlchemy."""
 
     def __init__(self, connection: AsyncConnection, driver: Any) -> None:
         self.connection: Final = connection
@@ -46,7 +46,7 @@ class Execution:
     async def fetch(
         self, statement: Executable, parameters: Parameters, deadline: float
     ) -> Sequence[Any]:
-        """The rows of a statement, until the deadline by the event loop's clock."""
+        """Runs a statement and returns its rows; the deadline is by the event loop's clock."""
         async with time_limit(deadline - asyncio.get_running_loop().time()):
             if not self._is_autocommit:
                 await set_isolation_level(self.connection, "AUTOCOMMIT")
@@ -55,31 +55,31 @@ class Execution:
             return result.all() if result.returns_rows else ()
 
     def is_unusable_after(self, exc: BaseException) -> bool:
-        """Whether nobody must use the connection again, beside what SQLAlchemy judges itself."""
+        """Whether the connection must not be used again, in addition to what SQLAlchemy detects."""
         if is_stale_plan(exc):
             return True
-        # A value that asyncpg cannot encode leaves the server in the middle of a transaction. Its
-        # error has no severity, as one of the server's own has.
-        said = getattr(getattr(exc, "orig", None), "__cause__", None)
-        return getattr(said, "severity", "") is None
+        # A value that asyncpg cannot encode leaves the server in the middle of a transaction.
+        # Unlike the server's errors, that error has no severity.
+        cause = getattr(getattr(exc, "orig", None), "__cause__", None)
+        return getattr(cause, "severity", "") is None
 
 
 class _Text(NamedTuple):
     """A compiled statement, for asyncpg."""
 
     text: str
-    names: Sequence[str]  # of its parameters, in their order
-    own: Mapping[str, Any]  # the values of those that are in the statement itself
-    conversions: Sequence[tuple[int, Callable[[Any], Any]]]  # by position: what a type does
+    names: Sequence[str]  # of the parameters, in order
+    own: Mapping[str, Any]  # the values that are part of the statement
+    conversions: Sequence[tuple[int, Callable[[Any], Any]]]  # position and the type's conversion
 
 
-# The compiled statements of an engine; None for one that SQLAlchemy completes as it executes it:
-# with a default that it computes, or with the values of an IN.
+# The compiled statements of an engine. None for one that SQLAlchemy completes at execution: with a
+# computed default, or with the values of an IN.
 Texts = dict[Executable, _Text | None]
 
 
 class DirectExecution(Execution):
-    """Runs statements past SQLAlchemy, on asyncpg's connection `driver`."""
+    """Runs statements directly on asyncpg's connection `driver`."""
 
     def __init__(self, connection: AsyncConnection, driver: Any, texts: Texts) -> None:
         super().__init__(connection, driver)
@@ -109,17 +109,17 @@ class DirectExecution(Execution):
             try:
                 values[position] = convert(values[position])
             except Exception as exc:
-                # As where SQLAlchemy executes.
+                # As SQLAlchemy does.
                 raise StatementError(str(exc), compiled.text, None, exc) from exc
-        # asyncpg gives up when it is cancelled once, and a second timer can be felt.
+        # asyncpg stops at the first cancellation, and a second timer is measurably slower.
         async with asyncio.timeout_at(deadline):
             rows: Sequence[Any] = await self._driver.fetch(compiled.text, *values)
         return rows
 
     def is_unusable_after(self, exc: BaseException) -> bool:
         """As Execution.is_unusable_after()."""
-        # Only after an error of the server's own is it sure that nothing is left to be read, or
-        # where nothing was sent.
+        # It is usable after an error of the server, or if nothing was sent. Otherwise an answer
+        # may be unread.
         is_known = getattr(exc, "severity", None) is not None or isinstance(exc, StatementError)
         return not is_known or self.is_closed() or super().is_unusable_after(exc)
 
@@ -140,7 +140,7 @@ def _compile(statement: Executable, dialect: Dialect) -> _Text | None:
 
 
 def has_direct_path(engine: AsyncEngine) -> bool:
-    """Whether nobody can notice that statements go past SQLAlchemy."""
+    """Whether bypassing SQLAlchemy has no visible effect: no echo, listener or schema map."""
     sync_engine = engine.sync_engine
     return (
         engine.dialect.driver == "asyncpg"
@@ -152,17 +152,17 @@ def has_direct_path(engine: AsyncEngine) -> bool:
 
 
 def is_closed_of(driver: Any) -> Callable[[], bool]:
-    """What tells whether the server or the driver has closed a connection of the driver's."""
+    """Returns a function that checks whether a driver connection is closed."""
     is_closed: Callable[[], bool]
     is_closed = driver.is_closed if hasattr(driver, "is_closed") else lambda: bool(driver.closed)
     return is_closed
 
 
 async def set_isolation_level(connection: AsyncConnection, level: IsolationLevel) -> None:
-    """Sets a connection's isolation level, until it goes back to its pool."""
-    # SQLAlchemy sets it back as the connection returns to the pool, so a borrowed engine's other
-    # users never meet it. It would not after a cancellation in the middle, and where the engine
-    # sets the level as it connects (engine.execution_options), it would lose the connection.
+    """Sets a connection's isolation level until it is returned to its pool."""
+    # SQLAlchemy resets it then, so other users of a borrowed engine never see it. After a
+    # cancellation in the middle it would not; and if the engine sets the level when it connects
+    # (engine.execution_options), it would lose the connection.
     try:
         if connection.in_transaction():  # a listener of engine_connect has run a statement
             await connection.commit()
@@ -174,7 +174,7 @@ async def set_isolation_level(connection: AsyncConnection, level: IsolationLevel
 
 @asynccontextmanager
 async def time_limit(seconds: float) -> AsyncIterator[Callable[[], None]]:
-    """Cancels what takes longer, and again where it does not end at once; yields how to lift it."""
+    """Cancels the block after some seconds, and again 1 s later; yields a function to lift it."""
     async with (
         asyncio.timeout(seconds + SECONDS_TO_GIVE_UP) as last_limit,
         asyncio.timeout(seconds) as limit,

@@ -1,4 +1,4 @@
-"""Addresses of a PostgreSQL: every accepted form of DSN, and what it means to each driver."""
+"""Parses DSNs in all accepted forms, and converts them to the arguments of each driver."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -23,22 +23,21 @@ _DRIVERNAMES: Final = {
 }
 
 _UNPARSABLE: Final = (
-    "dsn is not an address that can be parsed; it looks like "
-    "postgresql://user:password@host:5432/database, with special characters in user and "
-    "password percent-encoded"
+    "dsn cannot be parsed; it must look like postgresql://user:password@host:5432/database, with "
+    "special characters in user and password percent-encoded"
 )
 
 _QUERY: Final = re.compile(r"\w+=")
 
-# Several hosts, as libpq writes them; SQLAlchemy takes the second port for a part of the first.
+# Several hosts in libpq's form. SQLAlchemy would parse the second port as a part of the first.
 _SEVERAL_HOSTS: Final = re.compile(
     r"(?P<head>[\w+]+://(?:[^@]*@)?)(?P<hosts>[^/?@]*,[^/?@]*)(?P<tail>[/?].*)?", re.DOTALL
 )
 
-# The names of this machine: none, those of the loopback, and the directory of a Unix socket.
+# Names of the local machine: an empty one, loopback addresses, and the directory of a Unix socket.
 _LOCAL: Final = re.compile(r"$|/|localhost$|127\.|::1$")
 
-# What asyncpg.connect() and SQLAlchemy's asyncpg dialect take as arguments and not from a DSN.
+# Arguments of asyncpg.connect() and SQLAlchemy's asyncpg dialect that asyncpg's DSN cannot hold.
 _ASYNCPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
     "timeout": float,
     "command_timeout": float,
@@ -49,10 +48,10 @@ _ASYNCPG_ARGUMENTS: Final[Mapping[str, Callable[[str], Any]]] = {
     "ssl": str,
 }
 
-# What psycopg's connect() takes beside libpq's parameters. None turns prepared statements off.
+# An argument of psycopg's connect(), not of libpq. None turns prepared statements off.
 _THRESHOLD: Final = "prepare_threshold"
 
-# libpq's parameters without a counterpart in asyncpg, which would hand them to the server as
+# libpq's parameters without a counterpart in asyncpg, which would send them to the server as
 # settings. https://www.postgresql.org/docs/18/libpq-connect.html#LIBPQ-PARAMKEYWORDS
 _OF_LIBPQ: Final = """
     channel_binding gssdelegation gssencmode hostaddr keepalives keepalives_count keepalives_idle
@@ -62,8 +61,8 @@ _OF_LIBPQ: Final = """
 """
 _LIBPQ_ONLY: Final = frozenset(_OF_LIBPQ.split())
 
-# A peer that acknowledges nothing for so long is gone, be the connection idle or not. Seconds, but
-# milliseconds for TCP_USER_TIMEOUT, which macOS lacks.
+# After this time without an acknowledgement a connection counts as lost, idle or not. Seconds;
+# milliseconds for TCP_USER_TIMEOUT, which macOS does not have.
 TCP_OPTIONS: Final = {
     "TCP_KEEPIDLE": 30,
     "TCP_KEEPINTVL": 10,
@@ -71,7 +70,7 @@ TCP_OPTIONS: Final = {
     "TCP_USER_TIMEOUT": 10_000,
 }
 
-# The same, as psycopg has libpq set it.
+# The same for libpq, which psycopg uses.
 _LIBPQ_DEFAULTS: Final = {
     "keepalives_idle": str(TCP_OPTIONS["TCP_KEEPIDLE"]),
     "keepalives_interval": str(TCP_OPTIONS["TCP_KEEPINTVL"]),
@@ -82,10 +81,16 @@ _LIBPQ_DEFAULTS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where and as whom to connect: a DSN taken apart. Its repr shows no secret.
+    """A parsed DSN. Its repr shows no secret.
 
-    The hosts are tried in their order. One is a name or the directory of a Unix socket; an empty
-    one, and a port that is None, are the driver's default. The options have the driver's names.
+    Attributes:
+        drivername: SQLAlchemy's: postgresql+asyncpg or postgresql+psycopg.
+        username: None is the driver's default.
+        password: None is the driver's default.
+        hosts: Pairs of host and port, tried in order. A host is a name, an IP address or the
+            directory of a Unix socket; "" and a port of None are the driver's defaults.
+        database: None is the driver's default.
+        options: The other parameters, under the driver's names.
     """
 
     drivername: str
@@ -97,25 +102,20 @@ class Address:
 
     @property
     def url(self) -> URL:
-        """The address without its options, to show and to choose the dialect by."""
+        """The address without options, to show it and to choose the dialect."""
         host, port = self.hosts[0] if len(self.hosts) == 1 else (None, None)
         return URL.create(
             self.drivername, self.username, self.password, host or None, port, self.database
         )
 
-    @property
-    def place(self) -> str:
-        """The hosts with their ports, for messages; empty where the driver chooses."""
-        return ", ".join(f"{host}:{port or 5432}" for host, port in self.hosts if host)
-
     def may_be(self, other: "Address") -> bool:
-        """Whether both can lead to the same database, as far as their names tell.
+        """Whether both can mean the same database, judged by the names of hosts and database.
 
-        One without a host tells nothing of the server: PGHOST, or a function, may know it.
+        An address without a host may mean any server: PGHOST or a function may name it.
         """
         databases = {self.database, other.database} - {None}
-        is_told = all(any(host for host, _ in each.hosts) for each in (self, other))
-        return len(databases) < 2 and (not is_told or bool(self._servers & other._servers))
+        has_hosts = all(any(host for host, _ in each.hosts) for each in (self, other))
+        return len(databases) < 2 and (not has_hosts or bool(self._servers & other._servers))
 
     @property
     def _servers(self) -> set[tuple[str, int]]:
@@ -137,12 +137,12 @@ class Address:
             if name in rest
         }
         if "connect_timeout" in rest:
-            # libpq's 0 is no limit; asyncpg's would be no time at all.
+            # 0 means no limit to libpq; to asyncpg it would mean an immediate timeout.
             arguments.setdefault("timeout", float(rest.pop("connect_timeout")) or None)
         if "fallback_application_name" in rest:
             rest.setdefault("application_name", rest.pop("fallback_application_name"))
         if rest:
-            # asyncpg reads libpq's parameters only where they stand in a DSN.
+            # asyncpg reads libpq's parameters only from a DSN.
             arguments["dsn"] = f"postgresql://?{urlencode(rest)}"
         arguments["database"] = self.database
         if any(host for host, _ in self.hosts):
@@ -166,11 +166,11 @@ class Address:
 
 
 def parse_dsn(dsn: Dsn, name: str = "dsn") -> Address:
-    """Takes a DSN apart: libpq's URI, a SQLAlchemy URL, or either's text.
+    """Parses a DSN: a libpq URI, or a SQLAlchemy URL as an object or a string.
 
     Args:
         dsn: The DSN.
-        name: What errors call it.
+        name: The name of the argument, for errors.
 
     Raises:
         ConfigurationError: Not a PostgreSQL address, a driver that is not asynchronous, or a
@@ -180,8 +180,18 @@ def parse_dsn(dsn: Dsn, name: str = "dsn") -> Address:
     try:
         return _parse(dsn)
     except ConfigurationError as exc:
-        # Every text names it before it quotes anything. `from None`: it is said once.
+        # In every text, the first "dsn" is the name. `from None`: the original adds nothing.
         raise ConfigurationError(str(exc).replace("dsn", name, 1)) from None
+
+
+def plain_address(url: URL) -> Address:
+    """Parses an engine's URL, without options that only its driver knows.
+
+    Raises:
+        ConfigurationError: The URL has an unknown form.
+    """
+    places = {name: value for name, value in url.query.items() if name in {"host", "port"}}
+    return parse_dsn(url.set(drivername="postgresql+psycopg", query=places))
 
 
 def _parse(dsn: Dsn) -> Address:
@@ -191,7 +201,7 @@ def _parse(dsn: Dsn) -> Address:
         )
     hosts: list[str] = []
     if isinstance(dsn, str):
-        # SQLAlchemy ends the password at any "@", one in a parameter's value too.
+        # SQLAlchemy would end the password at an "@" in a parameter's value.
         base, mark, query = dsn.partition("?")
         if _QUERY.match(query):
             dsn = base + mark + query.replace("@", "%40")
@@ -202,7 +212,7 @@ def _parse(dsn: Dsn) -> Address:
     try:
         url = make_url(dsn)
     except (ArgumentError, ValueError):
-        # `from None`: what SQLAlchemy and int() say quotes the DSN, password and all.
+        # `from None`: the messages of SQLAlchemy and int() quote the DSN with the password.
         raise ConfigurationError(_UNPARSABLE) from None
     if "@" in (url.host or ""):
         raise ConfigurationError(_UNPARSABLE)  # the end of a password
@@ -215,20 +225,22 @@ def _address(url: URL, hosts: list[str]) -> Address:
     drivername = _DRIVERNAMES.get(url.drivername)
     if drivername is None:
         raise ConfigurationError(
-            f"dsn names the driver {url.drivername!r}; use postgresql:// (asyncpg) or "
-            "postgresql+psycopg://"
+            f"dsn names the driver {url.drivername!r}, which is not supported; use postgresql:// "
+            "(asyncpg) or postgresql+psycopg://"
         )
     options = {name: ",".join(values) for name, values in url.normalized_query.items()}
-    # As in libpq, the query wins.
+    # As in libpq, the query overrides.
     hosts = options.pop("host", ",".join(hosts)).split(",")
     ports = options.pop("port", str(url.port or "")).split(",")
     if len(ports) not in {1, len(hosts)}:
-        raise ConfigurationError(f"dsn names {len(hosts)} hosts and {len(ports)} ports")
+        raise ConfigurationError(
+            f"dsn names {len(hosts)} hosts and {len(ports)} ports: name one port, or one per host"
+        )
     if len(ports) == 1:
         ports *= len(hosts)
     places = tuple(map(_host_and_port, hosts, ports))
     if len(places) > 1 and not all(host for host, _ in places):
-        raise ConfigurationError("dsn names an empty host beside others")
+        raise ConfigurationError("dsn names several hosts, and one of them is empty")
     return Address(
         drivername,
         options.pop("user", url.username) or None,
@@ -248,8 +260,8 @@ def _host_and_port(host: str, default_port: str) -> tuple[str, int | None]:
         host, _, own_port = host.partition(":")
         port = own_port or port
     if port and not (port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigurationError(f"dsn has a port that is no port number, beside host {host!r}")
-    # Not before the ports are off: "%2Frun%2Fpostgresql:5432" is a socket's directory and a port.
+        raise ConfigurationError(f"dsn has an invalid port number for host {host!r}")
+    # After the port is removed: "%2Frun%2Fpostgresql:5432" is a socket's directory and a port.
     return unquote(host), int(port) if port else None
 
 
@@ -261,14 +273,14 @@ def _check_options(address: Address) -> None:
     unknown = sorted(foreign.intersection(address.options))
     if unknown:
         raise ConfigurationError(
-            f"{driver} does not know the dsn's parameter {', '.join(unknown)}: leave it out, or "
-            f"use postgresql+{other}://"
+            f"{driver} does not know the dsn's parameter {', '.join(unknown)}: remove it, or use "
+            f"postgresql+{other}://"
         )
     try:
         address.connect_arguments()
     except ValueError:
         numbers = ", ".join(name for name, kind in _ASYNCPG_ARGUMENTS.items() if kind is not str)
         raise ConfigurationError(
-            f"the dsn's parameters {numbers} and connect_timeout take numbers, and "
-            "prepare_threshold takes a number or none"
+            f"the dsn's parameters {numbers} and connect_timeout must be numbers, and "
+            "prepare_threshold must be a number or none"
         ) from None

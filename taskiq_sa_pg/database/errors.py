@@ -1,5 +1,6 @@
-"""What goes wrong with a database: told apart, and put into words."""
+"""Classifies database errors and describes them with a remedy."""
 
+import re
 import socket
 import ssl
 from collections.abc import Mapping
@@ -12,70 +13,74 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 # https://www.postgresql.org/docs/18/errcodes-appendix.html
 READ_ONLY: Final = "25006"
 
-# What a person can do about an SQLSTATE.
+# The remedy for an SQLSTATE.
 _REMEDIES: Final[Mapping[str, str]] = {
-    "42P01": "make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`; the broker's "
-    "with `alembic -x queue=true upgrade head` or `taskiq-sa-pg upgrade --queue`",
-    "42703": "`taskiq-sa-pg check` (of the broker's, with --queue) says which columns differ",
-    "42804": "`taskiq-sa-pg check` (of the broker's, with --queue) says which columns differ",
+    "42P01": "create the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`; the "
+    "broker's with `alembic -x queue=true upgrade head` or `taskiq-sa-pg upgrade --queue`",
+    "42703": "`taskiq-sa-pg check` (--queue for the broker's) reports which columns differ",
+    "42804": "`taskiq-sa-pg check` (--queue for the broker's) reports which columns differ",
     "42501": "grant the role SELECT, INSERT, UPDATE and DELETE on the table, "
     "and USAGE on its schema",
-    "3D000": "create the database, or correct the dsn",
-    "28P01": "correct user and password in the dsn",
+    "3D000": "create the database, or correct its name in the dsn",
+    "28P01": "correct the user and password in the dsn",
     READ_ONLY: "the server is a read replica (a hot standby), or was made read-only. Writes need "
-    "the primary: name all hosts in the dsn, with target_session_attrs=read-write. A process that "
-    "only reads uses keep_results=True",
+    "the primary: list all hosts in the dsn, with target_session_attrs=read-write. In a process "
+    "that only reads, set keep_results=True",
 }
 
-# A statement was prepared on one of a pooler's servers, and is missed on another, or its
-# name is taken there: "bind message supplies 1 parameters, but prepared statement ...".
+# A statement was prepared on one of a pooler's servers. On another it does not exist, or its
+# name is taken: "bind message supplies 1 parameters, but prepared statement ...".
 _UNPREPARED: Final = frozenset({"26000", "42P05"})
 _ANOTHER_PREPARED: Final = "but prepared statement"
 _POOLED: Final = (
-    "the address leads through a transaction pooler, such as PgBouncer, that does not carry "
-    "prepared statements from server to server: turn them off with "
+    "the connection goes through a transaction pooler, such as PgBouncer, that does not support "
+    "prepared statements: turn them off with "
 )
 _POOLER_REMEDIES: Final[Mapping[str, str]] = {
     "asyncpg": _POOLED + 'connect_args={"statement_cache_size": 0} or ?statement_cache_size=0',
     "psycopg": _POOLED + 'connect_args={"prepare_threshold": None} or ?prepare_threshold=none',
 }
 
-# PgBouncer's own errors, those that pass and those that stay, all have this SQLSTATE.
+# All of PgBouncer's own errors have this SQLSTATE, the transient and the permanent ones.
 _PROTOCOL_VIOLATION: Final = "08P01"
 _REFUSED_SETTING: Final = "unsupported startup parameter"
 _REFUSED_SETTING_REMEDY: Final = (
-    "PgBouncer does not pass this setting on: leave it out of the dsn and connect_args and set it "
-    "by ALTER ROLE or ALTER DATABASE, or have PgBouncer drop it with ignore_startup_parameters"
+    "PgBouncer does not forward this setting: remove it from the dsn and connect_args and set it "
+    "with ALTER ROLE or ALTER DATABASE, or list it in PgBouncer's ignore_startup_parameters"
 )
 
 # Connection failures, and a server that shuts down, has crashed or is starting.
 _DISCONNECTS: Final = ("08", "57P0")
 
-# Beside all that is short: connections, memory, space on the disk.
+# Raised for a login: a wrong password, a missing pg_hba.conf entry, an unknown database, too many
+# connections.
+_REFUSED_LOGINS: Final = ("28", "3D000", "53300")
+
+# Insufficient resources: connections, memory, disk space.
 _SHORTAGES: Final = "53"
 
-# Serialization failures, deadlocks, lock timeouts, and a primary that has become a standby;
-# statement_timeout, idle_in_transaction_session_timeout and transaction_timeout of the server's
-# own; and a disk that failed to answer.
+# Serialization failures, deadlocks, lock timeouts, and a primary that has become a standby; the
+# server's statement_timeout, idle_in_transaction_session_timeout and transaction_timeout; and an
+# I/O error.
 _TRANSIENT: Final = frozenset(
     {"40001", "40P01", "55P03", READ_ONLY, "57014", "25P03", "25P04", "58030"}
 )
 
-# What psycopg goes on to hear for a statement that it has prepared, once a table was altered.
+# With psycopg, a prepared statement keeps failing with this after its table was altered.
 _FEATURE_NOT_SUPPORTED: Final = "0A000"
 _STALE_PLAN: Final = "cached plan must not change result type"
 
-# What Python raises where a value is not what it should be. psycopg lets them pass.
+# Python's errors for a value of a wrong type or form. psycopg does not wrap them.
 CONVERSION_ERRORS: Final = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
-# None of the hosts is a primary; and a server that closed the connection in the moment in which a
-# statement began: "cannot switch to state 12; another operation (2) is in progress".
+# None of the hosts is a primary; or the server closed the connection just when a statement began:
+# "cannot switch to state 12; another operation (2) is in progress".
 _DISCONNECTS_OF_ASYNCPG: Final = frozenset(
     {"TargetServerAttributeNotMatched", "InternalClientError"}
 )
 
-# psycopg has no SQLSTATE for a connection that failed, only libpq's text, and this is what a
-# server or PgBouncer says in English about what no repetition mends.
+# psycopg has no SQLSTATE for a failed connection, only libpq's text. These are the English texts
+# of permanent errors of a server or of PgBouncer.
 _PERMANENT_TEXTS: Final = (
     "authentication failed",
     "does not exist",
@@ -87,24 +92,30 @@ _PERMANENT_TEXTS: Final = (
     _REFUSED_SETTING,
 )
 
+# Those of them that have a remedy, with the SQLSTATE that PostgreSQL sends.
+_SQLSTATES_OF_TEXTS: Final = (
+    (re.compile("password authentication failed"), "28P01"),
+    (re.compile('database ".*" does not exist'), "3D000"),
+)
+
 
 class NoPlaceError(Exception):
-    """All connections of the pool are in use by others. Its arg: how many, with a blank."""
+    """Other code uses all connections of the pool. args[0]: their number and a space, or ""."""
 
     def __str__(self) -> str:
         return (
-            f"all {self.args[0]}connections of your engine's pool are checked out, and none came "
-            "back in time: end the session first, give the pool more places, or give the backend, "
-            "or the broker, a dsn= of its own"
+            f"all {self.args[0]}connections of your engine's pool are checked out, and none was "
+            "returned in time: close the session first, enlarge the pool, or pass dsn= instead of "
+            "engine= to the backend or broker"
         )
 
 
 class NoAddressError(Exception):
-    """A callable that is to return the DSN has failed."""
+    """The callable that returns the DSN has raised."""
 
 
 def errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
-    """What is raised where a statement or a connection of this engine fails."""
+    """The exceptions that a failed statement or connection of this engine raises."""
     errors: tuple[type[Exception], ...] = (
         StatementError,
         PoolTimeoutError,
@@ -112,7 +123,7 @@ def errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
         NoPlaceError,
         NoAddressError,
     )
-    # The driver's own where SQLAlchemy is not asked to execute, and in 2.0 where it cannot connect.
+    # The driver's own: from statements that bypass SQLAlchemy and, in 2.0, from connecting.
     dbapi: Any = engine.dialect.dbapi
     asyncpg = getattr(dbapi, "asyncpg", None)
     if asyncpg is not None:
@@ -121,7 +132,7 @@ def errors_of(engine: AsyncEngine) -> tuple[type[Exception], ...]:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same may succeed a little later."""
+    """Whether a later attempt may succeed."""
     sqlstate = sqlstate_of(error) or ""
     return (
         sqlstate in _TRANSIENT
@@ -134,30 +145,30 @@ def is_transient(error: Exception) -> bool:
 
 def is_stale_plan(error: BaseException) -> bool:
     """Whether a statement was prepared before a table was altered: a new connection can run it."""
-    is_about_it = _STALE_PLAN in str(_said(error))
-    return is_about_it and sqlstate_of(error) == _FEATURE_NOT_SUPPORTED
+    has_text = _STALE_PLAN in str(_cause(error))
+    return has_text and sqlstate_of(error) == _FEATURE_NOT_SUPPORTED
 
 
-def is_refused_login(error: Exception) -> bool:
+def is_wrong_password(error: Exception) -> bool:
     """Whether the server does not accept the password."""
-    return sqlstate_of(error) == "28P01" or "password authentication failed" in str(_said(error))
+    return _known_sqlstate(error) == "28P01"
 
 
 def is_unknown_host(error: Exception) -> bool:
-    """Whether no name server knows the host, and not only whether none was asked in time."""
+    """Whether the host name does not exist; False if the name server did not answer."""
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_NONAME
-    text = str(_said(error))  # psycopg's, with that of the C library
+    text = str(_cause(error))  # psycopg's, with that of the C library
     return "failed to resolve host" in text and f"[Errno {int(socket.EAI_NONAME)}]" in text
 
 
 def is_disconnect(error: Exception) -> bool:
-    """Whether there is no connection (any more), so that nobody can know what became of a COMMIT.
+    """Whether the connection failed or was lost, so that the outcome of a COMMIT is unknown.
 
-    A server that does not answer in time counts.
+    True if the server does not answer in time.
     """
     if isinstance(error, OSError):
-        # asyncpg raises it bare. A certificate that is wrong stays so.
+        # asyncpg does not wrap it. A wrong certificate is a permanent error.
         return not isinstance(error, ssl.SSLCertVerificationError)
     sqlstate = sqlstate_of(error)
     if sqlstate is not None:
@@ -166,20 +177,27 @@ def is_disconnect(error: Exception) -> bool:
         )
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
-    said = _said(error)
-    name = type(said).__name__
+    cause = _cause(error)
+    name = type(cause).__name__
     if name in _DISCONNECTS_OF_ASYNCPG:
         return True
     if name == "InterfaceError":  # asyncpg's
-        return "closed" in str(said)
-    is_psycopgs = name in {"OperationalError", "ConnectionTimeout"}
-    return is_psycopgs and not _is_permanent(error)
+        return "closed" in str(cause)
+    return _is_psycopgs(cause) and not _is_permanent(error)
+
+
+def is_about_connecting(error: Exception) -> bool:
+    """Whether the error's text should name the server: no connection, or a refused login."""
+    sqlstate = sqlstate_of(error)
+    if sqlstate is not None:
+        return sqlstate.startswith((*_DISCONNECTS, *_REFUSED_LOGINS))
+    return isinstance(error, OSError) or is_disconnect(error) or _is_psycopgs(_cause(error))
 
 
 def is_unfit_value(error: BaseException | None) -> bool:
-    """Whether a value never got to PostgreSQL: its type or the driver could not convert it."""
+    """Whether the column's type or the driver could not convert a value, so it was not sent."""
     if isinstance(error, DBAPIError):
-        error = _said(error)
+        error = _cause(error)
     if isinstance(error, OSError) or getattr(error, "sqlstate", None) is not None:
         return False
     # asyncpg's DataError and ClientConfigurationError are ValueErrors; the others are psycopg's.
@@ -192,60 +210,80 @@ def is_unfit_value(error: BaseException | None) -> bool:
 
 
 def invalidates_all(error: Exception) -> bool:
-    """Whether the other connections that were opened until now are probably of no use either."""
+    """Whether the other open connections are probably unusable as well."""
     return is_disconnect(error) or is_stale_plan(error) or sqlstate_of(error) == READ_ONLY
 
 
 def describe(error: Exception, purpose: str, place: str = "") -> tuple[str, str | None]:
-    """For those who call the library: what went wrong with its remedy, and PostgreSQL's code.
+    """The text of a StorageError, with the remedy, and the SQLSTATE.
 
-    The place is the server's address, which is told where no connection could be used.
+    Args:
+        error: What SQLAlchemy or the driver raised.
+        purpose: What could not be done: "store the result of ...".
+        place: The server's host and port, for errors about connecting.
     """
-    at = f" (at {place})" if place and is_disconnect(error) else ""
+    at = name_server(error, place)
     if isinstance(error, TimeoutError):
         return f"cannot {purpose}: PostgreSQL did not answer in time{at}", None
     if isinstance(error, OSError):
-        # asyncpg raises it bare where no server answers.
+        # asyncpg does not wrap it.
         return f"cannot {purpose}: no connection to PostgreSQL: {reason_of(error)}{at}", None
     sqlstate = sqlstate_of(error)
     remedy = remedy_of(error)
-    said = reason_of(error) + (f" ({sqlstate})" if sqlstate else "")
-    return f"cannot {purpose}: {said}{at}" + (f"; {remedy}" if remedy else ""), sqlstate
+    reason = reason_of(error) + (f" ({sqlstate})" if sqlstate else "")
+    return f"cannot {purpose}: {reason}{at}" + (f"; {remedy}" if remedy else ""), sqlstate
+
+
+def name_server(error: Exception, place: str) -> str:
+    """The part of an error's text that names the server; empty if it is not about connecting."""
+    return f" (at {place})" if place and is_about_connecting(error) else ""
 
 
 def remedy_of(error: Exception) -> str | None:
-    """What a person can do about it, as far as that is known."""
-    sqlstate, said = sqlstate_of(error), _said(error)
-    if sqlstate in _UNPREPARED or _ANOTHER_PREPARED in str(said):
-        return _POOLER_REMEDIES.get(type(said).__module__.partition(".")[0])
-    if _REFUSED_SETTING in str(said):
+    """What the user can do about it; None if that is not known."""
+    sqlstate, cause = _known_sqlstate(error), _cause(error)
+    if sqlstate in _UNPREPARED or _ANOTHER_PREPARED in str(cause):
+        return _POOLER_REMEDIES.get(type(cause).__module__.partition(".")[0])
+    if _REFUSED_SETTING in str(cause):
         return _REFUSED_SETTING_REMEDY
     return _REMEDIES.get(sqlstate or "")
 
 
 def _is_permanent(error: Exception) -> bool:
-    return any(text in str(_said(error)) for text in _PERMANENT_TEXTS)
+    return any(text in str(_cause(error)) for text in _PERMANENT_TEXTS)
+
+
+def _is_psycopgs(cause: BaseException) -> bool:
+    # Without an SQLSTATE, its errors of these classes come from connecting or a lost connection.
+    return type(cause).__name__ in {"OperationalError", "ConnectionTimeout"}
 
 
 def sqlstate_of(error: BaseException) -> str | None:
-    """PostgreSQL's error code; None where the error came from the driver."""
+    """PostgreSQL's error code; None if the driver raised the error by itself."""
     sqlstate: str | None = getattr(getattr(error, "orig", error), "sqlstate", None)
     return sqlstate
 
 
+def _known_sqlstate(error: Exception) -> str | None:
+    """The SQLSTATE, or the one that the text of psycopg or PgBouncer stands for."""
+    text = str(_cause(error))
+    by_text = (code for pattern, code in _SQLSTATES_OF_TEXTS if pattern.search(text))
+    return next(by_text, None) or sqlstate_of(error)
+
+
 def reason_of(error: Exception) -> str:
-    """What PostgreSQL or the driver said, in one line and without statement or parameters."""
+    """The first line of PostgreSQL's or the driver's text, without statement and parameters."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    said = _said(error)
-    if type(said).__name__ == "InternalClientError":
-        return f"the connection was lost ({said})"
-    return str(said).strip().partition("\n")[0] or type(error).__name__
+    cause = _cause(error)
+    if type(cause).__name__ == "InternalClientError":
+        return f"the connection was lost ({cause})"
+    return str(cause).strip().partition("\n")[0] or type(error).__name__
 
 
-def _said(error: BaseException) -> BaseException:
-    said: BaseException = getattr(error, "orig", None) or error
+def _cause(error: BaseException) -> BaseException:
+    cause: BaseException = getattr(error, "orig", None) or error
     # SQLAlchemy's own exception for asyncpg puts the name of a class before the text.
     if isinstance(error, DBAPIError):
-        said = said.__cause__ or said
-    return said
+        cause = cause.__cause__ or cause
+    return cause

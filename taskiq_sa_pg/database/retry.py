@@ -1,4 +1,4 @@
-"""Tries again what failed for a reason that passes: a restart, a failover, a deadlock."""
+"""Retries after transient errors: a restart, a failover, a deadlock."""
 
 import asyncio
 import logging
@@ -20,28 +20,28 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Seconds. Those who try again spread over the pause, which doubles up to this: a server that is
-# back is noticed within it.
+# Seconds. A pause is random, up to a bound that doubles from the first to the longest; so clients
+# do not retry at the same moment, and notice within the longest pause that a server is back.
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 
-# Conflicts with other transactions, which no administrator needs to hear of.
+# Conflicts with other transactions, which are not logged as an outage.
 _CONFLICTS: Final = "40"
 
 
 class Retry:
-    """Repeats attempts, and logs when an outage begins and when it is over.
+    """Retries attempts, and logs the begin and the end of an outage.
 
     Args:
-        timeout: For how many seconds after the start of the first attempt another one may be made
-            and may last; 0 makes one attempt.
-        attempt_timeout: How many seconds an attempt may take.
-        is_passing: Whether an error is a reason to try again.
-        on_retry: Called before every repetition.
-        on_error: Called with everything that an attempt raised.
-        place: The address of the server, for the log.
-        unknown_host_timeout: The same as timeout where the host's name does not resolve, and
-            nothing has succeeded yet: it is probably misspelled.
+        timeout: Seconds from the start of the first attempt in which retries may start and run; 0
+            makes one attempt.
+        attempt_timeout: Seconds that one attempt may take.
+        should_retry: Whether an error is transient.
+        on_retry: Called before every retry.
+        on_error: Called with every exception of an attempt.
+        place: Returns the server's host and port, for the log; empty if they are not known.
+        unknown_host_timeout: Replaces a longer timeout if the host name does not exist and no
+            attempt has succeeded yet: the name is probably misspelled.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class Retry:
         timeout: float,
         attempt_timeout: float = inf,
         *,
-        is_passing: Callable[[Exception], bool] = is_transient,
+        should_retry: Callable[[Exception], bool] = is_transient,
         on_retry: Callable[[], None] = lambda: None,
         on_error: Callable[[Exception], None] = lambda _: None,
-        place: str = "",
+        place: Callable[[], str] = str,
         unknown_host_timeout: float = 5.0,
     ) -> None:
         self._timeout = timeout
         self._attempt_timeout = attempt_timeout
-        self._is_passing = is_passing
+        self._should_retry = should_retry
         self._on_retry = on_retry
         self._on_error = on_error
-        self._at = f" at {place}" if place else ""
+        self._place = place
         self._unknown_host_timeout = unknown_host_timeout
         self._has_succeeded = False
         self._outage_since: float | None = None
@@ -68,13 +68,14 @@ class Retry:
     async def run(
         self, attempt: Callable[[float], Awaitable[_T]], timeout: float | None = None
     ) -> _T:
-        """What an attempt returns, made once or more. It is told how many seconds it may take.
+        """Makes one or more attempts and returns the result of the last.
 
-        A `timeout` that is given is used instead of the usual one, and bounds the first attempt,
-        too.
+        Args:
+            attempt: Called with the seconds that it may take.
+            timeout: Overrides that of the constructor, and bounds the first attempt as well.
 
         Raises:
-            Exception: What the attempt raised, where it does not pass or did not in time.
+            Exception: The attempt's error, if it is permanent or the timeout has passed.
         """
         seconds = self._attempt_timeout
         if timeout is None:
@@ -86,7 +87,7 @@ class Retry:
             result = await attempt(seconds)
         except Exception as exc:
             self._on_error(exc)
-            if timeout <= 0 or not self._is_passing(exc):
+            if timeout <= 0 or not self._should_retry(exc):
                 raise
             if is_unknown_host(exc) and not self._has_succeeded:
                 timeout = min(timeout, self._unknown_host_timeout)
@@ -103,10 +104,10 @@ class Retry:
     async def _repeat(
         self, attempt: Callable[[float], Awaitable[_T]], deadline: float, reason: Exception
     ) -> _T:
-        # Not for the first attempt: tenacity takes longer than a small statement.
+        # Not used for the first attempt: tenacity takes longer than a small statement.
         loop = asyncio.get_running_loop()
         repeat = AsyncRetrying(
-            retry=retry_if_exception(lambda e: isinstance(e, Exception) and self._is_passing(e)),
+            retry=retry_if_exception(lambda e: isinstance(e, Exception) and self._should_retry(e)),
             wait=wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
             stop=stop_before_delay(deadline - loop.time()),
             reraise=True,
@@ -120,7 +121,7 @@ class Retry:
                 return await attempt(seconds)
             except Exception as exc:  # noqa: BLE001 - it is raised below
                 self._on_error(exc)
-                # What the end of all attempts has cut short says less than what was before it.
+                # If the overall deadline cut this attempt short, the error before says more.
                 if not (isinstance(exc, TimeoutError) and seconds < self._attempt_timeout):
                     reason = exc
             raise reason
@@ -134,8 +135,8 @@ class Retry:
             self._outage_since = asyncio.get_running_loop().time()
             remedy = remedy_of(exc)
             logger.warning(
-                "PostgreSQL%s: %s; trying again for up to %g s%s",
-                *(self._at, reason_of(exc), timeout, f"; {remedy}" if remedy else ""),
+                "PostgreSQL%s: %s; retrying for up to %g s%s",
+                *(self._at(), reason_of(exc), timeout, f"; {remedy}" if remedy else ""),
             )
 
     def _note_success(self) -> None:
@@ -143,4 +144,8 @@ class Retry:
         if self._outage_since is not None:
             seconds = asyncio.get_running_loop().time() - self._outage_since
             self._outage_since = None
-            logger.info("PostgreSQL%s: recovered after %.1f s", self._at, seconds)
+            logger.info("PostgreSQL%s: recovered after %.1f s", self._at(), seconds)
+
+    def _at(self) -> str:
+        place = self._place()
+        return f" at {place}" if place else ""

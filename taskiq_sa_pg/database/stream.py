@@ -1,4 +1,4 @@
-"""Rows that a server-side cursor holds back until they are asked for."""
+"""Reads rows in batches from a server-side cursor."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from taskiq_sa_pg.exceptions import NotStartedError
 
 
 class Stream:
-    """A statement's rows, in batches, on a connection and in a transaction of its own.
+    """A statement's rows in batches, on a separate connection and in one transaction.
 
-    A batch has at most `size` rows, and takes at most `timeout` seconds. The next one after the end
-    is empty.
+    A batch has at most `size` rows and takes at most `timeout` seconds; after the last one, it is
+    empty.
     """
 
     def __init__(self, connections: Connections, size: int, timeout: float) -> None:
@@ -27,16 +27,16 @@ class Stream:
         self._timeout = timeout
         self._stack = AsyncExitStack()
         self._result: AsyncResult[Any] | None = None  # while it is open
-        # A driver's connection cannot be closed safely while another task waits for its answer.
+        # A driver connection cannot be closed safely while another task waits for its answer.
         self._lock = asyncio.Lock()
 
     async def open(self, statement: Select[Any], seconds: float) -> Sequence[Any]:
-        """Runs the statement, and returns the first rows.
+        """Runs the statement and returns the first batch.
 
-        The way to the connection may take so many seconds, and so may the statement.
+        The time limit applies to connecting, and again to the statement.
         """
         async with AsyncExitStack() as stack:
-            # Explicitly: there are no cursors in AUTOCOMMIT, which may be the engine's default.
+            # Cursors need a transaction, and the engine's default may be AUTOCOMMIT.
             connection, _ = await stack.enter_async_context(
                 self._connections.detached("READ COMMITTED", seconds)
             )
@@ -49,10 +49,10 @@ class Stream:
         return rows
 
     async def next(self) -> Sequence[Any]:
-        """The next rows.
+        """Returns the next batch.
 
         Raises:
-            NotStartedError: It was closed.
+            NotStartedError: The stream was closed.
         """
         async with self._lock:
             if self._result is None:
@@ -61,15 +61,15 @@ class Stream:
                 return await self._result.fetchmany(self._size)
 
     async def close(self) -> None:
-        """Ends the transaction and closes the connection, as soon as nothing runs on it."""
+        """Ends the transaction and closes the connection, once no batch is being read."""
         async with self._lock:
             self._result = None
             await self._stack.aclose()
 
 
 async def _close(result: AsyncResult[Any]) -> None:
-    # psycopg complains of cursors that are left open. Whatever goes wrong here, the connection is
-    # closed next.
+    # psycopg warns about cursors that stay open. Errors do not matter: the connection is closed
+    # next.
     with suppress(SQLAlchemyError, OSError):
         async with time_limit(MAX_SECONDS_TO_CLOSE):
             await result.close()

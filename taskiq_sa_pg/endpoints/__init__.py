@@ -1,4 +1,4 @@
-"""What HTTP endpoints answer about tasks, for Starlette and FastAPI alike."""
+"""HTTP endpoints for tasks, shared by Starlette and FastAPI."""
 
 from taskiq_sa_pg.endpoints.answers import Problem as Problem
 from taskiq_sa_pg.endpoints.answers import Progress as Progress

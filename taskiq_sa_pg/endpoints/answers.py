@@ -1,4 +1,4 @@
-"""What the endpoints answer: the models that OpenAPI shows, and values that JSON cannot hold."""
+"""The responses of the endpoints: models for OpenAPI, and values that JSON does not support."""
 
 import json
 import re
@@ -18,21 +18,21 @@ State = Literal["pending", "queued", "started", "retrying", "lost", "succeeded",
 
 
 class _Answer(BaseModel):
-    # What is always there is required in OpenAPI, so that generated clients need not ask for it.
+    # Fields that are always present are required in OpenAPI, so that clients need not check them.
     model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
 
 class TaskError(_Answer):
-    """Why a task has failed."""
+    """The error of a failed task."""
 
     type: str = Field(description="The name of the exception's class, without its module.")
     message: str
 
 
 class Progress(_Answer):
-    """The last progress of a task."""
+    """The latest progress of a task."""
 
-    state: str = Field(description="STARTED, or another word of the task's own.")
+    state: str = Field(description="STARTED, or another state that the task sets.")
     meta: Any = None
 
 
@@ -41,17 +41,17 @@ class TaskAnswer(_Answer):
 
     task_id: str
     state: State = Field(
-        description="succeeded with a value, failed with an error. Before that queued, started, "
-        "retrying or lost; or pending, if no more is known."
+        description="succeeded (with a value) or failed (with an error). Before that: queued, "
+        "started, retrying or lost; or pending if nothing else is known."
     )
     task_name: str | None = None
-    attempt: int = Field(default=0, description="0 for the first, and one more with each retry.")
+    attempt: int = Field(default=0, description="0 for the first attempt; each retry adds one.")
     queued_at: datetime | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
     execution_time: float | None = Field(default=None, description="Seconds.")
-    progress: Progress | None = Field(default=None, description="Null once it has finished.")
-    value: Any = Field(default=None, description="What it has returned.")
+    progress: Progress | None = Field(default=None, description="Null after the task has finished.")
+    value: Any = Field(default=None, description="The return value.")
     error: TaskError | None = None
 
 
@@ -75,17 +75,17 @@ class TaskSummary(_Answer):
 
 
 class TaskPage(_Answer):
-    """Finished tasks, the latest first."""
+    """Finished tasks, latest first."""
 
     records: list[TaskSummary]
     next: str | None = Field(
         default=None,
-        description="What to give as `after` for the next page; null after the last one.",
+        description="Pass it as `after` to get the next page; null on the last page.",
     )
 
 
 class Problem(_Answer):
-    """Why there is no answer."""
+    """The reason of an error response."""
 
     detail: str
 
@@ -107,43 +107,44 @@ _Pair = Annotated[_Text, AfterValidator(_pair)]
 
 
 class TaskQuery(BaseModel):
-    """Which finished tasks to list, as the query of the address gives it."""
+    """Which finished tasks to list, from the query of the URL."""
 
     outcome: Outcome | None = None
     name: _Text | None = Field(default=None, description="The task's name.")
-    worker: _Text | None = Field(default=None, description="Who executed it.")
-    label: list[_Pair] = Field(default=[], description="NAME=VALUE; several must all hold.")
+    worker: _Text | None = Field(default=None, description="The worker that executed the task.")
+    label: list[_Pair] = Field(default=[], description="NAME=VALUE; all given pairs must match.")
     argument: list[_Text] = Field(
         default=[],
-        description="NAME=VALUE of a keyword argument, 0=VALUE of the first positional one, "
-        "-1=VALUE of the last; or VALUE of any, =VALUE if it has a =. Several must all hold.",
+        description="NAME=VALUE for a keyword argument, 0=VALUE for the first positional one, "
+        "-1=VALUE for the last; or VALUE for any argument (=VALUE if it contains a =). All given "
+        "pairs must match.",
     )
     window: float | None = Field(
         default=None,
         gt=0,
         le=1e10,
-        description="How many seconds to look back; everything if left out.",
+        description="How many seconds to look back; no limit by default.",
     )
-    after: _Text | None = Field(default=None, description="`next` of the page before.")
-    limit: int = Field(default=50, ge=1, le=500, description="How many tasks a page has at most.")
+    after: _Text | None = Field(default=None, description="`next` of the previous page.")
+    limit: int = Field(default=50, ge=1, le=500, description="Maximum number of tasks per page.")
 
     @property
     def labels(self) -> dict[str, str] | None:
-        """The labels, by name; None if there are none.
+        """The labels by name; None if there are none.
 
         Raises:
-            ValueError: One has two values.
+            ValueError: A label has two values.
         """
         return _by_name("label", self.label) or None
 
     @property
     def arguments(self) -> dict[str | int, str] | str | None:
-        """The arguments, by name or position; a str is one of any name; None if there are none.
+        """The arguments by name or position; a str matches any argument; None if there are none.
 
         Raises:
-            ValueError: One without a name among several, or one has two values.
+            ValueError: One of several arguments has no name, or an argument has two values.
         """
-        # As `taskiq-sa-pg list --arg` has it.
+        # The same syntax as in `taskiq-sa-pg list --arg`.
         if len(self.argument) == 1 and self.argument[0].find("=") <= 0:
             return self.argument[0].removeprefix("=")
         if not all("=" in pair for pair in self.argument):
@@ -172,7 +173,7 @@ def _state_of(status: TaskStatus) -> State:
 
 
 def unfinished(status: TaskStatus, progress: Progress | None) -> TaskAnswer:
-    """A task that has no result yet."""
+    """Returns the answer for a task that has no result yet."""
     return TaskAnswer(
         task_id=status.task_id,
         state=_state_of(status),
@@ -185,7 +186,7 @@ def unfinished(status: TaskStatus, progress: Progress | None) -> TaskAnswer:
 
 
 def finished(details: TaskDetails) -> TaskAnswer:
-    """A task with its result; one that cannot be read back is a failure, as for get_results()."""
+    """Returns the answer for a finished task; a failure if its result cannot be decoded."""
     record, result = details.record, details.result
     state: Outcome = "failed" if result is None else record.outcome
     value = error = None
@@ -210,7 +211,7 @@ def finished(details: TaskDetails) -> TaskAnswer:
 
 
 def error_of(record: TaskRecord, error: BaseException | None) -> TaskError:
-    """Why a task has failed, whatever its exception does when it is looked at."""
+    """Returns the error of a failed task, even if its exception cannot be converted to text."""
     name = record.error_type or type(error).__name__
     try:
         message = "" if error is None else str(error)
@@ -220,21 +221,21 @@ def error_of(record: TaskRecord, error: BaseException | None) -> TaskError:
 
 
 def to_json(answer: BaseModel) -> bytes:
-    """The JSON of an answer; what JSON cannot hold is given as its description, a string.
+    """Returns the JSON of an answer; values that JSON does not support become a description.
 
-    Bytes become base64, NaN and infinity null; custom classes and what is too deep, cyclic or too
-    large a number are described.
+    Bytes become base64, NaN and infinity become null. Objects of custom classes, cyclic or deeply
+    nested values, and too large numbers become a string that describes them.
     """
     fields = dict(answer)
     try:
         return _dump(fields)
-    except Exception:  # noqa: BLE001 - the values, and the code of their classes, may be anything
+    except Exception:  # noqa: BLE001 - values, and the code of their classes, are the application's
         return _dump({name: _or_description(value) for name, value in fields.items()})
 
 
 def _dump(value: Any) -> bytes:
     plain = to_jsonable_python(value, bytes_mode="base64", inf_nan_mode="null", fallback=_describe)
-    # In ASCII, for lone surrogates have no other form.
+    # In ASCII, because lone surrogates have no other encoding.
     return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -251,7 +252,7 @@ def _or_description(value: Any) -> Any:
 
 
 def _describe(value: object) -> str:
-    """What a value is, without the addresses of memory that a repr() may have."""
+    """Describes a value by its repr(), without memory addresses."""
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001 - as above

@@ -1,4 +1,4 @@
-"""TaskEndpoints: what is answered to a request about tasks, whichever framework has routed it."""
+"""TaskEndpoints: answers HTTP requests about tasks, independently of the framework."""
 
 import asyncio
 import inspect
@@ -46,17 +46,17 @@ Visible = bool | ColumnExpressionArgument[bool]
 MayList = Callable[[Request], Visible | Awaitable[Visible]]
 
 _NO_STORE: Final = {"Cache-Control": "no-store"}
-# For an unknown task, one that may not be seen and an id that no task can have: all the same.
+# The same for an unknown task, a task that the client may not see, and an invalid id.
 _NOT_FOUND: Final = (404, "no such task", _NO_STORE)
-# The id of a stream's last event: a browser that comes back with it has everything.
+# The id of a stream's last event: a browser that reconnects with it has received all events.
 _LAST: Final = "last"
 
 
 class TaskEndpoints:
-    """Answers requests about the tasks of one backend. Arguments as for task_router().
+    """Answers requests about the tasks of one backend. The arguments are those of task_router().
 
     Raises:
-        ConfigurationError: An argument that cannot work.
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TaskEndpoints:
         self._heartbeat = heartbeat
 
     async def get_task(self, request: Request, task_id: str) -> Response:
-        """A task's result (200), or its status (202).
+        """Returns a task's result (200) or its status (202).
 
         Raises:
             HTTPException: 404, 410 or 503.
@@ -99,31 +99,31 @@ class TaskEndpoints:
         return _response(answer, 202, self._retry_after)
 
     async def stream_events(self, request: Request, task_id: str) -> Response:
-        """A task's progress, and then its result, as server-sent events.
+        """Returns server-sent events: a task's progress, then its result.
 
         Raises:
             HTTPException: 404 or 410.
         """
         if request.headers.get("Last-Event-ID") == _LAST:
-            return Response(status_code=204, headers=_NO_STORE)  # EventSource then gives up
+            return Response(status_code=204, headers=_NO_STORE)  # EventSource then stops
         task_id = await self._check(request, task_id)
         try:
             await self._read_status(task_id)
         except StorageError as exc:
-            # After a 503 EventSource would give up; after an empty stream it tries again.
-            logger.error("no events of task %r: %s", task_id, exc)  # noqa: TRY400 - it says it all
+            # After a 503, EventSource would stop; after an empty stream, it reconnects.
+            logger.error("cannot stream events of task %r: %s", task_id, exc)  # noqa: TRY400 - the text is enough
             return EventResponse()
         find_end = partial(self._find_end, task_id)
         return EventResponse(self._events(task_id), heartbeat=self._heartbeat, find_end=find_end)
 
     async def list_tasks(self, request: Request, query: TaskQuery) -> Response:
-        """A page of finished tasks.
+        """Returns a page of finished tasks.
 
         Raises:
             HTTPException: 403, 422 or 503.
         """
         assert self._may_list is not None
-        visible = await _ask(self._may_list, request)
+        visible = await _call(self._may_list, request)
         if visible is False or visible is None:
             raise HTTPException(403, "not allowed", _NO_STORE)
         try:
@@ -145,7 +145,7 @@ class TaskEndpoints:
         return _response(TaskPage(records=records, next=page.next))
 
     async def _check(self, request: Request, task_id: str) -> str:
-        """The id as the column has it, of a task that may be seen.
+        """Returns the id as the column stores it, if the client may see the task.
 
         Raises:
             HTTPException: 404.
@@ -154,7 +154,7 @@ class TaskEndpoints:
             task_id = str(self._backend.models.config.to_column_task_id(task_id))
         except InvalidTaskIdError:
             raise HTTPException(*_NOT_FOUND) from None
-        if self._may_see is not None and not await _ask(self._may_see, request, task_id):
+        if self._may_see is not None and not await _call(self._may_see, request, task_id):
             raise HTTPException(*_NOT_FOUND)
         return task_id
 
@@ -166,13 +166,13 @@ class TaskEndpoints:
             try:
                 details = await self._backend.get_details(task_id, with_result=True)
             except ResultIsMissingError:
-                continue  # it was deleted since, and the status says so now
+                continue  # deleted meanwhile; the next status shows it
             if details.undecodable is not None:
                 logger.error("task %r: %s", task_id, details.undecodable)
             return finished(details)
 
     async def _read_status(self, task_id: str) -> tuple[TaskStatus, Progress | None]:
-        """What is known of a task; its progress only where nothing else is.
+        """Returns a task's status; its progress only if the status is unknown.
 
         Raises:
             HTTPException: 404 or 410.
@@ -191,7 +191,7 @@ class TaskEndpoints:
         try:
             progress = await self._backend.get_progress(task_id)
         except ResultDecodeError as exc:
-            logger.error("task %r: %s", task_id, exc)  # noqa: TRY400 - it says it all
+            logger.error("task %r: %s", task_id, exc)  # noqa: TRY400 - the text is enough
             return None
         return None if progress is None else Progress(state=progress.state, meta=progress.meta)
 
@@ -202,20 +202,20 @@ class TaskEndpoints:
                     progress = Progress(state=each.state, meta=each.meta)
                     yield encode_event("progress", to_json(progress).decode())
         except ResultDecodeError as exc:
-            logger.error("task %r: %s", task_id, exc)  # noqa: TRY400 - it says it all
+            logger.error("task %r: %s", task_id, exc)  # noqa: TRY400 - the text is enough
         try:
             answer = await self._look(task_id)
         except HTTPException as exc:
             yield _gone(exc)
         else:
-            # Else it is tried again, or its progress could not be read: the browser comes back.
+            # Else it is being retried, or its progress cannot be decoded: the browser reconnects.
             if answer.finished_at is not None:
                 yield encode_event("result", to_json(answer).decode(), event_id=_LAST)
 
     async def _find_end(self, task_id: str) -> bytes | None:
-        """The last event of a task that is gone: nobody is notified of that."""
+        """Returns the last event if the task is gone; deleting a task sends no notification."""
         if self._backend.track is None:
-            return None  # one that runs may be unknown, such as one that was acknowledged before
+            return None  # a running task may be unknown, for example if it was acknowledged early
         try:
             await self._read_status(task_id)
         except HTTPException as exc:
@@ -227,7 +227,7 @@ class TaskEndpoints:
         try:
             yield
         except StorageError as exc:
-            logger.error("tasks cannot be read: %s", exc)  # noqa: TRY400 - it says it all
+            logger.error("cannot read tasks: %s", exc)  # noqa: TRY400 - the text is enough
             detail = "the results cannot be read now"
             raise HTTPException(503, detail, _NO_STORE | self._retry_after) from None
 
@@ -236,8 +236,8 @@ def _gone(exc: HTTPException) -> bytes:
     return encode_event("gone", json.dumps({"detail": exc.detail}), event_id=_LAST)
 
 
-async def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of the application says; in a thread, as FastAPI does, if it is not async."""
+async def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function of the application; in a thread if it is not async, like FastAPI."""
     if inspect.iscoroutinefunction(function):
         return await function(*arguments)
     answer = await asyncio.to_thread(function, *arguments)

@@ -1,4 +1,4 @@
-"""Server-sent events: their form, and when a stream of them ends."""
+"""Server-sent events: their encoding, and when a stream ends."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ _BETWEEN_LOOKS: Final = 0.5
 
 
 def encode_event(name: str, data: str, *, event_id: str | None = None) -> bytes:
-    """An event of this name; its data may have several lines."""
+    """Returns the bytes of an event; its data may have several lines."""
     lines = [f"event: {name}"]
     if event_id is not None:
         lines.append(f"id: {event_id}")
@@ -40,15 +40,16 @@ async def keep_open(
     heartbeat: float = DEFAULT_HEARTBEAT,
     find_end: FindEnd | None = None,
 ) -> AsyncGenerator[bytes, None]:
-    """The bytes of a stream of these events, with a comment whenever nothing else is sent.
+    """Yields the bytes of a stream of events, with comments while there are no events.
 
-    It ends with the events, when uvicorn is told to stop, when the backend is shut down, and when
-    PostgreSQL cannot be reached, which is logged. Whoever closes it closes the events.
+    It ends with the events, when uvicorn stops, when the backend is shut down, or when PostgreSQL
+    is unreachable, which is logged. Closing it closes the events.
 
     Args:
-        events: What encode_event() has made.
-        heartbeat: Seconds of silence before a comment is sent, so that proxies keep it open.
-        find_end: Called then, too; returns the last event where no others will come.
+        events: Events from encode_event().
+        heartbeat: Seconds without an event before a comment is sent, so that proxies keep the
+            connection open.
+        find_end: Called before a comment; returns the last event if there will be no more.
     """
     upcoming: asyncio.Task[bytes | None] | None = None
     try:
@@ -74,11 +75,11 @@ async def keep_open(
     except NotStartedError:
         return
     except StorageError as exc:
-        logger.error("a stream of events has ended: %s", exc)  # noqa: TRY400 - it says it all
+        logger.error("a stream of events ended: %s", exc)  # noqa: TRY400 - the text is enough
     finally:
         await end_task(upcoming)
         if upcoming is not None and not upcoming.cancelled():
-            upcoming.exception()  # nobody is there to be told
+            upcoming.exception()  # retrieved, or asyncio would log it
         await events.aclose()
 
 
@@ -88,10 +89,10 @@ async def _next(events: AsyncGenerator[bytes, None]) -> bytes | None:
 
 @contextmanager
 def _server_stopping() -> Iterator[asyncio.Future[None]]:
-    """A future that is done soon after uvicorn was told to stop.
+    """A future that is done soon after uvicorn received a signal to stop.
 
-    uvicorn waits for all responses to end, and tells none of them. Without this, one open page
-    would keep it from stopping, or from reloading.
+    uvicorn waits for all responses to end, and does not notify them. Without this, one open page
+    would prevent it from stopping or reloading.
     """
     loop = asyncio.get_running_loop()
     stopping: asyncio.Future[None] = loop.create_future()
@@ -113,17 +114,17 @@ def _server_stopping() -> Iterator[asyncio.Future[None]]:
 
 
 def _is_server_stopping() -> bool:
-    # Its handler of signals is a method of the server, which then says so.
+    # uvicorn's signal handler is a method of its server, which has the attribute should_exit.
     handler = signal.getsignal(signal.SIGTERM)
     return getattr(getattr(handler, "__self__", None), "should_exit", None) is True
 
 
 class EventResponse(Response):
-    """A response of server-sent events, which ends with its client.
+    """A response of server-sent events, which ends when the client disconnects.
 
     Args:
-        events: What encode_event() has made; closed at the end, whatever it is.
-        heartbeat, find_end: As for keep_open().
+        events: Events from encode_event(); always closed at the end.
+        heartbeat, find_end: As in keep_open().
     """
 
     media_type = "text/event-stream"
@@ -135,14 +136,14 @@ class EventResponse(Response):
         heartbeat: float = DEFAULT_HEARTBEAT,
         find_end: FindEnd | None = None,
     ) -> None:
-        # The second is for nginx, which would gather the events.
+        # X-Accel-Buffering is for nginx, which would buffer the events.
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["Content-Length"]
         self._events = keep_open(_nothing() if events is None else events, heartbeat, find_end)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it, as an ASGI application."""
-        # Starlette's own waits, with newer servers, for the next event to find its client gone.
+        """Sends the response, as an ASGI application."""
+        # With newer servers, Starlette's own response notices a disconnect only at the next event.
         tasks = [asyncio.create_task(self._send(send)), asyncio.create_task(_leave(receive))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -168,7 +169,7 @@ class EventResponse(Response):
 async def _sent(send: Send, message: Message) -> bool:
     try:
         await send(message)
-    except OSError:  # which is how newer servers say that the client is gone
+    except OSError:  # newer servers raise it if the client has disconnected
         return False
     return True
 

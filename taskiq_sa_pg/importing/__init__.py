@@ -1,9 +1,9 @@
-"""Results and progress of taskiq-postgres, into the tables of a backend.
+"""Imports results and progress of taskiq-postgres into the tables of a backend.
 
     report = await import_results(backend, "old_results", serializer=PickleSerializer())
 
-Nothing is changed in the old table, and nothing is overwritten in ours, so an import may be
-interrupted at any moment, run again, and run while workers store results in both tables.
+The import does not change the old table and never overwrites existing rows. You can interrupt it
+at any time, repeat it, and run it while workers store results in both tables.
 """
 
 from taskiq_sa_pg.importing.copy import ImportReport as ImportReport

@@ -1,4 +1,4 @@
-"""Stores what old tables hold and ours do not, a batch after the other."""
+"""Copies results and progress of old tables that ours do not have, one batch after the other."""
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -22,40 +22,44 @@ from taskiq_sa_pg.database import Database
 from taskiq_sa_pg.exceptions import (
     InvalidTaskIdError,
     StorageError,
+    TaskiqSaPgError,
     check_flag,
     check_serializer,
     check_whole,
 )
 from taskiq_sa_pg.importing.source import OldRow, OldTable, find_old_table
 
-# Without [Any]: older pydantic would refuse the objects that other packages have pickled.
+# Without [Any]: older pydantic would reject the objects that other packages have pickled.
 _RESULT: Final[type[TaskiqResult[Any]]] = TaskiqResult
 _PROGRESS: Final[type[TaskProgress[Any]]] = TaskProgress
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A result or a progress that was left out.
+    """A result or a progress that was skipped.
 
     Attributes:
         task_id: The task.
         reason: What cannot be read or stored, and why: one line.
+        undecodable: If it cannot be decoded, "result" or "progress" and the name of the
+            exception's class, which many rows share where `reason` differs. None for other reasons.
     """
 
     task_id: str
     reason: str
+    undecodable: tuple[str, str] | None = None
 
 
 @dataclass(slots=True)
 class ImportReport:
-    """What became of the old rows, each of which has a result, progress or both.
+    """Counts of an import. Each old row has a result, progress, or both.
 
     Attributes:
-        rows: How many were read.
-        results: Results stored; with dry_run, those that would be.
-        progress: Progress stored, likewise.
-        already_there: Results and progress that our tables had.
-        unreadable: How often something was left out, because it could not be read or stored.
+        rows: Rows read.
+        results: Results stored; with dry_run, results that would be stored.
+        progress: Progress stored, counted in the same way.
+        already_there: Results and progress that the new tables already had.
+        unreadable: Results and progress skipped, because they could not be read or stored.
     """
 
     rows: int = 0
@@ -77,40 +81,39 @@ async def import_results(
     on_batch: Callable[[ImportReport], None] | None = None,
     on_unreadable: Callable[[Unreadable], None] | None = None,
 ) -> ImportReport:
-    """Stores what a table of taskiq-postgres holds and ours do not.
+    """Copies results and progress of a taskiq-postgres table that the backend does not have.
 
-    The old rows are read in the order of their task ids, and one batch after the other is
-    committed. Where ours have a result or progress of a task already, it stays. What comes into
-    the old table behind the batch that is being read is left for the next run.
+    Old rows are read in the order of their task ids, and committed in batches. Existing results
+    and progress in the new tables are never overwritten. Rows that are added to the old table
+    behind the current batch are left for the next run.
 
-    Old tables do not tell when a task finished: `finished_at` is the time of the import. Nobody is
-    notified; whoever waits for a result finds it within 3 seconds. Of UUIDs that go into a text
-    column the task id becomes the 32 digits that taskiq makes its ids of.
+    Old tables do not store when a task finished: `finished_at` is the time of the import. No
+    notifications are sent; waiting clients find a result within 3 seconds. A UUID is stored in a
+    text column as 32 hex digits, the format of taskiq's ids.
 
     Args:
-        backend: Started; its tables, serializer and connections are used.
-        from_table: The old table, to the letter: its columns are task_id (VARCHAR, TEXT or UUID),
-            result and, but for very old ones, progress (BYTEA).
-        from_engine: Where the old table is. It is borrowed. None is the backend's database.
-        from_schema: PostgreSQL schema of the old table; None leaves it to the search_path.
-        serializer: Of the old rows; None is PickleSerializer, which runs code that whoever wrote
-            the rows has chosen.
-        batch_size: The most rows that are read at once; large ones come in smaller batches.
+        backend: The backend, started; its tables, serializer and connections are used.
+        from_table: Name of the old table, case-sensitive. Its columns are task_id (VARCHAR, TEXT
+            or UUID), result and, except in very old tables, progress (BYTEA).
+        from_engine: Engine for the database of the old table; it is borrowed. None uses the
+            backend's database.
+        from_schema: PostgreSQL schema of the old table. None uses the search_path.
+        serializer: Serializer of the old rows. None is PickleSerializer, which can execute code
+            that the rows contain.
+        batch_size: Maximum number of rows that are read at once; fewer if the rows are large.
         dry_run: True reads everything and stores nothing.
-        on_batch: Called after each batch has been committed, with the counts until then: always
-            the same object.
-        on_unreadable: Called for all that is left out.
+        on_batch: Called after each committed batch with the counts so far, always the same object.
+        on_unreadable: Called for everything that is skipped.
 
     Returns:
         The counts.
 
     Raises:
         NotStartedError: The backend is not started.
-        ConfigurationError: An argument of another kind, a batch_size below 1, or an engine that
-            is not one for PostgreSQL.
-        SchemaError: There is no such table, or it is not one of taskiq-postgres.
-        StorageError: PostgreSQL refused a statement or could not be reached; what was committed
-            stays, and the next run goes on from there.
+        ConfigurationError: An argument is invalid, or the engine is not for PostgreSQL.
+        SchemaError: The table does not exist, or is not a table of taskiq-postgres.
+        StorageError: PostgreSQL rejected a statement or is unreachable. Committed batches are kept,
+            and the next run skips them.
     """
     serializer = PickleSerializer() if serializer is None else serializer
     check_serializer(serializer)
@@ -132,15 +135,15 @@ async def count_rows(
     from_engine: AsyncEngine | None = None,
     from_schema: str | None = None,
 ) -> int:
-    """How many rows import_results() would read now, for a progress bar's total.
+    """Counts the rows that import_results() would read now, for the total of a progress bar.
 
-    Arguments as import_results().
+    The arguments are those of import_results().
 
     Raises:
         NotStartedError: The backend is not started.
-        ConfigurationError: An engine that is not one for PostgreSQL.
-        SchemaError: There is no such table, or it is not one of taskiq-postgres.
-        StorageError: PostgreSQL could not be asked.
+        ConfigurationError: The engine is not for PostgreSQL.
+        SchemaError: The table does not exist, or is not a table of taskiq-postgres.
+        StorageError: PostgreSQL rejected the query or is unreachable.
     """
     async with _old_table(backend, from_engine, from_table, from_schema) as table:
         return await table.count_rows()
@@ -160,7 +163,7 @@ async def _old_table(
     database = Database(engine=engine, max_connections=1)
     await database.open()
     try:
-        # Not tried again: nobody has been there yet, and a wrong address is told at once.
+        # Not retried: it is the first connection, and a wrong address is reported at once.
         yield await find_old_table(database, table_name, schema, retry_timeout=0)
     finally:
         await database.close()
@@ -168,7 +171,7 @@ async def _old_table(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One of our tables: what is stored in it of an old row, where it has none of the task."""
+    """One of our tables, and how a part of an old row is stored in it."""
 
     name: str
     encode: Callable[[Any, bytes], sql.ResultRow | sql.ProgressRow]
@@ -177,7 +180,7 @@ class _Part:
 
 
 class _Target:
-    """Our tables: turns old rows into rows of theirs, stores those and counts."""
+    """Our tables: converts old rows, stores and counts them."""
 
     def __init__(
         self,
@@ -198,7 +201,7 @@ class _Target:
         self._progress = _Part("progress", self._encode_progress, progress, having)
 
     async def add(self, rows: Iterable[OldRow]) -> None:
-        """Stores what a batch holds and our tables do not."""
+        """Stores the results and progress of a batch that our tables do not have."""
         config = self._runtime.settings.models.config
         results: dict[Any, tuple[str, bytes]] = {}
         progress: dict[Any, tuple[str, bytes]] = {}
@@ -221,7 +224,7 @@ class _Target:
         self.report.progress += await self._add(self._progress, progress)
 
     async def _add(self, part: _Part, values: Mapping[Any, tuple[str, bytes]]) -> int:
-        """How many rows were stored."""
+        """Returns the number of stored rows."""
         if not values:
             return 0
         task_ids = {"task_ids": list(values)}
@@ -234,7 +237,10 @@ class _Target:
                 try:
                     rows.append(part.encode(column_id, dumped))
                 except Exception as exc:  # noqa: BLE001 - unpickling raises what it likes
-                    self._leave_out(task_id, f"{part.name}: {reason_of(exc)}")
+                    # Ours are raised when the value is encoded again.
+                    is_ours = isinstance(exc, TaskiqSaPgError)
+                    kind = None if is_ours else (part.name, type(exc).__qualname__)
+                    self._leave_out(task_id, f"{part.name}: {reason_of(exc)}", kind)
         if self._dry_run or not rows:
             return len(rows)
         return await self._insert(part, rows, values)
@@ -263,10 +269,13 @@ class _Target:
         self.report.already_there += len(rows) - stored  # a worker was faster
         return stored
 
-    def _leave_out(self, task_id: str, reason: str) -> None:
+    def _leave_out(
+        self, task_id: str, reason: str, undecodable: tuple[str, str] | None = None
+    ) -> None:
         self.report.unreadable += 1
         if self._on_unreadable is not None:
-            self._on_unreadable(Unreadable(task_id, storable_text(" ".join(reason.split()))))
+            text = storable_text(" ".join(reason.split()))
+            self._on_unreadable(Unreadable(task_id, text, undecodable))
 
     def _encode_result(self, column_id: Any, dumped: bytes) -> sql.ResultRow:
         document = self._serializer.loadb(dumped)
@@ -281,10 +290,10 @@ class _Target:
 
 
 def _name_stand_ins(exception: BaseException, document: Any) -> None:
-    """Gives the exceptions of classes that are not imported here the name of their module.
+    """Sets the original module name on exceptions whose classes are not imported here.
 
-    taskiq puts its stand-ins into a module of its own; with the name of theirs, a reader that has
-    the class gets it.
+    taskiq's stand-in classes have taskiq's own module name. With the original name, a reader that
+    has the class rebuilds it.
     """
     if not isinstance(document, dict):
         return
@@ -295,8 +304,8 @@ def _name_stand_ins(exception: BaseException, document: Any) -> None:
     )
     if is_stand_in and isinstance(module, str):
         cls.__module__ = module
-        # Pickle would import the module to look whether the class is in it.
-        cls.__reduce_ex__ = _refuse_pickle  # type: ignore[assignment]  # of a stand-in of our own
+        # Pickle would import the module to check whether it has the class.
+        cls.__reduce_ex__ = _refuse_pickle  # type: ignore[assignment]  # a stand-in class
     chain = (exception.__cause__, "exc_cause"), (exception.__context__, "exc_context")
     for chained, name in chain:
         if chained is not None:

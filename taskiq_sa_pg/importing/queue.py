@@ -1,7 +1,7 @@
-"""Tasks of taskiq-postgres' broker, moved into our queue a slice after the other.
+"""Moves tasks of taskiq-postgres' broker into our queue, one slice after the other.
 
-Each slice is one transaction that takes the messages from the old table and puts them into ours.
-So it may be interrupted and run again, and no task is lost or moved twice.
+One transaction per slice deletes messages from the old table and inserts them into ours. The move
+can be interrupted and repeated, and no task is lost or moved twice.
 """
 
 import json
@@ -48,16 +48,16 @@ class LeftOut:
 
 @dataclass(slots=True)
 class QueueImportReport:
-    """What became of the messages of an old table.
+    """Counts of the messages of an old table.
 
     Attributes:
-        messages: How many were read.
-        moved: Tasks that our queue has got; with dry_run, that it would get.
-        already_there: Messages of task ids that our queue had.
-        superseded: Messages after which a later one of the same task id was sent.
-        left_out: Those that stay where they are, because our queue cannot hold them.
-        processing: How many are left that a worker had taken.
-        oldest: When the first of those that were read was sent.
+        messages: Messages read.
+        moved: Tasks moved into our queue; with dry_run, tasks that would be moved.
+        already_there: Messages whose task id our queue already had.
+        superseded: Messages that a later message with the same task id replaced.
+        left_out: Messages that our queue cannot store; they stay in the old table.
+        processing: Messages left that a worker had taken.
+        oldest: When the oldest of the messages read was sent; None if there are none.
     """
 
     messages: int = 0
@@ -83,7 +83,7 @@ class _Message(NamedTuple):
 
 @dataclass(slots=True)
 class _Slice:
-    """What became of some of the messages."""
+    """The messages of one slice, and what was done with them."""
 
     messages: list[_Message]
     tasks: dict[Any, OldTask] = field(default_factory=dict)
@@ -106,28 +106,29 @@ async def import_queue(
     dry_run: bool = False,
     on_left_out: Callable[[LeftOut], None] = lambda _: None,
 ) -> QueueImportReport:
-    """Moves what is in the table of taskiq-postgres' broker into our queue.
+    """Moves the messages of taskiq-postgres' broker into our queue.
 
-    A task is due when it was due there, and keeps its place in the order. Of messages with the
-    same task id, as retries are, the last is moved, and the others go with it; where our queue has
-    the task id already, ours stays.
+    Tasks keep their due times and their order. Of several messages with the same task id, such as
+    retries, the last one is moved and the others are deleted. If our queue already has the task
+    id, its message is kept.
 
     Args:
-        settings: Of our broker; its queue gets the tasks without a label queue_name.
-        database: Where both tables are.
-        from_table: The old table, to the letter.
-        announce: Called with the names of the queues that have got tasks.
-        from_schema: Its PostgreSQL schema; None leaves it to the search_path.
-        since: Leave out what was sent before.
-        processing: Move those, too, that a worker has taken, and may be at.
-        keep: Leave the old table as it is. Run again, it imports what was executed meanwhile.
-        dry_run: Count, and change nothing.
-        on_left_out: Called for each message that our queue cannot hold.
+        settings: Settings of our broker; its default queue gets tasks without the label
+            queue_name.
+        database: The database of both tables.
+        from_table: Name of the old table, case-sensitive.
+        announce: Called with the names of the queues that received tasks.
+        from_schema: PostgreSQL schema of the old table. None uses the search_path.
+        since: Skip messages that were sent earlier.
+        processing: Also move messages that a worker has taken and may still execute.
+        keep: Do not change the old table. A repeated run then imports executed tasks again.
+        dry_run: Count only, and change nothing.
+        on_left_out: Called for each message that our queue cannot store.
 
     Raises:
-        SchemaError: There is no such table, or it is not one of taskiq-postgres' broker.
-        StorageError: PostgreSQL refused a statement or could not be reached; what was committed
-            stays, and the next run goes on from there.
+        SchemaError: The table does not exist, or is not a table of taskiq-postgres' broker.
+        StorageError: PostgreSQL rejected a statement or is unreachable. Committed slices are kept,
+            and the next run continues from there.
     """
     name = from_table if from_schema is None else f"{from_schema}.{from_table}"
     purpose = f"move the tasks of table {name} into table {settings.table}"
@@ -154,12 +155,12 @@ async def import_queue(
 
 
 async def _find_latest(database: Database, old: "_Statements", purpose: str) -> dict[str, int]:
-    """The last message of each task id that has several."""
+    """The last message of each task id that has several messages."""
 
     async def find(connection: AsyncConnection) -> dict[str, int]:
         return {row[0]: row[1] for row in await connection.execute(old.latest)}
 
-    # It reads the whole table, which may take longer than a statement may otherwise take.
+    # It reads the whole table, which may exceed the usual time limit of a statement.
     return await database.transact(find, purpose, is_limited=False)
 
 
@@ -176,7 +177,7 @@ def _add(report: QueueImportReport, moved: _Slice) -> None:
 
 
 class _Queue:
-    """Our queue, and what is done with a slice of the old one."""
+    """Our queue, which receives slices of the old one."""
 
     def __init__(
         self, settings: QueueSettings, old: "_Statements", *, keep: bool, dry_run: bool
@@ -219,7 +220,7 @@ class _Queue:
 
 
 class _Statements:
-    """What is asked of the old table. Where ids are meant: the array `ids`."""
+    """Statements on the old table; ids are passed as the array `ids`."""
 
     def __init__(
         self, table_name: str, schema: str | None, since: datetime | None, *, is_any: bool
@@ -254,7 +255,7 @@ class _Statements:
                 sent_at,
                 sa.cast(sa.extract("epoch", sa.func.now() - sent_at), sa.Double),
             )
-            # Again, because an old worker may have taken one in between.
+            # Checked again, because an old worker may have taken a message in between.
             .where(is_asked_for, *wanted)
             .order_by(old.c.id)
         )
@@ -282,7 +283,7 @@ def _pick(old: sa.TableClause, wanted: Sequence[sa.ColumnElement[bool]]) -> sa.S
 def _task_of(settings: QueueSettings, message: _Message) -> OldTask:
     labels = json.loads(message.labels)
     if not isinstance(labels, dict):
-        raise ConfigurationError("its labels are no JSON object")
+        raise ConfigurationError("its labels are not a JSON object")
     row = row_of(
         settings,
         BrokerMessage(
@@ -292,7 +293,7 @@ def _task_of(settings: QueueSettings, message: _Message) -> OldTask:
             labels=labels,
         ),
     )
-    # Due since then, so that those that were sent first go first, and a delay is not begun anew.
+    # Due since it was sent, so that the order is kept and a delay does not start again.
     due = row._replace(available_at=row.available_at - message.age)
     return OldTask(**due._asdict(), queued_at=message.sent_at)
 
@@ -304,15 +305,15 @@ async def _check_old_table(
         rows = await connection.execute(describe_columns([table_name], schema))
         return {row.column_name: row.type_name for row in rows}
 
-    types = await database.transact(describe, f"look at table {name}")
+    types = await database.transact(describe, f"check table {name}")
     if not types:
         raise SchemaError(
-            f"table {name} does not exist: give the old table's name to the letter, and its schema "
-            "where the search_path does not lead there"
+            f"table {name} does not exist: pass the exact name of the old table, and its schema if "
+            "that is not in the search_path"
         )
     if any(types.get(column) not in known for column, known in _COLUMNS.items()):
         found = ", ".join(f"{column} {type_name}" for column, type_name in types.items())
         raise SchemaError(
-            f"table {name} is not one of taskiq-postgres' broker, which has "
+            f"table {name} is not a table of taskiq-postgres' broker, which has the columns "
             f"{', '.join(_COLUMNS)}. It has {found}"
         )

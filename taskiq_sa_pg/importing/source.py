@@ -1,4 +1,4 @@
-"""Tables of taskiq-postgres, as they really are, read in batches. Nothing is written."""
+"""Reads tables of taskiq-postgres in batches. Nothing is written."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -38,24 +38,24 @@ class OldTable:
         self._name = name
         self._count = sa.select(sa.func.count(task_id))
         self._select_first = _select_batch(source, task_id.is_not(None))
-        # By the column's own order, whatever its collation: the index has it.
+        # In the column's own collation, because the index has it.
         last = sa.bindparam("last", type_=task_id.type)
         self._select_following = _select_batch(source, task_id > last)
 
     async def count_rows(self) -> int:
-        """How many rows it has now."""
+        """Returns the current number of rows."""
 
         async def count(connection: AsyncConnection) -> int:
             return (await connection.execute(self._count)).scalar_one()
 
         purpose = f"count the rows of table {self._name}"
-        # A large table takes longer to count than a statement may otherwise take.
+        # Counting a large table may exceed the usual time limit of a statement.
         return await self._database.transact(count, purpose, is_limited=False)
 
     async def read(self, batch_size: int, max_bytes: int) -> AsyncIterator[Sequence[OldRow]]:
-        """All rows in the order of their task ids, each batch in a transaction of its own.
+        """Yields all rows in the order of their task ids, each batch in its own transaction.
 
-        The row that reaches max_bytes is the last of its batch.
+        The row that reaches max_bytes is the last one of its batch.
         """
         purpose = f"read table {self._name}"
         limits = {"batch_size": batch_size, "max_bytes": max_bytes}
@@ -69,10 +69,10 @@ class OldTable:
 async def find_old_table(
     database: Database, table_name: str, schema: str | None, *, retry_timeout: float | None = None
 ) -> OldTable:
-    """The table, once it is sure that it is one of taskiq-postgres.
+    """Returns the table, after a check that it is a table of taskiq-postgres.
 
     Raises:
-        SchemaError: There is no such table, or it has other columns.
+        SchemaError: The table does not exist, or has other columns.
     """
     name = table_name if schema is None else f"{schema}.{table_name}"
 
@@ -80,21 +80,21 @@ async def find_old_table(
         rows = await connection.execute(describe_columns([table_name], schema))
         return {row.column_name: row.type_name for row in rows}
 
-    types = await database.transact(describe, f"look at table {name}", retry_timeout=retry_timeout)
+    types = await database.transact(describe, f"check table {name}", retry_timeout=retry_timeout)
     if not types:
         raise SchemaError(
-            f"table {name} does not exist: give the old table's name to the letter, and its schema "
-            "where the search_path does not lead there"
+            f"table {name} does not exist: pass the exact name of the old table, and its schema if "
+            "that is not in the search_path"
         )
     if not is_of_taskiq_postgres(types):
         found = ", ".join(f"{column} {type_name}" for column, type_name in types.items())
         raise SchemaError(
-            f"table {name} is not one of taskiq-postgres, which has task_id (one of "
-            f"{', '.join(OLD_TASK_ID_TYPES)}), result and progress ({OLD_PAYLOAD_TYPE}). "
-            f"It has {found}"
+            f"table {name} is not a table of taskiq-postgres, which has the columns task_id (one "
+            f"of {', '.join(OLD_TASK_ID_TYPES)}), result and progress ({OLD_PAYLOAD_TYPE}). It has "
+            f"{found}"
         )
     task_id = sa.column("task_id", _TASK_ID_TYPES[types["task_id"]])
-    # One that was made before there was progress has no column for it.
+    # A table from before progress existed has no column for it.
     payloads = [sa.column(c, sa.LargeBinary()) for c in ("result", "progress") if c in types]
     place = None if schema is None else quoted(schema)
     return OldTable(database, name, sa.table(quoted(table_name), task_id, *payloads, schema=place))
@@ -120,6 +120,6 @@ def _select_batch(source: sa.TableClause, condition: sa.ColumnElement[bool]) -> 
 
 
 def _size_of(payload: sa.ColumnElement[Any]) -> sa.ColumnElement[int]:
-    # Written out: a parameter would have to be given each time. PostgreSQL knows the length
+    # As a literal: a parameter would have to be passed each time. PostgreSQL knows the length
     # without fetching the value.
     return sa.func.coalesce(sa.func.octet_length(payload), sa.literal_column("0", sa.Integer))

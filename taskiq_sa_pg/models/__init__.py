@@ -1,4 +1,4 @@
-"""The tables as declarative classes: their names and types, their columns, and build_models()."""
+"""The tables as declarative classes: names, types, columns, and build_models()."""
 
 from taskiq_sa_pg.models.build import Models as Models
 from taskiq_sa_pg.models.build import build_models as build_models

@@ -1,4 +1,4 @@
-"""The declarative models of one configuration, and build_models(), which makes them."""
+"""The declarative models of one configuration, and build_models(), which builds them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,19 +28,17 @@ class Models:
     """The mapped classes of one configuration.
 
     Attributes:
-        Result: The results' model; `select(models.Result)` reads them like any other rows.
-        Progress: The progress rows' model.
-        Status: The model of tasks that have not finished; None does without, and then no task
-            can be tracked.
-        Queue: The model of the tasks that SQLAlchemyBroker has sent; None where there is none.
-        Schedule: The model of the schedules of SQLAlchemyScheduleSource; None where there is none.
-        Worker: The model of worker processes; None does without, and then no worker is seen, and
-            no task is known to be lost.
+        Result: The model of results, for queries such as `select(models.Result)`.
+        Progress: The model of progress.
+        Status: The model of unfinished tasks. None omits the table; then tasks cannot be tracked.
+        Queue: The model of tasks that SQLAlchemyBroker has sent, or None.
+        Schedule: The model of the schedules of SQLAlchemyScheduleSource, or None.
+        Worker: The model of worker processes. None omits the table; then workers are not listed
+            and lost tasks are not detected.
 
     Raises:
-        ConfigurationError: The classes were not made from one TableConfig, or their tables
-            are not the ones that it describes: another name, or a column of ours that is not
-            there or of another type.
+        ConfigurationError: The classes do not share one TableConfig, or a table does not match it:
+            another name, a missing column, or a column of another type.
     """
 
     Result: type[ResultMixin]
@@ -72,7 +70,7 @@ class Models:
             if (table.schema, table.name) != (config.schema, name):
                 raise ConfigurationError(
                     f"table {table.fullname} must be named {name} in schema {config.schema}: "
-                    "leave __tablename__ to the mixin, and give __table_config__ the schema"
+                    "do not set __tablename__, and set the schema in __table_config__"
                 )
             _require_columns_of(mixin, table, config)
 
@@ -83,7 +81,7 @@ class Models:
 
     @property
     def metadata(self) -> MetaData:
-        """The MetaData that holds the tables, for `target_metadata` in an Alembic env.py."""
+        """The MetaData that contains the tables, for `target_metadata` in an Alembic env.py."""
         return self.results_table.metadata
 
     @property
@@ -118,15 +116,15 @@ class Models:
 
     @property
     def other_tables(self) -> list[Table]:
-        """The tables of tasks beside that of results; their rows go when a result is deleted."""
+        """The progress and status tables; their rows are deleted together with the result."""
         return [t for t in (self.progress_table, self.status_table) if t is not None]
 
     @property
     def own_columns(self) -> dict[str, Column[Any]]:
-        """The application's own columns that a value can be given to, by attribute of Result.
+        """The application's own writable columns, by attribute of Result.
 
-        Not the attributes themselves: to ask for them configures all of the application's mappers,
-        and some of their classes may not be there yet.
+        Not the attributes themselves: reading them configures all of the application's mappers,
+        and some of their classes may not be imported yet.
         """
         ours = {name for name, _ in _columns_of(ResultMixin, self.config)}
         return {
@@ -141,18 +139,18 @@ class Models:
 
 
 def _require_columns_of(mixin: type[Any], table: Table, config: TableConfig) -> None:
-    # Their values go to the driver as they are, past the types of SQLAlchemy.
+    # Their values are passed to the driver directly, without SQLAlchemy's types.
     for name, wanted in _columns_of(mixin, config):
         found = table.c.get(name)
         if found is None:
             raise ConfigurationError(
-                f"table {table.fullname} has no column {name}: leave the columns of "
-                f"{mixin.__name__} as they are, and give those of your own other attributes"
+                f"table {table.fullname} has no column {name}: do not change the columns of "
+                f"{mixin.__name__}, and use other attribute names for your own columns"
             )
         if not _is_alike(found.type, wanted):
             raise ConfigurationError(
-                f"column {table.fullname}.{name} is {found.type!r} and must be {wanted!r}: leave "
-                f"it to {mixin.__name__}; __table_config__ chooses the types"
+                f"column {table.fullname}.{name} is {found.type!r} and must be {wanted!r}: do not "
+                f"override it; {mixin.__name__} takes its types from __table_config__"
             )
 
 
@@ -185,26 +183,25 @@ def build_models(
     metadata: MetaData | None = None,
     queue: bool = False,
 ) -> Models:
-    """Fresh declarative classes for one results table and the tables that go with it.
+    """Builds new declarative classes for one results table and its related tables.
 
     Args:
-        table_name: The results table; the others are `<table_name>_progress`,
+        table_name: Name of the results table. The other tables are named `<table_name>_progress`,
             `<table_name>_status` and `<table_name>_workers`.
         field_for_task_id: Type of the task-id columns.
         field_for_payload: Type of return_value, error and meta.
-        schema: PostgreSQL schema of the tables; None takes the metadata's, and where that has
-            none, leaves it to the search_path.
-        metadata: Your application's (`Base.metadata`), so that its autogenerate sees the
-            tables; None makes one of their own.
-        queue: Whether to make the models of SQLAlchemyBroker, too: Queue and Schedule, of
+        schema: PostgreSQL schema of the tables. None uses the schema of the metadata, or the
+            search_path if that has none.
+        metadata: Your application's MetaData (`Base.metadata`), so that autogenerate sees the
+            tables. None creates a new one.
+        queue: Whether to build the models of SQLAlchemyBroker, too: Queue and Schedule, for
             `<table_name>_queue` and `<table_name>_schedules`.
 
     Returns:
-        The classes. They are on a registry of their own; two calls never share a class.
+        The classes, in a separate registry. Two calls never share a class.
 
     Raises:
-        ConfigurationError: A name or type that cannot work, or a table that this metadata
-            already has.
+        ConfigurationError: A name or type is invalid, or the metadata already has such a table.
     """
     check_flag("queue", queue)
     if schema is None and metadata is not None:
@@ -217,7 +214,7 @@ def build_models(
         if (schema, name) in present:
             raise ConfigurationError(
                 f"the metadata already has a table {name!r}: build the models of a table once "
-                "and use them wherever they are needed"
+                "and reuse them"
             )
     return Models(
         Result=_map("Result", ResultMixin, config, mapper_registry),

@@ -1,4 +1,4 @@
-"""TableConfig: what the results table is called and made of, with every check of names and ids."""
+"""TableConfig: the names and types of the tables, with all checks of names and task ids."""
 
 import hashlib
 import uuid
@@ -12,31 +12,31 @@ PayloadField = Literal["Bytea", "Jsonb"]
 
 DEFAULT_TABLE_NAME: Final = "taskiq_results"
 
-# NAMEDATALEN - 1: PostgreSQL cuts longer identifiers in silence.
+# NAMEDATALEN - 1: PostgreSQL silently truncates longer identifiers.
 _MAX_IDENTIFIER_BYTES: Final = 63
 
-# Alembic's name for the version table's primary key is its own and this.
+# Alembic names the primary key of the version table with this suffix.
 _VERSION_KEY: Final = "_pkc"
 
-# A third of a b-tree's page, without the headers of tuple and value. A text that compresses well
-# could be longer, but nobody can tell beforehand.
+# A third of a b-tree page, without the headers of tuple and value. A text that compresses well
+# could be longer, but that cannot be checked in advance.
 _MAX_TASK_ID_BYTES: Final = 2_692
 
 
 @dataclass(frozen=True, slots=True)
 class TableConfig:
-    """Names and column types of one results table and the tables that go with it.
+    """Names and column types of one results table and its related tables.
 
     Attributes:
-        table_name: The results table, to the letter and without its schema. Every other name
-            derives from it; one of more than 63 bytes is cut, and has a hash where it was.
+        table_name: Name of the results table, case-sensitive, used exactly as given, without its
+            schema. All other names derive from it; if one exceeds 63 bytes, a hash replaces the
+            end of `table_name` in it.
         field_for_task_id: Type of the task-id column: VARCHAR, TEXT or UUID.
-        field_for_payload: Type of the serialized values' columns: BYTEA or JSONB.
-        schema: PostgreSQL schema of the tables; None leaves it to the search_path.
+        field_for_payload: Type of the columns of serialized values: BYTEA or JSONB.
+        schema: PostgreSQL schema of the tables. None uses the search_path.
 
     Raises:
-        ConfigurationError: A name that PostgreSQL cannot hold whole or that has a dot, or an
-            unknown type.
+        ConfigurationError: A name is too long for PostgreSQL or has a dot, or a type is unknown.
     """
 
     table_name: str = DEFAULT_TABLE_NAME
@@ -51,7 +51,7 @@ class TableConfig:
         schema, dot, name = self.table_name.rpartition(".")
         if dot:
             raise ConfigurationError(
-                f"table_name must not have a dot: {self.table_name!r}. Give the schema by itself: "
+                f"table_name must not have a dot: {self.table_name!r}. Pass the schema separately: "
                 f"schema={schema!r}, table_name={name!r}"
             )
         if self.schema is not None:
@@ -59,55 +59,55 @@ class TableConfig:
 
     @property
     def progress_table_name(self) -> str:
-        """The progress table."""
+        """Name of the progress table."""
         return _derive(self.table_name, "_progress")
 
     @property
     def status_table_name(self) -> str:
-        """The table of tasks that have not finished."""
+        """Name of the table of unfinished tasks."""
         return _derive(self.table_name, "_status")
 
     @property
     def workers_table_name(self) -> str:
-        """The table of worker processes."""
+        """Name of the table of worker processes."""
         return _derive(self.table_name, "_workers")
 
     @property
     def queue_table_name(self) -> str:
-        """The broker's table of tasks that have been sent and not finished."""
+        """Name of the broker's table of tasks that were sent and have not finished."""
         return _derive(self.table_name, "_queue")
 
     @property
     def schedules_table_name(self) -> str:
-        """The broker's table of schedules."""
+        """Name of the broker's table of schedules."""
         return _derive(self.table_name, "_schedules")
 
     @property
     def version_table_name(self) -> str:
-        """The Alembic version table; each results table has its own."""
+        """Name of the Alembic version table; each results table has its own."""
         return _derive(self.table_name, "_version", _MAX_IDENTIFIER_BYTES - len(_VERSION_KEY))
 
     @property
     def queue_version_table_name(self) -> str:
-        """The Alembic version table of the broker's tables."""
+        """Name of the Alembic version table of the broker's tables."""
         return _derive(self.table_name, "_queue_version", _MAX_IDENTIFIER_BYTES - len(_VERSION_KEY))
 
     @property
     def results_channel(self) -> str:
-        """Where notifications tell of results.
+        """The channel for notifications of results.
 
-        Without the schema: one process may leave it to the search_path and another name it.
+        Without the schema, because one process may name it while another uses the search_path.
         """
         return _channel_of(self.table_name)
 
     @property
     def progress_channel(self) -> str:
-        """Where notifications tell of progress."""
+        """The channel for notifications of progress."""
         return _channel_of(self.progress_table_name)
 
     @property
     def queue_channel(self) -> str:
-        """Where notifications tell of tasks that were sent."""
+        """The channel for notifications of sent tasks."""
         return _channel_of(self.queue_table_name)
 
     @property
@@ -122,12 +122,12 @@ class TableConfig:
 
     @property
     def available_at_index_name(self) -> str:
-        """The index in whose order the queue's tasks are claimed."""
+        """The index that orders the tasks of a queue for workers."""
         return _derive(self.queue_table_name, "_available_at_idx")
 
     @property
     def table_names(self) -> tuple[str, str, str, str]:
-        """The tables of results, without their version table."""
+        """Names of the backend's tables, without the version table."""
         return (
             self.table_name,
             self.progress_table_name,
@@ -137,12 +137,12 @@ class TableConfig:
 
     @property
     def queue_table_names(self) -> tuple[str, str]:
-        """The tables of the broker, without their version table."""
+        """Names of the broker's tables, without the version table."""
         return self.queue_table_name, self.schedules_table_name
 
     @property
     def derived_names(self) -> tuple[str, ...]:
-        """Every name that is made from table_name."""
+        """All names that derive from table_name."""
         return (
             self.progress_table_name,
             self.status_table_name,
@@ -159,44 +159,44 @@ class TableConfig:
         )
 
     def partition_name(self, suffix: str) -> str:
-        """A partition of the results table."""
+        """Name of a partition of the results table."""
         return _derive(self.table_name, f"_{suffix}")
 
     @property
     def qualified_name(self) -> str:
-        """The results table as messages name it; not quoted, not for SQL."""
+        """The results table as shown in messages; not quoted, not for SQL."""
         return self.qualified(self.table_name)
 
     def qualified(self, table_name: str) -> str:
-        """One of the tables as messages name it."""
+        """One of the tables as shown in messages."""
         return table_name if self.schema is None else f"{self.schema}.{table_name}"
 
     def to_column_task_id(self, task_id: str | uuid.UUID) -> Any:
         """The task id as the column stores it: a plain str, or a uuid.UUID for "Uuid".
 
         Raises:
-            InvalidTaskIdError: The column cannot hold this id.
+            InvalidTaskIdError: The column cannot store this id.
         """
         if self.field_for_task_id == "Uuid":
             if isinstance(task_id, uuid.UUID):
-                return uuid.UUID(int=task_id.int)  # asyncpg has a class of its own
+                return uuid.UUID(int=task_id.int)  # asyncpg has its own subclass
             try:
                 return uuid.UUID(task_id)
             except (ValueError, AttributeError, TypeError):
                 raise InvalidTaskIdError(
                     task_id,
-                    "is not a UUID, and the table was configured with "
-                    'field_for_task_id="Uuid"; "VarChar" and "Text" hold any id',
+                    "is not a UUID, and the table is configured with "
+                    'field_for_task_id="Uuid"; "VarChar" and "Text" accept any id',
                 ) from None
         if type(task_id) is not str:
             if not isinstance(task_id, str):
-                given: object = task_id  # which is anything
+                given: object = task_id  # of any type
                 remedy = ": pass str(task_id)" if isinstance(given, uuid.UUID) else ""
                 reason = f"is not a str but {type(given).__qualname__}{remedy}"
                 raise InvalidTaskIdError(task_id, reason)
-            task_id = str.__str__(task_id)  # past a __str__ of its own, such as that of an Enum
+            task_id = str.__str__(task_id)  # a subclass, such as an Enum, may override __str__
         if len(task_id) <= _MAX_TASK_ID_BYTES and task_id.isascii() and "\x00" not in task_id:
-            return task_id  # nearly every id, on the way of every call
+            return task_id  # fast path for nearly every id
         flaw = flaw_of_key(task_id)
         if flaw:
             raise InvalidTaskIdError(shortened(task_id), flaw)
@@ -204,7 +204,7 @@ class TableConfig:
 
 
 def flaw_of_key(key: str) -> str | None:
-    """Why a primary key of text cannot hold this one; None when it can."""
+    """Why a text primary key cannot store this value; None if it can."""
     flaw = _flaw_of_text(key)
     if flaw:
         return f"{flaw}, which PostgreSQL cannot store"
@@ -216,27 +216,27 @@ def flaw_of_key(key: str) -> str | None:
 
 
 def shortened(key: str) -> str:
-    """A key as messages name it, which may be of any length."""
+    """A key of any length, shortened for messages."""
     return key if len(key) <= _MAX_TASK_ID_BYTES // 4 else f"{key[:50]}..."
 
 
 def primary_key_name(table_name: str) -> str:
-    """The primary key of any of the tables."""
+    """Name of a table's primary key."""
     return _derive(table_name, "_pkey")
 
 
 def _derive(name: str, suffix: str, most: int = _MAX_IDENTIFIER_BYTES) -> str:
-    """The name with a suffix; where that is too long, a hash of the name replaces its end."""
+    """The name with a suffix; if that is too long, a hash replaces the end of the name."""
     derived = name + suffix
     if len(derived.encode()) <= most:
         return derived
-    # Before the suffix, so that what derives from one name cannot become the same.
+    # Before the suffix, so that names with different suffixes stay different.
     end = f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}{suffix}"
     return name.encode()[: most - len(end)].decode(errors="ignore") + end
 
 
 def _channel_of(table_name: str) -> str:
-    # With a prefix: a channel is the whole database's, and a plain name may be another package's.
+    # With a prefix: channels are database-wide, and another package may use the plain name.
     channel = f"taskiq_sa_pg.{table_name}"
     if len(channel.encode()) <= _MAX_IDENTIFIER_BYTES:
         return channel
@@ -260,13 +260,13 @@ def _check_identifier(what: str, name: object) -> None:
     size = len(name.encode())
     if size > _MAX_IDENTIFIER_BYTES:
         raise ConfigurationError(
-            f"{what} is {size} bytes long in UTF-8, and PostgreSQL cuts names at "
-            f"{_MAX_IDENTIFIER_BYTES}: {name!r}. Choose a shorter one"
+            f"{what} is {size} bytes long in UTF-8, and PostgreSQL truncates names to "
+            f"{_MAX_IDENTIFIER_BYTES}: {name!r}. Choose a shorter name"
         )
 
 
 def _flaw_of_text(text: str) -> str | None:
-    """Why PostgreSQL's UTF-8 cannot hold this text; None when it can."""
+    """Why PostgreSQL cannot store this text as UTF-8; None if it can."""
     if "\x00" in text:
         return "contains a NUL character"
     try:

@@ -33,49 +33,49 @@ from sqlalchemy.types import TypeEngine
 
 from taskiq_sa_pg.models.config import PayloadField, TableConfig, TaskIdField, primary_key_name
 
-# none_as_null: a None that an application writes itself is SQL's NULL and not JSON's null.
+# none_as_null: if an application writes None, it becomes SQL NULL and not JSON null.
 _JSON: Final = JSONB(none_as_null=True)
 _TIME: Final = DateTime(timezone=True)
 
 _A_SECOND: Final = literal_column("interval '1 second'", Interval())
 
-# Half-empty pages and no index beside the key keep the frequent updates HOT. `postgresql_with`
-# would say it better, and came with SQLAlchemy 2.1.
+# Half-empty pages, and no index except the primary key, keep the frequent updates HOT.
+# `postgresql_with` would be clearer, but needs SQLAlchemy 2.1.
 HALF_FULL: Final = "heap WITH (fillfactor = 50)"
 
-# Rows come and go by the thousand, however few there are at a time: the usual thresholds, a part of
-# what is there, would leave the dead ones to whoever claims next.
+# Thousands of rows are inserted and deleted although few exist at a time. The default thresholds,
+# a fraction of the table, would leave the dead rows to the next claims.
 QUICKLY_VACUUMED: Final = (
     "heap WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, "
     "autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 1000, "
     "autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 1000)"
 )
 
-# Where a BRIN index knows nothing of a page, the page is read by every search; and it knows nothing
-# until autovacuum comes by, which for rows that are only inserted is after a fifth of the table.
+# Every search reads the pages that a BRIN index has not summarized. By default autovacuum does that
+# only after a fifth of the table was inserted.
 SOON_SUMMARIZED: Final = {"autosummarize": "on"}
 
 DEFAULT_QUEUE: Final = "default"
 
 
 def task_id_type(field: TaskIdField) -> TypeEngine[Any]:
-    """The type of the columns task_id."""
+    """The type of the task_id columns."""
     types: dict[str, type[TypeEngine[Any]]] = {"VarChar": String, "Text": Text, "Uuid": Uuid}
     return types[field]()
 
 
 def payload_type(field: PayloadField) -> TypeEngine[Any]:
-    """The type of the columns with serialized values."""
+    """The type of the columns of serialized values."""
     return LargeBinary() if field == "Bytea" else _JSON
 
 
 def quoted(name: str) -> quoted_name:
-    """A name that is always quoted: PostgreSQL's reserved words grow with its releases."""
+    """A name that is always quoted: new PostgreSQL releases add reserved words."""
     return quoted_name(name, quote=True)
 
 
 def final(name: str) -> conv:
-    """A name that the MetaData's naming_convention, which may rewrite given ones, leaves alone."""
+    """A name that the naming_convention of a MetaData does not change."""
     return conv(quoted(name))
 
 
@@ -85,7 +85,7 @@ def as_interval(seconds: SQLColumnExpression[float]) -> ColumnElement[timedelta]
 
 
 def _column(position: int, column_type: Any, **options: Any) -> MappedColumn[Any]:
-    # Negative, so that the columns which a subclass adds follow ours.
+    # Negative, so that columns of a subclass come after ours.
     return mapped_column(column_type, sort_order=position - 100, **options)
 
 
@@ -95,7 +95,7 @@ def _payload(cls: Any, position: int, *, nullable: bool) -> Mapped[Any]:
 
 
 class _ConfiguredMixin:
-    """What all tables share: a configuration, and the schema that it names."""
+    """Common to all tables: a configuration and its schema."""
 
     __table_config__: ClassVar[TableConfig] = TableConfig()
 
@@ -108,11 +108,11 @@ class _ConfiguredMixin:
 
 
 class TableMixin(_ConfiguredMixin):
-    """What the tables of tasks share: the task id as their primary key."""
+    """Common to the tables of tasks: the task id as primary key."""
 
     @declared_attr
     def task_id(cls) -> Mapped[Any]:
-        """A str, or a uuid.UUID where the column is UUID."""
+        """A str, or a uuid.UUID if the column type is UUID."""
         return _column(0, task_id_type(cls.__table_config__.field_for_task_id))
 
     @declared_attr.directive
@@ -124,8 +124,8 @@ class TableMixin(_ConfiguredMixin):
 class ResultMixin(TableMixin):
     """The columns and indexes of a results table.
 
-    Subclass it beside your own Base to add columns; `__table_config__` says which types and
-    names the table has, and nothing else has to be set:
+    Subclass it together with your own Base to add columns. `__table_config__` sets the names and
+    types of the table; nothing else is required:
 
         class Result(ResultMixin, Base):
             __table_config__ = TableConfig(table_name="results")
@@ -155,7 +155,7 @@ class ResultMixin(TableMixin):
 
     @declared_attr
     def return_value(cls) -> Mapped[Any]:
-        """The serialized return value: bytes, or JSON where the column is JSONB."""
+        """The serialized return value: bytes, or JSON if the column type is JSONB."""
         return _payload(cls, 2, nullable=False)
 
     @declared_attr
@@ -180,13 +180,13 @@ class ResultMixin(TableMixin):
 
     @hybrid_property
     def is_expired(self) -> bool:
-        """Whether it is missing for every read; in SQL by the database's clock, else by ours."""
+        """Whether it has expired; in SQL by the database's clock, in Python by the local clock."""
         return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
     @is_expired.inplace.expression
     @classmethod
     def _is_expired(cls) -> ColumnElement[bool]:
-        # Never NULL, so that ~is_expired finds those that are kept for ever.
+        # Never NULL, so that ~is_expired also matches results that are kept for ever.
         return cls.expires_at.is_not(None) & (cls.expires_at <= func.now())
 
     @hybrid_property
@@ -201,7 +201,7 @@ class ResultMixin(TableMixin):
 
     @hybrid_property
     def waited(self) -> timedelta | None:
-        """From queued_at to started_at; None where TaskMetadataMiddleware did not see both."""
+        """Time from queued_at to started_at; None unless both are recorded."""
         if self.started_at is None or self.queued_at is None:
             return None
         return self.started_at - self.queued_at
@@ -216,7 +216,7 @@ class ResultMixin(TableMixin):
 
 
 class ProgressMixin(TableMixin):
-    """The columns of a progress table; subclass it as you subclass ResultMixin."""
+    """The columns of a progress table; subclass it like ResultMixin."""
 
     @declared_attr.directive
     def __tablename__(cls) -> str:
@@ -236,7 +236,7 @@ class ProgressMixin(TableMixin):
 
 
 class StatusMixin(TableMixin):
-    """The columns of a status table; subclass it as you subclass ResultMixin."""
+    """The columns of a status table; subclass it like ResultMixin."""
 
     @declared_attr.directive
     def __tablename__(cls) -> str:
@@ -255,10 +255,10 @@ class StatusMixin(TableMixin):
 
 
 class WorkerMixin(_ConfiguredMixin):
-    """The columns of the table of worker processes; subclass it as you subclass ResultMixin.
+    """The columns of the table of worker processes; subclass it like ResultMixin.
 
-    Each process that executes tasks has a row while it runs: since `started_at`, and alive at
-    `seen_at`, both by the database's clock.
+    Each process that executes tasks has a row while it runs. `started_at` is when it started, and
+    `seen_at` the time of its last heartbeat, both by the database's clock.
     """
 
     @declared_attr.directive
@@ -279,11 +279,11 @@ class WorkerMixin(_ConfiguredMixin):
 
 
 class QueueMixin(TableMixin):
-    """The columns and the index of the broker's queue; subclass it as you subclass ResultMixin.
+    """The columns and the index of the broker's queue; subclass it like ResultMixin.
 
-    A row is a task that was sent and is not acknowledged. `available_at` is when a worker may take
-    it: the delay of one that waits, the end of the lease of one that a worker has, and infinity of
-    one that is parked.
+    A row is a task that was sent and is not acknowledged. `available_at` is when a worker may
+    claim it: the end of its delay, the end of the lease if a worker has it, or infinity if it is
+    parked.
     """
 
     @declared_attr.directive
@@ -312,10 +312,11 @@ class QueueMixin(TableMixin):
 
 
 class ScheduleMixin(_ConfiguredMixin):
-    """The columns of the table of schedules; subclass it as you subclass ResultMixin.
+    """The columns of the table of schedules; subclass it like ResultMixin.
 
-    `cron`, `interval` or `time` says when the task is sent, `last_tick` when it was due the last
-    time. A schedule that was in a task's labels is `is_labelled`, and goes when they lose it.
+    `cron`, `interval` or `time` defines when the task is sent; `last_tick` is when it was last
+    due. A schedule from a task's labels has `is_labelled` set, and is deleted when the labels no
+    longer contain it.
     """
 
     @declared_attr.directive

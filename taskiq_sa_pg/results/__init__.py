@@ -1,7 +1,8 @@
-"""What can be done with results: stored, read, waited for, searched, tracked, pruned."""
+"""Operations on results: store, read, wait, search, track and prune."""
 
 from taskiq_sa_pg.results.extra_values import ExtraValues as ExtraValues
 from taskiq_sa_pg.results.extra_values import ExtraValuesFunction as ExtraValuesFunction
+from taskiq_sa_pg.results.finding import DEFAULT_LIMIT as DEFAULT_LIMIT
 from taskiq_sa_pg.results.finding import MAX_LIMIT as MAX_LIMIT
 from taskiq_sa_pg.results.finding import Outcome as Outcome
 from taskiq_sa_pg.results.finding import Page as Page
@@ -13,6 +14,7 @@ from taskiq_sa_pg.results.pruner import Pruned as Pruned
 from taskiq_sa_pg.results.resend import REDACTED_LABEL as REDACTED_LABEL
 from taskiq_sa_pg.results.resend import RERUN_LABEL as RERUN_LABEL
 from taskiq_sa_pg.results.runtime import Runtime as Runtime
+from taskiq_sa_pg.results.search import Where as Where
 from taskiq_sa_pg.results.settings import DEFAULT_GATHER_WINDOW as DEFAULT_GATHER_WINDOW
 from taskiq_sa_pg.results.settings import Settings as Settings
 from taskiq_sa_pg.results.settings import Track as Track

@@ -1,4 +1,4 @@
-"""The beat of a process that executes tasks: its row is renewed until the process stops."""
+"""Heartbeats of a process that executes tasks: its row is renewed until the process stops."""
 
 import asyncio
 import logging
@@ -20,25 +20,25 @@ from taskiq_sa_pg.timings import Timings
 
 logger = logging.getLogger(__name__)
 
-# As old as the process, as far as anybody can tell.
+# Approximately the start of the process.
 _LOADED_AT: Final = time.monotonic()
 
-# Of all backends of this process: two may share a row, which the last one deletes.
+# Of all backends in this process: two may share a row, which the last one deletes.
 _beats: Final[WeakSet["Beat"]] = WeakSet()
 _turns: Final = Lock()
 
 
 class Beat:
-    """Renews the row of a worker; made for one event loop.
+    """Renews the row of a worker; for one event loop.
 
     Args:
-        name: The worker, as the column has it.
-        statements: beat() and delete_worker() of its table.
-        database: Where that is.
-        timings: How often, and for how long it is tried.
-        place: The table as messages name it.
+        name: The worker's name in the table.
+        statements: beat() and delete_worker() for the table.
+        database: The database of the table.
+        timings: Interval and time limits.
+        place: The table's name for messages.
         is_own_name: Whether no other process can have this name at the same time.
-        after: Called after each beat that was stored.
+        after: Called after each stored beat.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Beat:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was begun and has not ended, be it with its event loop."""
+        """Whether it has begun and not ended; it also ends with its event loop."""
         return is_running(self._task) and not self._loop.is_closed()
 
     @property
@@ -86,9 +86,9 @@ class Beat:
             self._task = start_task(self._run())
 
     async def end(self) -> None:
-        """Ends it, and deletes the row unless others need it; in two seconds at most."""
+        """Ends it, and deletes the row unless others share it; within two seconds."""
         ending = start_task(self._end())
-        # Whatever becomes of it: a database that is away must not delay who stops.
+        # A failure is only logged: an unreachable database must not delay the stop.
         ending.add_done_callback(_note_failure)
         try:
             await asyncio.wait([ending], timeout=self._timings.end_of_beat)
@@ -99,13 +99,13 @@ class Beat:
         task, self._task = self._task, None
         self._is_ending.set()
         if task is not None:
-            # Not cancelled at once: nobody would know what seen_at a statement has stored.
+            # Not cancelled at once: the seen_at that a running statement stores would be unknown.
             await asyncio.wait([task], timeout=self._timings.end_of_beat / 2)
         await end_task(task)
         if self._seen_at is None or self._loop.time() < self._shared_until:
             return
         peers = self._peers()
-        for peer in peers:  # they delete the row as it is now
+        for peer in peers:  # the last of them deletes the row as it is now
             peer._seen_at = max(self._seen_at, peer._seen_at or self._seen_at)
         if peers:
             return
@@ -119,9 +119,9 @@ class Beat:
             try:
                 await self._beat()
                 await self._after()
-            except Exception as exc:  # noqa: BLE001 - whatever it is, the next one may succeed
+            except Exception as exc:  # noqa: BLE001 - whatever failed, the next one may succeed
                 if not self._is_warned:
-                    logger.warning("a heartbeat of worker %s has failed: %s", self._name, exc)
+                    logger.warning("a heartbeat of worker %s failed: %s", self._name, exc)
                 self._is_warned = True
             else:
                 self._is_warned = False
@@ -141,14 +141,14 @@ class Beat:
             self._renewal, parameters, purpose, retry_timeout=self._timings.beat
         )
         if not self._is_own_name and before is not None:
-            # Another process of this name that is alive: whoever stops first leaves the row to it.
+            # Another process with this name is alive: the first one to stop keeps the row for it.
             is_fresh = seen_at - before < timedelta(seconds=LOST_AFTER)
             if is_fresh and before not in {each._seen_at for each in (self, *self._peers())}:
                 self._shared_until = self._loop.time() + LOST_AFTER
         self._seen_at = seen_at
 
     def _peers(self) -> list["Beat"]:
-        """The others of this process with the same row."""
+        """Other beats in this process that share the row."""
         with _turns:
             beats = list(_beats)
         return [
@@ -163,4 +163,4 @@ class Beat:
 
 def _note_failure(ending: asyncio.Task[None]) -> None:
     if not ending.cancelled() and ending.exception() is not None:
-        logger.debug("a worker's row is left behind: %s", ending.exception())
+        logger.debug("the row of a worker was not deleted: %s", ending.exception())

@@ -1,4 +1,4 @@
-"""Columns of the application's own in the results table, and the values that it has for them."""
+"""The application's own columns in the results table, and the values that it supplies."""
 
 import inspect
 import logging
@@ -16,11 +16,11 @@ ExtraValuesFunction = Callable[[str, TaskiqResult[Any]], Mapping[str, Any]]
 
 
 class ExtraValues:
-    """Asks the application for the values of its own columns.
+    """Gets the values of the application's own columns from its function.
 
     Raises:
-        ConfigurationError: The function cannot be called or is asynchronous, or there is no column
-            to fill.
+        ConfigurationError: The function is not callable or is async, or the model has no own
+            columns.
     """
 
     def __init__(self, function: ExtraValuesFunction, models: Models) -> None:
@@ -28,19 +28,19 @@ class ExtraValues:
             raise ConfigurationError(f"extra_values must be a callable, not {function!r}")
         if _is_async(function):
             raise ConfigurationError(
-                "extra_values must be an ordinary function, not an async one: it is called in the "
-                "middle of set_result(), and has nothing to wait for"
+                "extra_values must be an ordinary function, not an async one: set_result() calls "
+                "it without await"
             )
         self._function = function
         self.columns = models.own_columns
         if not self.columns:
             raise ConfigurationError(
-                "extra_values fills columns of your own, and the model has none: subclass "
+                "extra_values fills your own columns, but the model has none: subclass "
                 "ResultMixin with a column, and pass models=Models(Result, Progress)"
             )
 
     def of(self, task_id: str, result: TaskiqResult[Any]) -> Mapping[str, Any]:
-        """The values by attribute of the model; none where they cannot be used, which is logged."""
+        """The values by attribute of the model; if they are invalid, logs it and returns none."""
         try:
             values = self._function(task_id, result)
             if isinstance(values, Coroutine):
@@ -48,8 +48,8 @@ class ExtraValues:
             self._check(values)
             return dict(values)
         except Exception:
-            # Whatever is wrong with them, the result must not be lost.
-            logger.exception("task %s: its result goes without its extra_values", task_id)
+            # An error in them must not lose the result.
+            logger.exception("task %s: its result is stored without extra_values", task_id)
             return {}
 
     def _check(self, values: object) -> None:
@@ -58,13 +58,13 @@ class ExtraValues:
         unknown = [name for name in values if name not in self.columns]
         if unknown:
             raise ValueError(
-                f"extra_values returned {', '.join(map(repr, unknown))}; the attributes that it "
-                f"can fill are {', '.join(self.columns)}"
+                f"extra_values returned {', '.join(map(repr, unknown))}, but can only fill the "
+                f"attributes {', '.join(self.columns)}"
             )
 
 
 def _is_async(function: object) -> bool:
     return any(
         inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f)
-        for f in (function, getattr(function, "__call__", None))  # noqa: B004 - not whether it has one
+        for f in (function, getattr(function, "__call__", None))  # noqa: B004 - to inspect it
     )

@@ -1,4 +1,4 @@
-"""Finished tasks as typed records, the latest first, a page at a time; and one with everything."""
+"""Finds finished tasks as typed records, latest first, in pages; and reads one in full."""
 
 import json
 import re
@@ -40,49 +40,49 @@ Outcome = Literal["succeeded", "failed"]
 DEFAULT_LIMIT: Final = 50
 MAX_LIMIT: Final = 1_000
 
-# Between them lies whatever is found: on both sides a bound, so that the index can be used.
+# All results are between these bounds. Both are always given, so that the index can be used.
 _FIRST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST: Final = datetime(9999, 12, 31, tzinfo=UTC)
 
-# A busy table has a page in its last minute, and one of a few tasks a day in a few statements.
+# In a busy table the last minute fills a page; a table with a few tasks a day needs few statements.
 _FIRST_SPAN: Final = timedelta(minutes=1)
 _GROWTH: Final = 4
 
-# Of command_timeout, for one statement: the server ends it before we would take it for silent, ask
-# again and replace all connections. All of them together end in time, too, as each takes some four
-# times as long as the one before.
+# The fraction of command_timeout for one statement. The server cancels it before we would treat the
+# connection as lost, retry, and replace all connections. The sum of all statements is within the
+# limit, too, because each takes about four times as long as the previous one.
 _SHARE: Final = 1 / 3
 
 _QUERY_CANCELED: Final = "57014"
 
 _CURSOR: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6})Z_(.*)", re.DOTALL)
 
-# Characters of a wrong argument.
+# Characters of an invalid argument in messages.
 _MAX_SHOWN: Final = 200
 
-# What a position of an argument can be for PostgreSQL.
+# The largest position of an argument in PostgreSQL.
 _MAX_POSITION: Final = 2_147_483_647
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRecord:
-    """A finished task, without its values.
+    """A finished task, without its values. All times are in UTC.
 
     Attributes:
         task_id: The task.
-        outcome: "succeeded", or "failed" where it has an error.
-        task_name: Its name; None, like worker, queued_at and started_at, where
+        outcome: "succeeded", or "failed" if it has an error.
+        task_name: Its name. It is None, like worker, queued_at and started_at, if
             TaskMetadataMiddleware did not record it.
-        worker: Who executed it.
-        attempt: 0 for the first, and one more with each of taskiq's retries.
+        worker: The worker that executed it.
+        attempt: 0 for the first attempt; each of taskiq's retries adds one.
         error_type: The class of the exception, with its module.
         execution_time: Seconds.
-        queued_at: When this attempt was sent, by the sender's clock; all times are in UTC.
+        queued_at: When this attempt was sent, by the sender's clock.
         started_at: When it was started, by the worker's clock.
         finished_at: When its result was stored, by the database's clock.
-        expires_at: When the result will be missing; None for never.
-        labels: As get_result() gives them. A value that neither JSON nor bytes can hold, and so
-            only the serializer can read, is "(serialized)": nothing is unpickled.
+        expires_at: When the result expires; None for never.
+        labels: As in get_result(). A value that only the serializer can read, because it is
+            neither JSON nor bytes, is "(serialized)": nothing is unpickled.
     """
 
     task_id: str
@@ -101,15 +101,15 @@ class TaskRecord:
 
 @dataclass(frozen=True, slots=True)
 class TaskDetails:
-    """Everything that is stored of a finished task.
+    """Everything that is stored for a finished task.
 
     Attributes:
-        record: What a list of tasks has of it.
-        args: The positional arguments, as JSON has them; None where they were not recorded.
-        kwargs: The keyword arguments, likewise.
-        traceback: That of the exception, as text; None for a success.
-        result: The result; None where it was not asked for or cannot be decoded.
-        undecodable: Why the result, though asked for, cannot be decoded.
+        record: The task as in a page of find().
+        args: The positional arguments as JSON values; None if they were not recorded.
+        kwargs: The keyword arguments, in the same form.
+        traceback: The traceback of the exception, as text; None for a success.
+        result: The result; None if it was not requested or cannot be decoded.
+        undecodable: Why a requested result cannot be decoded; else None.
     """
 
     record: TaskRecord
@@ -122,11 +122,11 @@ class TaskDetails:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Finished tasks, the latest first.
+    """Finished tasks, latest first.
 
     Attributes:
         records: The tasks.
-        next: What to pass as `after` for the next page; None if there is nothing more.
+        next: Pass it as `after` to get the next page; None if this is the last page.
     """
 
     records: list[TaskRecord]
@@ -134,7 +134,7 @@ class Page:
 
 
 class Cursor(NamedTuple):
-    """The task after which a page begins."""
+    """The last task before a page."""
 
     finished_at: datetime
     column_id: Any
@@ -142,7 +142,7 @@ class Cursor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What find() looks for, checked."""
+    """The checked arguments of find()."""
 
     conditions: Sequence[ColumnElement[bool]]
     window: float | None  # seconds
@@ -151,7 +151,7 @@ class Query:
 
 
 class _TooLongError(Exception):
-    """The server has canceled a statement; none that the database's retries know."""
+    """The server canceled a statement. Not retried by the database layer."""
 
 
 class Finding:
@@ -164,10 +164,11 @@ class Finding:
         self._table = settings.table
 
     async def find(self, query: Query) -> Page:
-        """One page.
+        """Returns one page.
 
         Raises:
-            StorageError: PostgreSQL refused it or could not be reached, or it took too long.
+            StorageError: PostgreSQL rejected the query or is unreachable, or the query took too
+                long.
         """
         limit = self._database.command_timeout * _SHARE
 
@@ -175,7 +176,7 @@ class Finding:
             now = (await connection.execute(sql.begin_search(limit))).scalar_one()
             found: list[sql.StoredRecord] = []
             for span in _spans(now.astimezone(UTC), query.window, query.after):
-                # One more, to know whether there are more.
+                # One row more, to know whether there is another page.
                 missing = query.limit + 1 - len(found)
                 statement = sql.select_records(self._models, query.conditions, span, missing)
                 try:
@@ -195,19 +196,19 @@ class Finding:
         except _TooLongError as exc:
             raise StorageError(
                 f"cannot {purpose}: a statement was canceled, by default after {limit:g} s, a "
-                "third of command_timeout. Few results meet the conditions, so much of the table "
-                "was read: pass window=, or make an index for the conditions",
+                "third of command_timeout. Few results match the conditions, so much of the table "
+                "was read: pass window=, or create an index for the conditions",
                 _QUERY_CANCELED,
             ) from exc
         records = [_record_of(stored) for stored in found[: query.limit]]
         return Page(records, _cursor_of(records[-1]) if len(found) > query.limit else None)
 
     async def read_details(self, column_id: Any, *, with_result: bool) -> TaskDetails:
-        """Everything of one task; its result only where it `with_result` is asked for.
+        """Returns everything about one task; its result only if `with_result`.
 
         Raises:
             ResultIsMissingError: It has no result.
-            StorageError: PostgreSQL refused it or could not be reached.
+            StorageError: PostgreSQL rejected the query or is unreachable.
         """
         statement = self._select_all if with_result else self._select_details
         purpose = f"read the details of a result in table {self._table}"
@@ -270,11 +271,11 @@ def check_query(
     after: str | None,
     limit: int,
 ) -> Query:
-    """What find() is to look for.
+    """Checks the arguments of find().
 
     Raises:
-        TypeError: where is no SQLAlchemy expression.
-        ConfigurationError: An argument that cannot be, which it names.
+        TypeError: `where` is not a SQLAlchemy expression.
+        ConfigurationError: Another argument is invalid; names it.
     """
     conditions = list(check_expressions(models, where)[0])
     if outcome is not None:
@@ -324,10 +325,10 @@ def _conditions_on_arguments(models: Models, argument: object) -> Iterator[Colum
 
 
 def _alike(argument: str, value: object) -> list[sql.Scalar]:
-    """The values that are the same as text: 42 and "42".
+    """The values that are equal as text: 42 and "42".
 
     Raises:
-        ConfigurationError: It is none that can be compared.
+        ConfigurationError: The value cannot be compared.
     """
     if isinstance(value, str):
         _storable(argument, value)
@@ -338,8 +339,8 @@ def _alike(argument: str, value: object) -> list[sql.Scalar]:
         return [value]
     if not _is_scalar(value):
         raise ConfigurationError(
-            f"{argument} must have values that JSON can hold, such as a str, an int, True or None, "
-            f"and not this {type(value).__qualname__}"
+            f"{argument} must have values that JSON supports, such as a str, an int, True or None, "
+            f"not this {type(value).__qualname__}"
         )
     return [value, json.dumps(value)]
 
@@ -351,18 +352,18 @@ def _is_scalar(value: object) -> TypeGuard[sql.Scalar]:
 def _storable(argument: str, text: str) -> str:
     if text != storable_text(text):
         raise ConfigurationError(
-            f"{argument} has NUL or lone surrogates, which PostgreSQL cannot hold: "
+            f"{argument} has NUL or lone surrogates, which PostgreSQL cannot store: "
             f"{text[:_MAX_SHOWN]!r}"
         )
     return text
 
 
 def _spans(now: datetime, window: float | None, after: Cursor | None) -> Iterator[sql.Span]:
-    """The slices of time in which to look, one after the other."""
+    """The slices of time to search, one after the other."""
     oldest = _FIRST
     if window is not None:
         oldest = now - timedelta(seconds=min(window, (now - _FIRST).total_seconds()))
-    # After a failover, results may be of a clock that was ahead: they are found, too.
+    # After a failover, results may have times of a clock that was ahead; they are found, too.
     end, before_id = (_LAST, None) if after is None else after
     span, start = _FIRST_SPAN, min(end, now)
     while end > oldest or (end == oldest and before_id is not None):
@@ -380,7 +381,7 @@ def _parse(after: object, config: TableConfig) -> Cursor | None:
     if after is None:
         return None
     if isinstance(after, str) and (match := _CURSOR.fullmatch(after)):
-        with suppress(ValueError):  # no time, or no task id
+        with suppress(ValueError):  # an invalid time or task id
             at = datetime.fromisoformat(match[1]).replace(tzinfo=UTC)
             return Cursor(at, config.to_column_task_id(match[2]))
     raise ConfigurationError(
@@ -406,5 +407,5 @@ def _record_of(stored: sql.StoredRecord) -> TaskRecord:
 
 
 def _in_utc(time: datetime | None) -> datetime | None:
-    # Drivers give times in various zones.
+    # Drivers return times in various zones.
     return None if time is None else time.astimezone(UTC)

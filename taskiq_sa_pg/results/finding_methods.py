@@ -1,4 +1,4 @@
-"""What a backend can do with finished tasks that it does not know by their ids."""
+"""Methods of a backend that find and show finished tasks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from taskiq_sa_pg.results.settings import Settings
 
 
 class FindingMethods(ABC):
-    """Methods of SQLAlchemyResultBackend, which says which errors all of them raise."""
+    """Methods of SQLAlchemyResultBackend, which lists the errors that all of them raise."""
 
     settings: Settings
 
     @property
     @abstractmethod
     def runtime(self) -> Runtime:
-        """What works between startup() and shutdown()."""
+        """The objects that exist between startup() and shutdown()."""
 
     async def find(
         self,
@@ -35,33 +35,32 @@ class FindingMethods(ABC):
         after: str | None = None,
         limit: int = DEFAULT_LIMIT,
     ) -> Page:
-        """Finished tasks, the latest first, a page at a time; no payload is read, none is deleted.
+        """Returns a page of finished tasks, latest first. It reads no payloads, deletes nothing.
 
             page = await backend.find(outcome="failed", label={"user": 42}, window=86_400)
 
-        The order is that of `finished_at` and, in the same instant, of the task id, so that pages
-        that follow each other skip no task and repeat none. All conditions must hold. Expired
-        results are not found. PostgreSQL is asked for the last minute first, and then for slices of
-        time four times as long until the page is full or the window is exhausted: without a window,
-        a condition that few results meet reads the whole table.
+        Tasks are ordered by `finished_at`, then by task id, so consecutive pages neither skip nor
+        repeat a task. All conditions must match. Expired results are not found. The query covers
+        the last minute first, then slices of time that are each four times as long, until the page
+        is full or the window ends. Without a window, a condition that few results match reads the
+        whole table.
 
         Args:
-            where: A condition on the attributes of models.Result, or several, as for
-                iter_results().
-            window: How far to look back from now, in seconds or as a timedelta; None for all.
+            where: One or more conditions on the attributes of models.Result, as in iter_results().
+            window: How far to look back from now: seconds or a timedelta. None has no limit.
             outcome: "succeeded" or "failed"; None for both.
-            name: The task's name. This, worker and argument need TaskMetadataMiddleware.
-            worker: Who executed it.
-            label: Values of labels by name. Compared as text: 42 finds "42" and "42" finds 42.
+            name: The task's name. name, worker and argument need TaskMetadataMiddleware.
+            worker: The worker that executed the task.
+            label: Values of labels by name. Compared as text: 42 matches "42", and "42" matches 42.
             argument: Values of recorded arguments by name (`{"order_id": 42}`) or by position
-                (`{0: 42}`), or one value that any argument may have; compared as text.
-            after: `next` of the page before; None for the first page.
-            limit: How many tasks at most, 1 to 1000.
+                (`{0: 42}`), or a single value that any argument may have. Compared as text.
+            after: `next` of the previous page; None for the first page.
+            limit: Maximum number of tasks, 1 to 1000.
 
         Raises:
-            TypeError: where is no SQLAlchemy expression.
-            ConfigurationError: Another argument that cannot be, which it names; or where is about
-                another class or table.
+            TypeError: `where` is not a SQLAlchemy expression.
+            ConfigurationError: Another argument is invalid, or `where` refers to another class or
+                table.
         """
         query = check_query(
             self.settings.models,
@@ -78,16 +77,16 @@ class FindingMethods(ABC):
         return await self.runtime.finding.find(query)
 
     async def get_details(self, task_id: str | UUID, *, with_result: bool = False) -> TaskDetails:
-        """Everything that is stored of a finished task; it is never deleted by this.
+        """Returns everything that is stored for a finished task. It deletes nothing.
 
         Args:
             task_id: The task.
-            with_result: Whether to read and decode the result, too, which with PickleSerializer
-                executes what was stored. One that cannot be decoded raises nothing: `undecodable`
-                says why.
+            with_result: Whether to read and decode the result, too. With PickleSerializer this can
+                execute stored code. If decoding fails, nothing is raised: `undecodable` is the
+                reason.
 
         Raises:
-            ResultIsMissingError: There is no result (any more).
+            ResultIsMissingError: The task has no result, or no longer has one.
         """
         column_id = self.settings.models.config.to_column_task_id(task_id)
         return await self.runtime.finding.read_details(column_id, with_result=with_result)

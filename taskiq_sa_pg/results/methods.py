@@ -1,4 +1,4 @@
-"""What a backend can do beside taskiq's contract: many at once, by push, by condition."""
+"""Methods of a backend in addition to taskiq's contract."""
 
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Final, Generic, TypeVar, overload
@@ -20,27 +20,27 @@ _ReturnType = TypeVar("_ReturnType")
 _T = TypeVar("_T")
 _Id = TypeVar("_Id", bound=str | UUID)
 
-# What PostgreSQL calls an integer.
+# PostgreSQL's largest integer.
 _MAX_ROWS: Final = 2_147_483_647
 
 
 class ResultMethods(FindingMethods, Generic[_ReturnType]):
-    """Methods of SQLAlchemyResultBackend, which says which errors all of them raise."""
+    """Methods of SQLAlchemyResultBackend, which lists the errors that all of them raise."""
 
     async def get_results(
         self, task_ids: Iterable[_Id], with_logs: bool = False
     ) -> dict[_Id, TaskiqResult[_ReturnType]]:
-        """The results that are ready, by task id; in one statement for every 200 ids.
+        """Returns the available results by task id, with one statement for every 200 ids.
 
-        With keep_results=False they are deleted as they are read, all in one transaction. One
-        that cannot be read back comes as a failure whose `error` is the ResultDecodeError, and
-        stays in the table.
+        With keep_results=False they are deleted when they are read, all in one transaction. A
+        result that cannot be decoded is returned as a failure whose `error` is the
+        ResultDecodeError, and is not deleted.
 
         Raises:
-            TypeError: task_ids is one str, whose letters would be taken for ids.
+            TypeError: task_ids is a str, not an iterable of ids.
         """
         _refuse_str("get_results", task_ids)
-        # A UUID has several spellings: those of one task get the same result.
+        # A UUID has several spellings, which all get the result of their task.
         column_ids = {
             task_id: self.settings.models.config.to_column_task_id(task_id) for task_id in task_ids
         }
@@ -58,20 +58,21 @@ class ResultMethods(FindingMethods, Generic[_ReturnType]):
     async def wait_result(
         self, task: Task[Any], timeout: float | None = None, with_logs: bool = False
     ) -> TaskiqResult[Any]:
-        """The result, as soon as it is stored.
+        """Waits for a task's result and returns it as soon as it is stored.
 
-        A task's declared return type is restored, as the task's own wait_result() does. With
-        keep_results=False one of several waiters gets the result, and the others wait on.
+        The return value has the task's declared return type, as from the task's own wait_result().
+        With keep_results=False only one of several waiting clients receives the result; the others
+        continue to wait.
 
         Args:
-            task: What kiq() returned, or a task id.
-            timeout: Seconds to wait; None, or as for taskiq a negative number, sets no limit.
+            task: The task that kiq() returned, or a task id.
+            timeout: Seconds to wait. None or a negative number waits for ever; 0 checks once.
             with_logs: Whether to fill the deprecated field `log`.
 
         Raises:
             TaskiqResultTimeoutError: There was no result in time.
-            ResultDecodeError: The result cannot be read back; it stays in the table.
-            ConfigurationError: timeout is no number.
+            ResultDecodeError: The result cannot be decoded; it is not deleted.
+            ConfigurationError: timeout is not a number.
         """
         _check_timeout(timeout)
         return await self.runtime.wait.one(task, timeout, with_logs)
@@ -94,17 +95,17 @@ class ResultMethods(FindingMethods, Generic[_ReturnType]):
     async def wait_results(
         self, tasks: Iterable[Task[Any]], timeout: float | None = None, with_logs: bool = False
     ) -> list[TaskiqResult[Any]]:
-        """The results of several tasks in their order, as soon as all are stored.
+        """Waits for several tasks and returns their results in the same order.
 
-        Arguments as wait_result(), for all of them together. With keep_results=False none is
-        deleted before all are there. One that cannot be read back comes as a failure, as from
-        get_results().
+        The arguments are those of wait_result(); the timeout is for all results together. With
+        keep_results=False no result is deleted before all are stored. A result that cannot be
+        decoded is returned as a failure, as from get_results().
 
         Raises:
-            TaskiqResultTimeoutError: Not all results were there in time.
-            ResultIsMissingError: Somebody else deleted a result as soon as it was there.
-            ConfigurationError: timeout is no number.
-            TypeError: tasks is one str, whose letters would be taken for ids.
+            TaskiqResultTimeoutError: Not all results were stored in time.
+            ResultIsMissingError: Another client deleted a result after it was stored.
+            ConfigurationError: timeout is not a number.
+            TypeError: tasks is a str, not an iterable of tasks.
         """
         _refuse_str("wait_results", tasks)
         _check_timeout(timeout)
@@ -128,18 +129,19 @@ class ResultMethods(FindingMethods, Generic[_ReturnType]):
     def as_completed(
         self, tasks: Iterable[Task[Any]], timeout: float | None = None, with_logs: bool = False
     ) -> AsyncGenerator[tuple[Any, TaskiqResult[Any]], None]:
-        """Iterates over several tasks with their results, as they complete.
+        """Iterates over several tasks with their results, in the order of completion.
 
             async for task, result in backend.as_completed(tasks): ...
 
-        Arguments as wait_result(); the time limit is for the last result. With
-        keep_results=False a result is deleted as it comes; one that somebody else deletes first
-        does not come. One that cannot be read back comes as a failure, as from get_results().
+        The arguments are those of wait_result(); the timeout is for all results together. With
+        keep_results=False each result is deleted when it is yielded; a result that another client
+        deletes first is skipped. A result that cannot be decoded is yielded as a failure, as from
+        get_results().
 
         Raises:
-            TaskiqResultTimeoutError: Not all results were there in time.
-            ConfigurationError: timeout is no number.
-            TypeError: tasks is one str, whose letters would be taken for ids.
+            TaskiqResultTimeoutError: Not all results were stored in time.
+            ConfigurationError: timeout is not a number.
+            TypeError: tasks is a str, not an iterable of tasks.
         """
         _refuse_str("as_completed", tasks)
         _check_timeout(timeout)
@@ -148,26 +150,26 @@ class ResultMethods(FindingMethods, Generic[_ReturnType]):
     def watch_progress(
         self, task: Task[Any], timeout: float | None = None
     ) -> AsyncGenerator[TaskProgress[Any], None]:
-        """Iterates over a task's progress, each time it has changed, until the result is there.
+        """Iterates over a task's progress, each time it changes, until its result is stored.
 
             async for progress in backend.watch_progress(task): ...
 
-        Arguments as wait_result(). The first is the progress as it is now, if there is one. Of
-        changes that follow each other faster than they are taken, the last comes.
+        The arguments are those of wait_result(). The current progress is yielded first, if any. If
+        progress changes faster than you iterate, only the latest is yielded.
 
         Raises:
             TaskiqResultTimeoutError: There was no result in time.
-            ResultDecodeError: The metadata cannot be read back.
-            ConfigurationError: timeout is no number.
+            ResultDecodeError: The metadata cannot be decoded.
+            ConfigurationError: timeout is not a number.
         """
         _check_timeout(timeout)
         return self.runtime.wait.watch_progress(task, timeout)
 
     async def get_status(self, task_id: str | UUID) -> TaskStatus:
-        """A task's status: "queued", "started", "lost", "retrying", "succeeded" and so on.
+        """Returns a task's status: "queued", "started", "lost", "retrying", "succeeded" and so on.
 
-        Without track= it is "unknown" until there is a result. A result that was deleted, be it
-        because it was read once or because prune() found it expired, is "unknown" again.
+        Without track= it is "unknown" until there is a result. When the result is deleted, by
+        keep_results=False, prune() or forget(), the status is "unknown" again.
         """
         column_id = self.settings.models.config.to_column_task_id(task_id)
         return await self.runtime.statuses.read(
@@ -175,81 +177,81 @@ class ResultMethods(FindingMethods, Generic[_ReturnType]):
         )
 
     async def get_running(self, limit: int = 1_000) -> list[TaskStatus]:
-        """The tasks that are being executed, those that were started first before the others.
+        """Returns at most `limit` tasks that are being executed, in the order of their start.
 
-        One whose worker was killed is among them as "lost", until it is started again or, with
+        A task whose worker was killed is included as "lost", until it is started again or, with
         progress_ttl, pruned.
 
         Raises:
-            ConfigurationError: limit, how many at most, is not above 0.
+            ConfigurationError: limit is not a whole number above 0.
         """
         check_whole("limit", limit)
         return await self.runtime.statuses.read_running(min(limit, _MAX_ROWS))
 
     async def get_workers(self) -> list[WorkerInfo]:
-        """The processes that execute tasks, by name, with those that were not stopped properly.
+        """Returns the processes that execute tasks, by name, and those that ended unexpectedly.
 
-        A process has a row while it runs, if its broker has a TaskMetadataMiddleware and its
-        backend track="started". Where there are no such processes, or no table of them, the list
-        is empty. Rows that were not renewed for a day are deleted.
+        A process has a row while it runs, if its broker has TaskMetadataMiddleware and its backend
+        has track="started". The list is empty if there are no such processes, or no workers table.
+        Rows that were not renewed for a day are deleted.
         """
         return await self.runtime.workers.read()
 
     async def set_status(self, status: TaskStatus) -> None:
-        """Stores that a task is "queued", "started" or "retrying"; with "unknown", forgets it.
+        """Stores a task's state: "queued", "started" or "retrying"; "unknown" deletes its status.
 
-        TaskMetadataMiddleware does it for the tasks of its broker. A status of a later attempt
-        stays, and so does one of the same attempt that was started later; but one that was queued
-        later than that, of a task id that is used again, takes its place. Its finished_at is not
-        used. A PostgreSQL that cannot be reached is tried for 5 seconds.
+        TaskMetadataMiddleware calls it for the tasks of its broker. It does not replace the status
+        of a later attempt, or of the same attempt with a later start. Exception: a status that was
+        queued after these always replaces them, because the task id is in use again. finished_at
+        is ignored. If PostgreSQL is unreachable, it retries for 5 seconds.
 
         Raises:
-            ConfigurationError: Without track=, or another state.
+            ConfigurationError: The backend has no track=, or the state is another one.
         """
         if self.settings.track is None:
-            raise ConfigurationError('set_status() is for backends with track="started"')
+            raise ConfigurationError('set_status() needs a backend with track="started"')
         column_id = self.settings.models.config.to_column_task_id(status.task_id)
         await self.runtime.statuses.write(column_id, status)
 
     async def resend(self, broker: AsyncBroker, task_id: str | UUID) -> AsyncTaskiqTask[Any]:
-        """Sends a finished task again, from the arguments and labels in the row of its result.
+        """Sends a finished task again, with the arguments and labels in the row of its result.
 
-        It gets a new task id, and the label `rerun_of` with the old one. Its arguments must have
-        been recorded by TaskMetadataMiddleware (record_args=True), and are sent in the JSON-able
-        form in which it records them. Labels of retries, delays, schedules and tracing are left
-        out, but for a `delay` that the task itself declares. The task need not be registered in
-        this process.
+        The new task gets a new task id, and the label `rerun_of` with the old id. The arguments
+        must have been recorded by TaskMetadataMiddleware(record_args=True); they are sent in the
+        recorded, JSON-able form. Labels of retries, delays, schedules and tracing are omitted,
+        except a `delay` that the task itself declares. The task need not be registered in this
+        process.
 
         Args:
-            broker: Where it is sent, which has to be started.
+            broker: The broker that sends it; must be started.
             task_id: The task.
 
         Raises:
-            ResultIsMissingError: There is no result (any more).
-            ResultDecodeError: Its labels cannot be read back.
-            NotResendableError: Its arguments were not recorded, or were redacted.
-            SendTaskError: The broker could not send it.
-            ConfigurationError: broker is no broker.
+            ResultIsMissingError: The task has no result, or no longer has one.
+            ResultDecodeError: The labels cannot be decoded.
+            NotResendableError: The arguments were not recorded, or were redacted.
+            SendTaskError: The broker could not send the task.
+            ConfigurationError: broker is not a taskiq broker.
         """
         column_id = self.settings.models.config.to_column_task_id(task_id)
         text = task_id if isinstance(task_id, str) else str(task_id)
         return await self.runtime.resender.resend(broker, column_id, text)
 
     def decode(self, row: object, with_logs: bool = False) -> TaskiqResult[Any]:
-        """The result in a row that you have selected yourself, whether it has expired or not.
+        """Returns the result in a row that you selected yourself, even if it has expired.
 
-        It asks nothing and needs no startup(), so it works with a synchronous Session too.
+        It runs no query and needs no startup(), so it also works with a synchronous Session.
 
         Args:
-            row: An instance of models.Result, a Row with one in it, or a Row or mapping of its
-                columns by their names. `is_err`, `return_value`, `error` and `execution_time` must
-                be there, and are as SQLAlchemy's types give them; without `labels` there are none.
-            with_logs: Whether to fill the deprecated field `log`, which then must be there too.
+            row: An instance of models.Result, a Row that contains one, or a Row or mapping of its
+                columns by name. `is_err`, `return_value`, `error` and `execution_time` are
+                required, with values as SQLAlchemy's types return them. `labels` is optional.
+            with_logs: Whether to fill the deprecated field `log`, which is then required, too.
 
         Raises:
-            MissingColumnsError: The select has left columns out.
-            ResultDecodeError: A value cannot be read back.
-            TypeError: It is no row, or one with several results.
+            MissingColumnsError: The select omits required columns.
+            ResultDecodeError: A value cannot be decoded.
+            TypeError: row is not a row, or has several results.
         """
         settings = self.settings
         return RowDecoder(settings.codec, settings.models).decode(row, with_logs=with_logs)
@@ -262,42 +264,42 @@ class ResultMethods(FindingMethods, Generic[_ReturnType]):
         batch_size: int = DEFAULT_BATCH_SIZE,
         with_logs: bool = False,
     ) -> AsyncGenerator[tuple[str, TaskiqResult[_ReturnType]], None]:
-        """Iterates over the results that meet conditions, with their task ids.
+        """Iterates over the results that match conditions, with their task ids.
 
             async for task_id, result in backend.iter_results(models.Result.is_err): ...
 
-        They are those of one moment, without the expired ones, and none is deleted. A server-side
-        cursor gives them a batch at a time, so that memory does not grow with their number. Until
-        the end it has a connection of its own, beside max_connections, and a transaction, which
-        keeps PostgreSQL from cleaning up: do not dawdle, and where you stop before the end, close
-        the generator (`contextlib.aclosing`). A result that cannot be read back comes as a failure
-        whose `error` is the ResultDecodeError. A statement is tried again before the first result;
-        later, when the connection is lost, the rest does not come.
+        It reads one snapshot, without expired results, and deletes nothing. A server-side cursor
+        fetches one batch at a time, so memory does not grow with the number of results. Until the
+        end it uses one connection in addition to max_connections, and a transaction, which delays
+        vacuum: iterate without pauses. If you stop early, close the generator
+        (`contextlib.aclosing`). A result that cannot be decoded is yielded as a failure whose
+        `error` is the ResultDecodeError. Transient errors are retried only before the first
+        result; if the connection is lost later, StorageError is raised.
 
         Args:
-            where: A condition on the attributes of models.Result, or several, which all must hold.
-            order_by: What to order by, one expression or several; without, it is any order.
-            batch_size: How many rows are fetched and kept in memory at once.
+            where: One or more conditions on the attributes of models.Result; all must match.
+            order_by: One or more expressions to order by; without them the order is undefined.
+            batch_size: Number of rows that are fetched and kept in memory at once.
             with_logs: Whether to fill the deprecated field `log`.
 
         Raises:
-            TypeError: where or order_by is no SQLAlchemy expression.
-            ConfigurationError: They are about another class or table, or batch_size is below 1.
+            TypeError: where or order_by is not a SQLAlchemy expression.
+            ConfigurationError: They refer to another class or table, or batch_size is below 1.
         """
         statement = find_results(self.settings.models, where, order_by, batch_size)
         return self.runtime.search.iterate(statement, batch_size, with_logs)
 
     async def forget(self, task_ids: Iterable[str | UUID]) -> int:
-        """Deletes results, unread, with progress and status of these tasks.
+        """Deletes the results, progress and status of tasks without reading them.
 
-        In a statement for every 200 ids, each committed by itself. It tells nobody: whoever waits
-        for one of them waits on.
+        It runs one statement for every 200 ids, each in its own transaction. No notification is
+        sent; clients that wait for such a task continue to wait.
 
         Returns:
-            How many results there were, expired ones that were not yet pruned included.
+            Number of deleted results, including expired ones that were not pruned yet.
 
         Raises:
-            TypeError: task_ids is one str, whose letters would be taken for ids.
+            TypeError: task_ids is a str, not an iterable of ids.
         """
         _refuse_str("forget", task_ids)
         column_ids = {
@@ -306,15 +308,16 @@ class ResultMethods(FindingMethods, Generic[_ReturnType]):
         return await self.runtime.search.forget(column_ids)
 
     async def prune(self, limit: int | None = None, time_budget: Seconds | None = None) -> Pruned:
-        """Deletes expired results with their progress, and what is older than progress_ttl.
+        """Deletes expired results, and progress and status that are older than progress_ttl.
 
-        In transactions of at most 500 rows. Where somebody else has locked one of them for longer
-        than half a second, they are left for the next time.
+        Progress and status of an expired result are deleted with it. Each transaction deletes
+        at most 500 rows. If another transaction locks one of them for longer than half a second,
+        these rows are left for the next run.
 
         Args:
-            limit: How many rows to delete at most; progress and status of expired results are not
-                counted.
-            time_budget: Seconds, or a timedelta, after which no further transaction is begun.
+            limit: Maximum number of rows to delete. The progress and status of expired results do
+                not count.
+            time_budget: Seconds, or a timedelta, after which no further transaction begins.
 
         Raises:
             ConfigurationError: limit or time_budget is not above 0.

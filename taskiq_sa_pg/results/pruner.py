@@ -1,4 +1,4 @@
-"""Deleting what has expired: on demand, and in the background of workers."""
+"""Deletes expired results and old progress: on demand, and in the background of workers."""
 
 import asyncio
 import logging
@@ -36,19 +36,19 @@ logger = logging.getLogger(__name__)
 # SQLSTATE.
 _LOCK_NOT_AVAILABLE: Final = "55P03"
 
-# PostgreSQL's resolution of a time.
+# PostgreSQL's resolution of timestamps.
 _NEXT_MOMENT: Final = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What prune() has deleted.
+    """Numbers of rows that prune() has deleted.
 
     Attributes:
-        results: Rows of expired results; their progress is not counted.
-        progress: Rows of progress whose task never finished.
-        statuses: Rows of the status table whose task never finished.
-        is_complete: Whether nothing was left because of limit or time_budget.
+        results: Expired results; their progress is not counted.
+        progress: Progress of tasks that never finished.
+        statuses: Statuses of tasks that never finished.
+        is_complete: False if limit or time_budget ended the run early.
     """
 
     results: int
@@ -58,7 +58,7 @@ class Pruned:
 
 
 class Pruner:
-    """Prunes one results table and those that go with it, on demand and at regular times."""
+    """Prunes one results table and its related tables, on demand and at regular intervals."""
 
     def __init__(self, settings: Settings, database: Database, telemetry: Telemetry) -> None:
         self._database = database
@@ -71,21 +71,21 @@ class Pruner:
         self.is_distributed = False  # whether Citus sends rows to other nodes
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
-        # Where the next run at regular times goes on, which others may have ended early.
+        # Where the next regular run continues if the previous one ended early.
         self._resume_at: dict[str, Any] = {}
 
     @property
     def is_running(self) -> bool:
-        """Whether it prunes at regular times."""
+        """Whether it prunes at regular intervals."""
         return is_running(self._task)
 
     def start(self) -> None:
-        """Begins to prune at regular times, if there are any and it has not."""
+        """Begins to prune at regular intervals, if prune_interval is set and it has not begun."""
         if self._interval is not None and not (self._is_closed or self.is_running):
             self._task = start_task(self._run_regularly(self._interval))
 
     async def close(self) -> None:
-        """Ends that."""
+        """Ends pruning at regular intervals."""
         self._is_closed = True
         await end_task(self._task)
 
@@ -96,15 +96,15 @@ class Pruner:
         *,
         is_exclusive: bool = False,
     ) -> Pruned:
-        """Deletes what has expired, a slice after the other.
+        """Deletes expired rows, one slice after the other.
 
         Args:
-            limit: How many rows at most, progress and status of deleted results aside.
-            time_budget: After how many seconds no further slice is begun.
-            is_exclusive: Whether to leave everything to another process that does it exclusively.
+            limit: Maximum number of rows, not counting progress and status of deleted results.
+            time_budget: Seconds after which no further slice begins.
+            is_exclusive: Whether to do nothing if another process prunes exclusively.
 
         Raises:
-            StorageError: PostgreSQL refused it or could not be reached.
+            StorageError: PostgreSQL rejected a statement or is unreachable.
         """
         rest = _Rest(limit, time_budget)
         lock = f"prune {self._models.config.table_name}" if is_exclusive else None
@@ -121,7 +121,7 @@ class Pruner:
         while rest.has_more():
             done = await self._delete_slice(source, start, rest.rows, lock)
             if done is None:
-                break  # another process is at it
+                break  # another process prunes
             part, gone = done
             self._telemetry.note_pruned(name, gone)
             deleted += gone
@@ -130,7 +130,7 @@ class Pruner:
                 return deleted
             start = part.end
             if part.is_one_moment and not gone:
-                start += _NEXT_MOMENT  # what somebody keeps is left for the next run
+                start += _NEXT_MOMENT  # locked rows are left for the next run
         if lock is not None and source.is_stale:
             self._resume_at[name] = start
         return deleted
@@ -138,7 +138,7 @@ class Pruner:
     async def _delete_slice(
         self, source: "_Source", start: Any, most: int | None, lock: str | None
     ) -> tuple[Slice, int] | None:
-        """Deletes a slice and returns it with how many rows that were; None if it may not."""
+        """Deletes a slice; returns it with the number of rows, None if another process prunes."""
         size = self._at_once
         if most is not None and most < size and not source.is_stale:
             size = most  # all of its rows have expired
@@ -164,13 +164,13 @@ class Pruner:
         try:
             return await self._database.transact(work, self._purpose)
         except _LockedError as exc:
-            return exc.part, 0  # it is left for the next run
+            return exc.part, 0  # left for the next run
 
     async def count(self) -> Pruned:
-        """What run() would delete.
+        """Counts the rows that run() would delete.
 
         Raises:
-            StorageError: PostgreSQL refused it or could not be reached.
+            StorageError: PostgreSQL rejected a statement or is unreachable.
         """
         deleted = {}
         for name, source in self._sources.items():
@@ -180,13 +180,13 @@ class Pruner:
         return _pruned(deleted, is_complete=True)
 
     async def _run_regularly(self, interval: float) -> None:
-        # Not all processes at once, which may have started together.
-        await asyncio.sleep(interval * random.random())  # noqa: S311 - no secret
+        # At random times, because processes may have started together.
+        await asyncio.sleep(interval * random.random())  # noqa: S311 - not a secret
         while True:
             try:
                 pruned = await self.run(time_budget=interval, is_exclusive=True)
             except TaskiqSaPgError as exc:
-                logger.warning("%s; it is tried again in %g s", exc, interval)
+                logger.warning("%s; trying again in %g s", exc, interval)
             else:
                 if pruned.results or pruned.progress or pruned.statuses:
                     logger.info("pruned: %s", pruned)
@@ -209,16 +209,16 @@ class Pruner:
 
 
 class _Source(NamedTuple):
-    """Something to prune."""
+    """A table to prune."""
 
-    column: Column[Any]  # the one that slices go by
+    column: Column[Any]  # orders the slices
     delete: Callable[[Slice], Select[Any]]
     counting: Select[Any]
     is_stale: bool = False  # whether its rows are deleted by their age
 
 
 class _LockedError(Exception):
-    """A row of a slice is locked by somebody else."""
+    """A row of a slice is locked by another transaction."""
 
     def __init__(self, part: Slice) -> None:
         self.part = part
@@ -231,7 +231,7 @@ def _pruned(deleted: Mapping[str, int], *, is_complete: bool) -> Pruned:
 
 
 class _Rest:
-    """How much may still be done: so many `rows`, None for any number, and for how long."""
+    """What is left of the limits: a number of `rows`, None for any number, and a deadline."""
 
     def __init__(self, rows: int | None, time_budget: float | None) -> None:
         self.rows = rows
@@ -239,22 +239,22 @@ class _Rest:
         self.was_too_little = False
 
     def has_more(self) -> bool:
-        """Whether a further slice may be begun."""
+        """Whether another slice may begin."""
         self.was_too_little = self.rows == 0 or time.monotonic() >= self._deadline
         return not self.was_too_little
 
     def note(self, deleted: int) -> None:
-        """Notes rows that were deleted."""
+        """Subtracts deleted rows."""
         if self.rows is not None:
-            # More than there were as their slice was begun, if others have just stored some.
+            # A slice may delete more, if rows were stored since it began.
             self.rows = max(0, self.rows - deleted)
 
 
 def check_limits(limit: int | None, time_budget: Seconds | None) -> float | None:
-    """The time budget in seconds.
+    """Checks the limits and returns the time budget in seconds.
 
     Raises:
-        ConfigurationError: One of them cannot be.
+        ConfigurationError: One of them is invalid.
     """
     check_whole("limit", limit, or_none=True)
     return check_seconds("time_budget", time_budget)

@@ -1,4 +1,4 @@
-"""Reading results and progress, gathered: what is asked for at once shares a statement."""
+"""Reads results and progress; concurrent calls share a statement."""
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
@@ -29,15 +29,15 @@ _Answer = TypeVar("_Answer")
 
 
 class Lookup(Generic[_Answer]):
-    """What a select says of task ids, by id as the column has it.
+    """Runs a select for task ids and returns its answers by id (as the column stores ids).
 
     Args:
-        database: Where it runs.
+        database: Runs the select.
         build: Builds the select, when it is first needed.
-        answer: Makes an answer of a row, of which the first column is the id.
-        purpose: What errors say could not be done.
+        answer: Converts a row, whose first column is the id, to an answer.
+        purpose: What failed, for error messages.
         meter: Counts calls and batches.
-        lanes: The most statements at a time.
+        lanes: Maximum number of concurrent statements.
     """
 
     def __init__(
@@ -63,35 +63,35 @@ class Lookup(Generic[_Answer]):
         return self._build()
 
     async def one(self, column_id: Any) -> _Answer | None:
-        """The answer for one id, None if there is none."""
+        """Returns the answer for one id, None if there is none."""
         return await self._batcher.submit(column_id, None)
 
     async def many(self, column_ids: Collection[Any]) -> dict[Any, _Answer]:
-        """The answers that there are, in one statement for every 200 ids."""
+        """Returns all existing answers, with one statement for every 200 ids."""
         answers: dict[Any, _Answer] = {}
         for some in in_slices(list(column_ids)):
             answers |= await self.at_once(some)
         return answers
 
     async def at_once(self, column_ids: Collection[Any]) -> dict[Any, _Answer]:
-        """The same in one statement, however many ids there are."""
+        """The same in one statement for any number of ids."""
         parameters = {"task_ids": list(column_ids)}
         rows = await self._database.fetch(self._statement, parameters, self._purpose)
         return {row[0]: self._answer(row) for row in rows}
 
     async def close(self) -> None:
-        """Refuses further calls, and returns when those before have been answered."""
+        """Rejects further calls, and returns when earlier calls are complete."""
         await self._batcher.close()
 
 
 class Reader:
-    """Reads what was stored, and deletes results as they are read unless they are kept.
+    """Reads results and progress; deletes results when they are read, unless they are kept.
 
-    Made for one event loop. Task ids come as the column has them.
+    For one event loop. Task ids are values of the task-id column.
 
-    Raises everywhere:
-        ResultDecodeError: A value cannot be read back.
-        StorageError: PostgreSQL could not be asked.
+    All methods raise:
+        ResultDecodeError: A value cannot be decoded.
+        StorageError: PostgreSQL rejected a statement or is unreachable.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Reader:
             lambda _: True,
             f"look for results in table {table}",
             meters["is_result_ready"],
-            lanes=1,  # many wait by asking again and again, and with two half as many would share
+            lanes=1,  # many clients poll; with two lanes half as many calls would share a statement
         )
         self._results: Lookup[StoredResult] = Lookup(
             database,
@@ -131,15 +131,15 @@ class Reader:
         self._taker = Taker(settings, database, meters["get_result"], notifier)
 
     async def is_ready(self, column_id: Any) -> bool:
-        """Whether there is a result."""
+        """Whether the task has a result."""
         return await self._ready.one(column_id) is not None
 
     async def find_ready(self, column_ids: Collection[Any]) -> set[Any]:
-        """Those of the tasks that have a result, in one statement however many there are."""
+        """Returns the tasks that have a result, in one statement for any number of tasks."""
         return set(await self._ready.at_once(column_ids))
 
     async def get(self, column_id: Any, with_logs: bool) -> TaskiqResult[Any] | None:
-        """A result, None if there is none; of several callers one gets what is not kept."""
+        """Returns a result, None if there is none; if it is not kept, only one caller gets it."""
         if not self.keep_results:
             taken = await self._taker.one(column_id)
             if taken is None:
@@ -153,10 +153,10 @@ class Reader:
     async def get_all(
         self, column_ids: Collection[Any], with_logs: bool, *, needs_every: bool = False
     ) -> dict[Any, TaskiqResult[Any]]:
-        """The results that are there; of those that are not kept, all or none are taken.
+        """Returns the existing results. If results are not kept, deletes all of them or none.
 
-        What was taken goes back if it `needs_every` one and some are not there. What cannot be read
-        back is a failure with the ResultDecodeError, and is not taken.
+        With `needs_every`, deleted results are stored again if some are missing. A result that
+        cannot be decoded is a failure with the ResultDecodeError, and is not deleted.
         """
         codec = self._codec
         if self.keep_results:
@@ -172,15 +172,15 @@ class Reader:
         return results
 
     async def read_progress(self, column_id: Any) -> StoredProgress | None:
-        """The row of a progress, None if there is none."""
+        """Returns the row of a progress, None if there is none."""
         return await self._progress.one(column_id)
 
     def decode_progress(self, row: StoredProgress) -> TaskProgress[Any]:
-        """The progress of a row."""
+        """Returns the progress of a row."""
         return self._codec.decode_progress(row)
 
     async def close(self) -> None:
-        """Refuses further calls, and returns when those before have been answered."""
+        """Rejects further calls, and returns when earlier calls are complete."""
         await asyncio.gather(
             self._ready.close(), self._results.close(), self._progress.close(), self._taker.close()
         )

@@ -1,4 +1,4 @@
-"""Sending a task again, from what its result's row has of its message."""
+"""Sends a task again, with the message data in the row of its result."""
 
 import json
 from functools import cached_property
@@ -14,16 +14,16 @@ from taskiq_sa_pg.exceptions import ConfigurationError, NotResendableError, Resu
 from taskiq_sa_pg.results.settings import Settings
 from taskiq_sa_pg.statements import StoredMessage, select_messages
 
-# On a result whose arguments are not those of the task.
+# Set on a result if its recorded arguments differ from those of the task.
 REDACTED_LABEL: Final = "taskiq_sa_pg_redacted"
 
-# On a task that was sent again: the id of the first.
+# Set on a task that was sent again: the id of the original task.
 RERUN_LABEL: Final = "rerun_of"
 
 _DELAY_LABEL: Final = "delay"
 
-# Of one message, and not of the task: what taskiq's retries, requeues, schedules and tracing, and
-# SQLAlchemyBroker's delays, have put there.
+# Labels of one message, not of the task: set by taskiq's retries, requeues, schedules and tracing,
+# and by SQLAlchemyBroker's delays.
 _OF_A_MESSAGE: Final = frozenset(
     {
         "_retries",
@@ -52,18 +52,18 @@ class Resender:
     async def resend(
         self, broker: AsyncBroker, column_id: Any, task_id: str
     ) -> AsyncTaskiqTask[Any]:
-        """Sends a task again, under an id of its own.
+        """Sends a task again, under a new id.
 
         Raises:
-            ResultIsMissingError: There is no result (any more).
-            ResultDecodeError: Its labels cannot be read back.
+            ResultIsMissingError: The task has no result, or no longer has one.
+            ResultDecodeError: Its labels cannot be decoded.
             NotResendableError: Its arguments or its name were not recorded, or were redacted.
             SendTaskError: The broker could not send it.
-            ConfigurationError: broker is no broker.
+            ConfigurationError: broker is not a taskiq broker.
         """
         if not isinstance(broker, AsyncBroker):
-            raise ConfigurationError(f"broker must be a broker of taskiq, not {broker!r}")
-        purpose = f"read what was recorded of task {task_id!r} in table {self._table}"
+            raise ConfigurationError(f"broker must be a taskiq broker, not {broker!r}")
+        purpose = f"read the recorded data of task {task_id!r} in table {self._table}"
         rows = await self._database.fetch(self._select, {"task_ids": [column_id]}, purpose)
         if not rows:
             raise ResultIsMissingError(task_id, self._table)
@@ -78,7 +78,7 @@ class Resender:
         labels = {name: value for name, value in labels.items() if not _is_of_a_message(name)}
         task = broker.find_task(stored.task_name)
         if task is not None and _DELAY_LABEL in task.labels:
-            # Of the task, as for every message: SmartRetryMiddleware waits so long, too.
+            # The delay that the task declares; SmartRetryMiddleware uses it, too.
             labels[_DELAY_LABEL] = task.labels[_DELAY_LABEL]
         kicker: AsyncKicker[..., Any] = AsyncKicker(
             stored.task_name,
@@ -95,7 +95,8 @@ class Resender:
 
 
 _REDACTED: Final = (
-    "its arguments were redacted before they were recorded. Send it from the code that has them"
+    "its arguments were redacted before they were recorded. Send it from code that has the "
+    "arguments"
 )
 
 
@@ -105,17 +106,17 @@ def _why_not_recorded(stored: StoredMessage, labels: dict[str, Any]) -> str:
     if stored.task_name is None:
         return (
             "its name was not recorded. Add TaskMetadataMiddleware(record_args=True) to the broker "
-            "for tasks to come, and send this one from your code"
+            "for future tasks, and send this one from your code"
         )
     return (
-        "its arguments were not recorded: TaskMetadataMiddleware needs record_args=True, and does "
-        "not record what is larger than max_args_bytes or no JSON, which the worker logs. Send it "
-        "from the code that has them"
+        "its arguments were not recorded: TaskMetadataMiddleware needs record_args=True. It does "
+        "not record arguments that exceed max_args_bytes or cannot be converted to JSON; the "
+        "worker logs these. Send it from code that has the arguments"
     )
 
 
 def _value_of(recorded: Any) -> Any:
-    """What was recorded, out of the wrapper of what jsonb cannot hold."""
+    """A recorded value, without the wrapper of values that jsonb cannot store."""
     return unwrap(recorded, json.loads) if is_wrapper(recorded) else recorded
 
 

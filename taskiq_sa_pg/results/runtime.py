@@ -1,4 +1,4 @@
-"""What a backend works with between startup() and shutdown(), made from what it was told."""
+"""The objects of a backend that exist between startup() and shutdown()."""
 
 import asyncio
 from typing import Final
@@ -20,16 +20,16 @@ from taskiq_sa_pg.waiting import Listener, Notifier, Waiters
 
 
 class Runtime:
-    """All that works on one results table, for one event loop; nothing connects before it is used.
+    """The objects that work on one results table, for one event loop; connects on first use.
 
-    It is what the package's commands, import_results(), the middleware, tests and benchmarks use of
-    a backend beside its public methods.
+    The package's commands, import_results(), the middleware, tests and benchmarks use it in
+    addition to a backend's public methods.
     """
 
     def __init__(self, settings: Settings, database: Database, telemetry: Telemetry) -> None:
         config, timings = settings.models.config, settings.timings
         for meter in telemetry.meters.values():
-            meter.queues.clear()  # of an event loop that has ended
+            meter.queues.clear()  # they belong to an event loop that has ended
         self.loop: Final = asyncio.get_running_loop()
         self.settings: Final = settings
         self.database: Final = database
@@ -52,11 +52,11 @@ class Runtime:
         self.pruner: Final = Pruner(settings, database, telemetry)
 
     async def prepare(self) -> None:
-        """Makes the tables, or looks at them, as the settings say.
+        """Creates the tables or checks them, according to the settings.
 
         Raises:
-            SchemaError: The tables are absent or unfit, or cannot be made.
-            StorageError: PostgreSQL could not be reached.
+            SchemaError: Tables are missing or do not match, or cannot be created.
+            StorageError: PostgreSQL is unreachable.
         """
         settings, database = self.settings, self.database
         extra = {} if settings.extra_values is None else settings.extra_values.columns
@@ -84,7 +84,7 @@ class Runtime:
         )
 
     async def close(self) -> None:
-        """Ends all waiting, and returns when everything else that was asked for is done."""
+        """Ends all waiting, and returns when all other calls are complete."""
         await self.waiters.close()
         if self.listener is not None:
             await self.listener.stop()

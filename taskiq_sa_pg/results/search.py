@@ -1,4 +1,4 @@
-"""Results that are found by conditions on their columns; and results that nobody wants any more."""
+"""Finds results by conditions on their columns, and deletes results by task id."""
 
 from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from contextlib import aclosing
@@ -34,27 +34,27 @@ class Search:
     async def iterate(
         self, statement: Select[Any], batch_size: int, with_logs: bool
     ) -> AsyncGenerator[tuple[str, TaskiqResult[Any]], None]:
-        """Yields the results that find_results() looks for, with their task ids.
+        """Yields the results of the statement of find_results(), with their task ids.
 
         Raises:
-            StorageError: PostgreSQL refused it or could not be reached.
+            StorageError: PostgreSQL rejected the statement or is unreachable.
         """
         purpose = f"read results in table {self._table}"
         async with aclosing(self._database.stream(statement, batch_size, purpose)) as batches:
             async for rows in batches:
                 for row in map(StoredResult._make, rows):
-                    # To raise would end the generator, and those behind it could not be had.
+                    # Raising an error would end the generator and lose the following results.
                     yield str(row.task_id), self._codec.decode_any(row, with_logs=with_logs)
 
     async def forget(self, column_ids: Collection[Any]) -> int:
-        """Deletes all that there is of these tasks, and returns how many results.
+        """Deletes all rows of these tasks, and returns the number of results.
 
         Raises:
-            StorageError: PostgreSQL refused it or could not be reached.
+            StorageError: PostgreSQL rejected a statement or is unreachable.
         """
         purpose = f"forget results in table {self._table}"
         deleted = 0
-        # In the order of the others' locks.
+        # In the order in which other statements lock rows.
         for some in in_slices(sorted(column_ids)):
             parameters = {"task_ids": some}
             [(number,)] = await self._database.fetch(self._forget_results, parameters, purpose)
@@ -67,12 +67,11 @@ class Search:
 
 
 def find_results(models: Models, where: Where, order_by: OrderBy, batch_size: int) -> Select[Any]:
-    """What Search.iterate() is to run.
+    """Returns the statement for Search.iterate().
 
     Raises:
-        TypeError: where or order_by is no SQLAlchemy expression, such as the bool that comes of
-            comparing something else.
-        ConfigurationError: They ask another table, or batch_size is below 1.
+        TypeError: where or order_by is not a SQLAlchemy expression, but for example a bool.
+        ConfigurationError: They refer to another table, or batch_size is below 1.
     """
     check_whole("batch_size", batch_size)
     return select_matching(models, *check_expressions(models, where, order_by))
@@ -81,12 +80,11 @@ def find_results(models: Models, where: Where, order_by: OrderBy, batch_size: in
 def check_expressions(
     models: Models, where: Where, order_by: OrderBy = ()
 ) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The conditions, and what to order by, each as a list.
+    """Returns the conditions and the order, each as a list.
 
     Raises:
-        TypeError: where or order_by is no SQLAlchemy expression, such as the bool that comes of
-            comparing something else.
-        ConfigurationError: They ask another table.
+        TypeError: where or order_by is not a SQLAlchemy expression, but for example a bool.
+        ConfigurationError: They refer to another table.
     """
     conditions = _expressions("where", where, "Result.is_err")
     order = _expressions("order_by", order_by, "Result.finished_at.desc()")
@@ -95,21 +93,21 @@ def check_expressions(
     for source in sources:
         if source is not models.results_table:
             raise ConfigurationError(
-                "where and order_by must be about backend.models.Result, and not about "
-                f"{getattr(source, 'description', source)}: use the attributes of that class, and "
-                "put another table into a subquery: Result.task_id.in_(select(...))"
+                "where and order_by must refer to backend.models.Result only, not to "
+                f"{getattr(source, 'description', source)}: use the attributes of Result, and use "
+                "a subquery for another table: Result.task_id.in_(select(...))"
             )
     return conditions, order
 
 
 def _expressions(name: str, given: Any, example: str) -> Sequence[Any]:
-    # First, because to iterate over an expression would go on for ever.
+    # Checked first, because iterating over an expression would never end.
     is_one = isinstance(given, _EXPRESSIONS) or not isinstance(given, Iterable)
     expressions = [given] if is_one or isinstance(given, str) else list(given)
     for expression in expressions:
         if not isinstance(expression, _EXPRESSIONS):
             raise TypeError(
-                f"{name} takes SQLAlchemy expressions such as {example}, and not {expression!r}: "
-                "make them of the attributes of backend.models.Result"
+                f"{name} takes SQLAlchemy expressions such as {example}, not {expression!r}: "
+                "use the attributes of backend.models.Result"
             )
     return expressions

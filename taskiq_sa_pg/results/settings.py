@@ -1,4 +1,4 @@
-"""What a backend was told, checked."""
+"""The checked arguments of a backend."""
 
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
@@ -10,7 +10,7 @@ from taskiq_sa_pg.results.extra_values import ExtraValues
 from taskiq_sa_pg.schema import SchemaCheck, check_schema_check
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
-# Seconds. So much later a waiter may hear of a result, under load only.
+# Seconds. The most that waiting clients are notified later, and only under load.
 DEFAULT_GATHER_WINDOW: Final = 0.01
 
 Track = Literal["started"]
@@ -18,10 +18,10 @@ Track = Literal["started"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Arguments of SQLAlchemyResultBackend; `codec` and the Database have taken in the others.
+    """Arguments of SQLAlchemyResultBackend; `codec` and the Database have the others.
 
     Raises:
-        ConfigurationError: One that cannot work.
+        ConfigurationError: An argument is invalid.
     """
 
     models: Models
@@ -54,10 +54,10 @@ class Settings:
 
     @property
     def is_tracked(self) -> bool:
-        """Whether statuses are kept."""
+        """Whether statuses are stored."""
         return self.track is not None
 
     @property
     def table(self) -> str:
-        """The results table, as messages name it."""
+        """The results table as shown in messages."""
         return self.models.config.qualified_name

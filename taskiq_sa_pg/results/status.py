@@ -1,4 +1,4 @@
-"""What a task is at, from its being sent to its result: the status table, written and read."""
+"""The status of tasks, from sending to the result: writes and reads the status table."""
 
 import asyncio
 from collections.abc import Mapping
@@ -35,20 +35,20 @@ _WRITTEN: Final = (*get_args(Unfinished), "unknown")
 
 @dataclass(frozen=True, slots=True)
 class TaskStatus:
-    """What a task is at.
+    """The status of a task.
 
     Attributes:
         task_id: The task.
-        state: "queued" since queued_at; "started" at started_at by worker; "lost", which was
-            started by a worker that has not been seen for a minute; "retrying", sent again or to
-            be sent again after a failure; "succeeded", "failed" at finished_at; "expired", which
-            was one of these; "unknown" if there is nothing of it.
+        state: "queued" since queued_at; "started" at started_at by worker; "lost": started by a
+            worker that has sent no heartbeat for a minute; "retrying": sent again after a failure,
+            or about to be; "succeeded" or "failed" at finished_at; "expired": its result has
+            expired; "unknown": nothing is stored for it.
         task_name: Its name.
-        attempt: 0 for the first, and one more with each of taskiq's retries.
+        attempt: 0 for the first attempt; each of taskiq's retries adds one.
         queued_at: When this attempt was sent, by the sender's clock.
         started_at: When it was last started, by the worker's clock.
         finished_at: When its result was stored, by the database's clock.
-        worker: Who executed it last.
+        worker: The worker that executed it last.
     """
 
     task_id: str
@@ -62,13 +62,13 @@ class TaskStatus:
 
 
 class Statuses:
-    """Writes and reads the status table, gathered; made for one event loop."""
+    """Writes and reads the status table in batches; for one event loop."""
 
     def __init__(self, settings: Settings, database: Database, telemetry: Telemetry) -> None:
         self._database = database
         self._models = settings.models
         self._retry_timeout = settings.timings.status_retry
-        self.by_values = False  # whether rows go by VALUES
+        self.by_values = False  # whether statements pass rows as VALUES
         self._table = settings.table
         config = settings.models.config
         self._status_name = config.qualified(config.status_table_name)
@@ -88,19 +88,19 @@ class Statuses:
         )
 
     async def close(self) -> None:
-        """Refuses further calls, and returns when those before have been answered."""
+        """Rejects further calls, and returns when earlier calls are complete."""
         await asyncio.gather(self._written.close(), self._lookup.close())
 
     async def write(self, column_id: Any, status: TaskStatus) -> None:
-        """Stores a status; "unknown" deletes it. That of a later attempt or message stays.
+        """Stores a status; "unknown" deletes it. Keeps that of a later attempt or message.
 
         Raises:
-            ConfigurationError: A state that only a result can give.
+            ConfigurationError: The state is one that only a result can have.
         """
         if status.state not in _WRITTEN:
             raise ConfigurationError(
                 f"the state must be one of {', '.join(map(repr, _WRITTEN))}, not "
-                f"{status.state!r}: the others come from results"
+                f"{status.state!r}: only stored results have the others"
             )
         row = StatusRow(
             column_id,
@@ -114,12 +114,12 @@ class Statuses:
         await self._written.submit(column_id, row)
 
     async def read(self, column_id: Any, task_id: str) -> TaskStatus:
-        """What a task is at; task_id is what it is called in the answer."""
+        """Returns a task's status with the given task_id."""
         stored = await self._lookup.one(column_id)
         return TaskStatus(task_id, "unknown") if stored is None else _status_of(task_id, stored)
 
     async def read_running(self, limit: int) -> list[TaskStatus]:
-        """The tasks that are executed, the longest first."""
+        """Returns the tasks that are being executed, in the order of their start."""
         if self._models.status_table is None:
             return []
         purpose = f"list the running tasks of table {self._table}"
@@ -168,7 +168,7 @@ class Statuses:
 
 
 def _status_of(task_id: str, stored: StoredStatus) -> TaskStatus:
-    # Drivers give times in various zones.
+    # Drivers return times in various zones.
     values: dict[str, Any] = {
         name: value.astimezone(UTC) if isinstance(value, datetime) else value
         for name, value in stored._asdict().items()

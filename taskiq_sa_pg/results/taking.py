@@ -1,4 +1,4 @@
-"""Results that are deleted as they are read: each goes to one reader, and none to nobody."""
+"""Results that are deleted when they are read: each result reaches exactly one reader."""
 
 import asyncio
 import logging
@@ -33,19 +33,19 @@ _Failures = dict[Any, TaskiqResult[Any]]
 
 
 class Taken(NamedTuple):
-    """A result with its log, and the row that was deleted with it, by column."""
+    """A result with its log, and the deleted rows, by column."""
 
     result: TaskiqResult[Any]
     row: Mapping[str, Any]
-    progress: Mapping[str, Any] | None  # the row of the progress
+    progress: Mapping[str, Any] | None  # the row of the progress, if any
 
 
 class Taker:
-    """Deletes results as they are read, in one transaction, and decodes them before its COMMIT.
+    """Reads, deletes and decodes results in one transaction.
 
-    A reader who goes away before the COMMIT leaves the result where it is. If he goes away later,
-    the result and its progress are stored again. Only where the process ends between the two is
-    the result lost.
+    If the caller is cancelled before the COMMIT, the result is not deleted. If it is cancelled
+    later, the result and its progress are stored again. A result is lost only if the process ends
+    in between.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class Taker:
         )
 
     async def one(self, column_id: Any) -> Taken | None:
-        """A result, None if there is none; of several callers one gets it."""
+        """Returns a result, None if there is none; only one of several callers gets it."""
         return await self._batcher.submit(column_id, None)
 
     async def many(self, column_ids: Collection[Any]) -> tuple[dict[Any, Taken], _Failures]:
-        """The results that are there, all of which are taken or none, and what is left there.
+        """Deletes and returns all existing results or none, and failures.
 
-        That is what cannot be read back: failures with the ResultDecodeError.
+        A failure has the ResultDecodeError of a result that cannot be decoded and is not deleted.
 
         Raises:
-            CancelledError: Of the caller; what was taken goes back.
+            CancelledError: The caller was cancelled; deleted results are stored again.
         """
         has_caller = True
         failures: _Failures = {}
@@ -84,7 +84,7 @@ class Taker:
         def is_wanted(column_id: Any) -> bool:
             return has_caller and column_id not in failures
 
-        # In a task of its own, which the caller's cancellation does not reach.
+        # In a separate task, which is not cancelled with the caller.
         taking = start_task(self._take(column_ids, is_wanted, decode))
         self._under_way.add(taking)
         taking.add_done_callback(self._under_way.discard)
@@ -96,17 +96,17 @@ class Taker:
             raise
 
     def put_back(self, unclaimed: Collection[Taken]) -> None:
-        """Stores again what was taken for nobody, in the background."""
+        """Stores results again that no caller received, in the background."""
         returning = start_task(self._store_again(unclaimed))
         self._under_way.add(returning)
         returning.add_done_callback(self._under_way.discard)
 
     async def close(self) -> None:
-        """Refuses further calls, and returns when those before have been answered."""
+        """Rejects further calls, and returns when earlier calls are complete."""
         await self._batcher.close()
         while self._under_way:
             await asyncio.wait(self._under_way)
-            await asyncio.sleep(0)  # what has ended may begin to put back
+            await asyncio.sleep(0)  # callbacks of ended tasks may begin to put back
 
     @cached_property
     def _take_results(self) -> Select[Any]:
@@ -138,21 +138,21 @@ class Taker:
                 found |= {row[0]: self._taken(row, decode) for row in self._read(rows, some)}
             if all(map(is_wanted, found)):
                 return found
-            # Such as one whose caller went away meanwhile: that result stays for another.
+            # For example, a caller was cancelled meanwhile: its result is not deleted.
             await connection.rollback()
             return None
 
         purpose = f"take results from table {self._settings.table}"
         taken: dict[Any, Taken] | None = None
         while taken is None and any(map(is_wanted, column_ids)):
-            # Where the COMMIT may have been carried out, a second reading might find nothing.
+            # Not retried if the COMMIT may have succeeded: the retry would find no results.
             taken = await self._database.transact(take, purpose, is_answer_final=True)
         return taken or {}
 
     def _read(self, rows: CursorResult[Any], column_ids: Sequence[Any]) -> Sequence[Any]:
         try:
             return rows.all()
-        except CONVERSION_ERRORS as exc:  # of the type of a column of the application's own
+        except CONVERSION_ERRORS as exc:  # from the type of an application's own column
             task_id = column_ids[0] if len(column_ids) == 1 else None
             raise self._codec.decode_error(task_id, exc) from exc
 
@@ -175,7 +175,7 @@ class Taker:
 
     async def _store_again(self, unclaimed: Collection[Taken]) -> None:
         insert_result, insert_progress = self._inserts
-        # In the order of the others' locks.
+        # In the order in which other statements lock rows.
         rows = sorted(unclaimed, key=lambda taken: taken.row["task_id"])
         task_ids = [taken.row["task_id"] for taken in rows]
 
@@ -186,7 +186,7 @@ class Taker:
                     await connection.execute(insert_progress, taken.progress)
 
         try:
-            await self._database.transact(insert, "put back results whose readers went away")
+            await self._database.transact(insert, "store results of cancelled readers again")
         except TaskiqSaPgError:
             logger.exception("the results of tasks %s are lost", ", ".join(map(str, task_ids)))
         else:

@@ -1,4 +1,4 @@
-"""Results and progress as they come: woken by those who store them."""
+"""Waits for results and progress; notifications wake the waiting calls."""
 
 import asyncio
 import logging
@@ -30,11 +30,11 @@ Task = AsyncTaskiqTask[_T] | str | UUID
 class Wait:
     """Waits for results and progress, and reads them.
 
-    Raises everywhere:
-        InvalidTaskIdError: The task-id column cannot hold an id.
+    All methods raise:
+        InvalidTaskIdError: The task-id column cannot store an id.
         TaskiqResultTimeoutError: The time limit has passed.
-        ResultDecodeError: A value cannot be read back.
-        StorageError: PostgreSQL could not be asked.
+        ResultDecodeError: A value cannot be decoded.
+        StorageError: PostgreSQL rejected a statement or is unreachable.
     """
 
     def __init__(self, config: TableConfig, reader: Reader, waiters: Waiters) -> None:
@@ -45,7 +45,7 @@ class Wait:
     async def one(
         self, task: Task[Any], timeout: float | None, with_logs: bool
     ) -> TaskiqResult[Any]:
-        """A result, once it is there."""
+        """Returns a result as soon as it is stored."""
         column_id = self._column_id_of(task)
         limit = _TimeLimit(timeout)
         reader = self._reader
@@ -54,7 +54,7 @@ class Wait:
                 if reader.keep_results:
                     result = await limit.of(reader.get(column_id, with_logs))
                 else:
-                    # To take it has no limit: what was deleted must be returned.
+                    # No time limit after this: a deleted result must be returned.
                     is_ready = await limit.of(reader.is_ready(column_id))
                     result = await reader.get(column_id, with_logs) if is_ready else None
                 if result is not None:
@@ -64,10 +64,10 @@ class Wait:
     async def all(
         self, tasks: Iterable[Task[Any]], timeout: float | None, with_logs: bool
     ) -> list[TaskiqResult[Any]]:
-        """The results of all the tasks in their order, once they are all there.
+        """Returns the results of all tasks in their order, when all of them are stored.
 
         Raises:
-            ResultIsMissingError: One was deleted again before it was read.
+            ResultIsMissingError: A result was deleted before it was read.
         """
         column_ids = [(task, self._column_id_of(task)) for task in tasks]
         async with aclosing(self._become_ready(column_ids, timeout)) as parts:
@@ -83,12 +83,12 @@ class Wait:
     async def as_completed(
         self, tasks: Iterable[Task[Any]], timeout: float | None, with_logs: bool
     ) -> AsyncGenerator[tuple[Task[Any], TaskiqResult[Any]], None]:
-        """Each task with its result, as they come."""
+        """Yields each task with its result, in the order of completion."""
         column_ids = [(task, self._column_id_of(task)) for task in tasks]
         is_kept = self._reader.keep_results
         async with aclosing(self._become_ready(column_ids, timeout)) as parts:
             async for ready in parts:
-                # Those to be deleted one by one: whoever stops in the middle leaves the others.
+                # If results are deleted, one by one: a caller that stops early keeps the others.
                 for some in [ready] if is_kept else [{c: ready[c]} for c in ready]:
                     results = await self._reader.get_all(some, with_logs)
                     for task in chain(*(some[column_id] for column_id in results)):
@@ -97,7 +97,7 @@ class Wait:
     async def watch_progress(
         self, task: Task[Any], timeout: float | None
     ) -> AsyncGenerator[TaskProgress[Any], None]:
-        """The progress of a task, whenever it has changed, until its result is there."""
+        """Yields the progress of a task, each time it changes, until its result is stored."""
         async with aclosing(self.watch_progress_rows(task, timeout)) as rows:
             async for row in rows:
                 yield self._reader.decode_progress(row)
@@ -105,7 +105,7 @@ class Wait:
     async def watch_progress_rows(
         self, task: Task[Any], timeout: float | None = None
     ) -> AsyncGenerator[StoredProgress, None]:
-        """The same, with the metadata as it is stored."""
+        """The same, with the metadata not decoded."""
         column_id = self._column_id_of(task)
         limit = _TimeLimit(timeout)
         reader = self._reader
@@ -123,13 +123,13 @@ class Wait:
                     return
                 woken = await limit.of_wait(subscription.woken())
                 if result in woken:
-                    # One that is deleted as it is read may be gone again.
+                    # A result that is deleted when it is read may already be deleted.
                     is_over = not reader.keep_results or await limit.of(reader.is_ready(column_id))
 
     async def _become_ready(
         self, column_ids: Iterable[tuple[Task[Any], Any]], timeout: float | None
     ) -> AsyncGenerator[dict[Any, list[Task[Any]]], None]:
-        """The tasks whose results are there, by id, in parts as they come."""
+        """Yields tasks whose results are stored, by id, in groups as they complete."""
         limit = _TimeLimit(timeout)
         missing: dict[Any, list[Task[Any]]] = {}
         for task, column_id in column_ids:
@@ -150,10 +150,10 @@ class Wait:
 
 
 class _TimeLimit:
-    """Seconds in all for what is awaited one after the other.
+    """A time limit in seconds for several awaitables together.
 
-    Not an asyncio.timeout() around it: in an asynchronous iterator that would also end what its
-    user does between two steps.
+    Not one asyncio.timeout() around them: in an asynchronous iterator, that would also cancel the
+    code of its user between two steps.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -161,7 +161,7 @@ class _TimeLimit:
         self._deadline: float | None = None
         if seconds is not None and seconds >= 0:
             self._deadline = asyncio.get_running_loop().time() + seconds
-        # Without any time at all it is still looked, until there would be something to wait for.
+        # A timeout of 0 has no effect on queries, until the first wait.
         self._is_looking = seconds == 0
 
     async def of_wait(self, awaitable: Awaitable[_T]) -> _T:
@@ -181,25 +181,25 @@ class _TimeLimit:
 def _id_of(task: Task[Any]) -> str | UUID:
     if isinstance(task, str | UUID):
         return task
-    given: Any = task  # what is neither is refused as an id
+    given: Any = task  # other types are rejected later, as an id
     task_id: str | UUID = getattr(given, "task_id", given)
     return task_id
 
 
 def _restored(task: Task[Any], result: TaskiqResult[Any]) -> TaskiqResult[Any]:
-    """The result with the return type that the task declares, as its own get_result() has it."""
+    """The result with the task's declared return type, as from the task's own get_result()."""
     return_type: Any = None if isinstance(task, str | UUID) else task.return_type
     return restore(_id_of(task), result, return_type)
 
 
 def restore(task_id: str | UUID, result: TaskiqResult[Any], return_type: Any) -> TaskiqResult[Any]:
-    """The result, its return value made what the type says; a value that does not fit stays."""
+    """Converts the return value to the type; keeps the value if validation fails."""
     if return_type is not None and not result.is_err:
         try:
             result.return_value = _adapter(return_type).validate_python(result.return_value)
         except Exception as exc:  # noqa: BLE001 - types and validators are the application's
-            # The result may be deleted already: it has to be returned.
-            complaint = "cannot make the result of task %s a %s: %s"
+            # Returned in any case, because it may already be deleted.
+            complaint = "cannot convert the result of task %s to %s: %s"
             logger.warning(complaint, task_id, return_type, type(exc).__qualname__)
     return result
 

@@ -1,4 +1,4 @@
-"""The processes that execute tasks: who they are, and what becomes of tasks that are lost."""
+"""The processes that execute tasks, and error results for lost tasks."""
 
 import asyncio
 import logging
@@ -31,22 +31,22 @@ from taskiq_sa_pg.statements import (
 
 logger = logging.getLogger(__name__)
 
-# Lost tasks of which a beat tells: the next one is soon.
+# Lost tasks that one beat handles; the next beat follows soon.
 _AT_ONCE: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A process that executes tasks, or did and was not stopped properly.
+    """A process that executes tasks, or that ended unexpectedly.
 
     Attributes:
-        worker: Its name, as TaskStatus.worker has it.
-        started_at: When it started, by the database's clock, in UTC. Of processes that share a
-            name, the first.
-        seen_at: When it last said that it is alive, which it does every 15 seconds.
-        is_alive: Whether it was seen in the last 60 seconds.
-        running: How many tasks it has started that have no result. They are lost, unless it is
-            alive.
+        worker: Its name, as in TaskStatus.worker.
+        started_at: When it started, by the database's clock, in UTC. If processes share a name,
+            when the first one started.
+        seen_at: Time of its last heartbeat; it sends one every 15 seconds.
+        is_alive: Whether it sent a heartbeat in the last 60 seconds.
+        running: Number of tasks that it has started and that have no result. They are lost unless
+            is_alive.
     """
 
     worker: str
@@ -58,12 +58,12 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkerProcess:
-    """A process that executes tasks, as one middleware sees it.
+    """A process that executes tasks, as registered by one middleware.
 
     Attributes:
-        name: Returns its name; another one after a fork.
+        name: Returns its name, which changes after a fork.
         is_own_name: Whether no other process can have this name at the same time.
-        abandons_lost: Whether it stores error results for tasks that are lost.
+        abandons_lost: Whether it stores error results for lost tasks.
     """
 
     name: Callable[[], str]
@@ -72,7 +72,7 @@ class WorkerProcess:
 
 
 class Workers:
-    """Reads the table of workers, and keeps the row of this process in it."""
+    """Reads the table of workers, and keeps the row of this process up to date."""
 
     def __init__(self, settings: Settings, database: Database, writer: Writer) -> None:
         self._settings = settings
@@ -87,11 +87,11 @@ class Workers:
 
     @property
     def is_seen(self) -> bool:
-        """Whether each beat that was begun has been stored."""
+        """Whether every beat has been stored at least once."""
         return all(beat.is_seen for beat in self._beats.values())
 
     def begin(self, process: WorkerProcess) -> None:
-        """Begins the beat of a process, where tasks are tracked and it has not begun."""
+        """Begins the beat of a process, if tasks are tracked and it has not begun."""
         beat = self._beats.get(self._processes.get(process, ""))
         if beat is not None and beat.is_running:
             return
@@ -112,7 +112,7 @@ class Workers:
         self._beats[name].begin()
 
     async def end(self, process: WorkerProcess) -> None:
-        """Ends the beat of a process, where no other one shares it; deletes its row."""
+        """Ends the beat of a process and deletes its row, unless another one shares it."""
         name = self._processes.pop(process, None)
         if name is not None and name not in self._processes.values():
             await self._beats.pop(name).end()
@@ -125,10 +125,10 @@ class Workers:
         await asyncio.gather(*[beat.end() for beat in beats.values()])
 
     async def read(self, max_age: float = LOST_AFTER) -> list[WorkerInfo]:
-        """All workers by name; one is alive that was seen in the last max_age seconds.
+        """Returns all workers by name; a worker seen in the last max_age seconds is alive.
 
         Raises:
-            StorageError: PostgreSQL refused it or could not be reached.
+            StorageError: PostgreSQL rejected the query or is unreachable.
         """
         if self._models.workers_table is None:
             return []
@@ -137,17 +137,17 @@ class Workers:
         return [_info_of(StoredWorker._make(row)) for row in rows]
 
     async def _abandon_lost(self, name: str) -> None:
-        """Tells those who wait for lost tasks, if a middleware is to do that."""
+        """Stores error results for lost tasks, if a middleware of this worker requests it."""
         owners = [owner for owner, of_name in self._processes.items() if of_name == name]
         if any(owner.abandons_lost for owner in owners):
-            purpose = f"give up the lost tasks of table {self._settings.table}"
-            # Not for longer, whoever has locked the results: the next beat must not be late.
+            purpose = f"store errors of lost tasks in table {self._settings.table}"
+            # Limited even if results are locked, because the next beat must not be late.
             seconds = self._settings.timings.beat
             for task_id in await self._writer.store_missing(self.find_lost, purpose, seconds):
                 logger.error("task %s was lost with its worker: it has an error result", task_id)
 
     async def find_lost(self, connection: AsyncConnection) -> Mapping[Any, TaskiqResult[Any]]:
-        """Error results of lost tasks; none if another transaction is at it."""
+        """Error results of lost tasks; none if another transaction is handling them."""
         lock = try_lock(f"abandon {self._models.config.table_name}")
         if not await connection.scalar(select(lock)):
             return {}
@@ -178,7 +178,7 @@ def _result_of_lost(row: StatusRow) -> TaskiqResult[Any]:
         return_value=None,
         execution_time=0,
         error=TaskAbandonedError(str(row.task_id), None, row.worker),
-        # By which a later attempt replaces it, and an earlier one does not.
+        # So that a later attempt replaces it, and an earlier one does not.
         labels={"_retries": row.attempt} if row.attempt else {},
     )
     metadata = TaskMetadata(
@@ -189,6 +189,6 @@ def _result_of_lost(row: StatusRow) -> TaskiqResult[Any]:
 
 
 def _info_of(stored: StoredWorker) -> WorkerInfo:
-    # Drivers give times in various zones.
+    # Drivers return times in various zones.
     times = stored.started_at.astimezone(UTC), stored.seen_at.astimezone(UTC)
     return WorkerInfo(stored.worker, *times, stored.is_alive, stored.running)

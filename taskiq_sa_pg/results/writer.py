@@ -1,4 +1,4 @@
-"""Storing results and progress, gathered: what is stored at once shares a statement."""
+"""Stores results and progress; concurrent calls share a statement."""
 
 import asyncio
 import logging
@@ -33,17 +33,17 @@ logger = logging.getLogger(__name__)
 # SQLSTATE. https://www.postgresql.org/docs/18/errcodes-appendix.html
 _PROGRAM_LIMIT_EXCEEDED: Final = "54000"
 
-# Of how many results a message names the tasks.
-_MAX_TOLD: Final = 5
+# Number of task ids in a message.
+_MAX_SHOWN: Final = 5
 
-# A result and the values for columns of the application's own.
+# A result and the values for the application's own columns.
 _Extended = tuple[TaskiqResult[Any], Mapping[str, Any]]
 
 
 class Writer:
-    """Stores results and progress, and tells the notifier of what was committed.
+    """Stores results and progress, and passes committed ids to the notifier.
 
-    Made for one event loop. Task ids come as the column has them.
+    For one event loop. Task ids are values of the task-id column.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Writer:
         self._models = settings.models
         self._extra_values = settings.extra_values
         self._is_tracked = settings.is_tracked
-        # Until a TaskMetadataMiddleware is at work, or was missed.
+        # Until a TaskMetadataMiddleware is active, or a warning was logged.
         self.awaits_middleware = settings.is_tracked
-        self.by_values = False  # whether rows go by VALUES
+        self.by_values = False  # whether statements pass rows as VALUES
         self._purpose = f"store its result in table {settings.table}"
         meters = telemetry.meters
         self._results: Batcher[Any, TaskiqResult[Any], ResultRow, None] = Batcher(
@@ -89,23 +89,23 @@ class Writer:
         )
 
     async def set_result(self, column_id: Any, task_id: str, result: TaskiqResult[Any]) -> None:
-        """Stores a result, with the values that the application has for its own columns.
+        """Stores a result, with the application's values for its own columns.
 
-        It is asked for them with the task id as that was given. A result that PostgreSQL finds too
-        large is stored as an error result.
+        extra_values is called with `task_id`. A result that PostgreSQL rejects as too large is
+        stored as an error result.
 
         Raises:
-            StorageError: PostgreSQL refused it or could not be reached.
+            StorageError: PostgreSQL rejected it or is unreachable.
         """
         if self.awaits_middleware:
-            self._miss_middleware(task_id)
+            self._warn_of_no_middleware(task_id)
         try:
             await self._submit(column_id, task_id, result)
         except StorageError as exc:
             if exc.sqlstate != _PROGRAM_LIMIT_EXCEEDED:
                 raise
-            # Such as what is larger in jsonb than in JSON. Whoever waits has to get an answer.
-            logger.error("%s; an error result is stored instead", exc)  # noqa: TRY400 - it says it all
+            # For example, jsonb may be larger than JSON text. Waiting clients must get an answer.
+            logger.error("%s; an error result is stored instead", exc)  # noqa: TRY400 - the text is enough
             kind = qualified_name(type(result.return_value))
             error = ResultSerializationError("the return value", kind, reason_of(exc))
             failure = {"is_err": True, "return_value": None, "error": error}
@@ -115,7 +115,7 @@ class Writer:
         if self._extra_values is None:
             await self._results.submit(column_id, result)
         else:
-            # Here, where the caller's context is.
+            # Here, in the caller's context.
             extra = self._extra_values.of(task_id, result)
             await self._extended.submit(column_id, (result, extra))
 
@@ -129,13 +129,13 @@ class Writer:
         purpose: str,
         retry_timeout: float,
     ) -> list[Any]:
-        """Stores results where there are none, in the transaction in which `find` makes them.
+        """Stores the results that `find` returns if there are none yet, in one transaction.
 
         Returns:
-            The task ids of those that were stored.
+            The task ids of the stored results.
 
         Raises:
-            StorageError: PostgreSQL refused it or could not be reached.
+            StorageError: PostgreSQL rejected a statement or is unreachable.
         """
 
         async def work(connection: AsyncConnection) -> list[Any]:
@@ -155,7 +155,7 @@ class Writer:
         return stored
 
     async def close(self) -> None:
-        """Refuses further calls, and returns when those before have been answered."""
+        """Rejects further calls, and returns when earlier calls are complete."""
         await asyncio.gather(self._results.close(), self._extended.close(), self._progress.close())
 
     @cached_property
@@ -176,11 +176,11 @@ class Writer:
     def _upsert_progress(self) -> Upsert:
         return upsert_progress(self._models, by_values=self.by_values)
 
-    def _miss_middleware(self, task_id: str) -> None:
+    def _warn_of_no_middleware(self, task_id: str) -> None:
         self.awaits_middleware = False
         logger.warning(
-            'task %s: track="started" needs TaskMetadataMiddleware, and its result came before '
-            "one was at work in this process. If the broker has none: "
+            'task %s: track="started" needs TaskMetadataMiddleware, but its result was stored '
+            "before a middleware was active in this process. If the broker has none, call "
             "broker.add_middlewares(TaskMetadataMiddleware())",
             task_id,
         )
@@ -189,17 +189,17 @@ class Writer:
         rows = [entry.row for entry in batch.values()]
         stored = await self._database.fetch_all(self._upsert_results.of(rows), self._purpose)
         if len(stored) < len(batch):
-            self._tell_of_others(batch, stored)
+            self._log_superseded(batch, stored)
         self._announce(self._models.config.results_channel, batch)
         return {}
 
-    def _tell_of_others(self, batch: Iterable[Any], stored: Sequence[Any]) -> None:
+    def _log_superseded(self, batch: Iterable[Any], stored: Sequence[Any]) -> None:
         others = [str(task_id) for task_id in set(batch).difference(row[0] for row in stored)]
         logger.warning(
-            "%d results were not stored in table %s, because that of a later attempt or message is "
-            "there: %s",
+            "%d results were not stored in table %s, because it has results of a later attempt or "
+            "message: %s",
             *(len(others), self._models.config.qualified_name),
-            ", ".join(others[:_MAX_TOLD] + ["..."] * (len(others) > _MAX_TOLD)),
+            ", ".join(others[:_MAX_SHOWN] + ["..."] * (len(others) > _MAX_SHOWN)),
         )
 
     async def _store_progress(self, batch: Mapping[Any, Entry[ProgressRow]]) -> Mapping[Any, None]:
@@ -223,16 +223,16 @@ class Writer:
             stored = await self._upsert_rows(rows)
         except StorageError as exc:
             if blames_a_row(exc) and len(rows) > 1:
-                raise  # the batcher tries it in halves
+                raise  # the batcher retries it in halves
             stored = await self._upsert_without_extra(rows, exc)
         if len(stored) < len(batch):
-            self._tell_of_others(batch, stored)
+            self._log_superseded(batch, stored)
         self._announce(self._models.config.results_channel, batch)
         return {}
 
     async def _upsert_rows(self, rows: Sequence[ExtendedRow]) -> Sequence[Any]:
         try:
-            # All or none: those that are tried again may have been read and deleted meanwhile.
+            # All or none: a result that is retried may have been read and deleted meanwhile.
             return await self._database.fetch_all(self._upsert_extended.of(rows), self._purpose)
         except TaskiqSaPgError:
             raise
@@ -243,7 +243,7 @@ class Writer:
     async def _upsert_without_extra(
         self, rows: Sequence[ExtendedRow], refusal: StorageError
     ) -> Sequence[Any]:
-        """Stores results without their extra values, where it may be those that were refused."""
+        """Stores results without their extra values, if those may be the reason of the error."""
         bare = [self._upsert_extended.without_extra(row) for row in rows]
         extended = [row["task_id"] for row, alone in zip(rows, bare, strict=True) if row != alone]
         cause = refusal.__cause__
@@ -251,7 +251,7 @@ class Writer:
             raise refusal
         stored = await self._upsert_rows(bare)
         for task_id in extended:
-            logger.error("task %s: its result goes without its extra_values: %s", task_id, refusal)
+            logger.error("task %s: its result is stored without extra_values: %s", task_id, refusal)
         return stored
 
     def _announce(self, channel: str, batch: Mapping[Any, Any]) -> None:
@@ -260,9 +260,9 @@ class Writer:
 
 
 def _rank_of(result: TaskiqResult[Any]) -> tuple[float, int]:
-    """Of several results of a task: the later message, and of one message the later attempt."""
+    """Orders several results of a task: by message, then by attempt."""
     if not isinstance(result, TaskiqResult):
-        return 0.0, 0  # which the encoding refuses
+        return 0.0, 0  # rejected later, when it is encoded
     queued_at = task_metadata_of(result).queued_at
     return 0.0 if queued_at is None else queued_at.timestamp(), attempt_of(result.labels)
 

@@ -1,4 +1,4 @@
-"""The tables' schema: its versions for a history of your own, and the check of a database."""
+"""The tables' schema: its versions for your own Alembic history, and the check of a database."""
 
 from taskiq_sa_pg.schema.catalogue import OLD_PAYLOAD_TYPE as OLD_PAYLOAD_TYPE
 from taskiq_sa_pg.schema.catalogue import OLD_TASK_ID_TYPES as OLD_TASK_ID_TYPES

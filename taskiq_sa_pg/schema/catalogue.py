@@ -1,4 +1,4 @@
-"""What tables really are: PostgreSQL's catalogues to SQLAlchemy Core statements."""
+"""Queries of PostgreSQL's catalogues about the tables that exist."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
@@ -8,7 +8,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, aggregate_order_by
 
 from taskiq_sa_pg.models import TableConfig
 
-# As PostgreSQL calls the types of taskiq-postgres' columns.
+# PostgreSQL's names of the types of taskiq-postgres' columns.
 OLD_TASK_ID_TYPES: Final = ("character varying", "text", "uuid")
 OLD_PAYLOAD_TYPE: Final = "bytea"
 
@@ -17,21 +17,21 @@ _ON_DELETE: Final[sa.ColumnElement[int]] = sa.literal_column("8")
 
 
 def is_of_taskiq_postgres(types: Mapping[str, str]) -> bool:
-    """Whether columns of these types, by name, make a table of taskiq-postgres.
+    """Whether a table with these column types, by column name, is one of taskiq-postgres.
 
-    One that was made before there was progress has no column for it.
+    Old tables have no column for progress.
     """
     payloads = {types.get("result"), types.get("progress", OLD_PAYLOAD_TYPE)}
     return types.get("task_id") in OLD_TASK_ID_TYPES and payloads == {OLD_PAYLOAD_TYPE}
 
 
 def describe_columns(table_names: Sequence[str], schema: str | None) -> sa.Select[Any]:
-    """The columns that tables really have, in one catalogue query; without a schema, the visible.
+    """The columns of existing tables, in one catalogue query; without a schema, of visible tables.
 
     Rows of table name, column name, type name, whether a value is required (NOT NULL without a
-    default), and whether the column alone is unique, as ON CONFLICT needs it; then the table's
-    schema, the current role, whether it may use the schema, its missing rights on the table, and
-    whether the database has the extension Citus.
+    default), and whether the column alone is unique, as ON CONFLICT needs; then the table's
+    schema, the current role, whether it may use the schema, its missing privileges on the table,
+    and whether the database has the extension Citus.
     """
     classes, namespaces, found = _find_relations(table_names, schema)
     columns = _catalogue(
@@ -44,7 +44,7 @@ def describe_columns(table_names: Sequence[str], schema: str | None) -> sa.Selec
     )
     is_unique = sa.exists().where(
         index.c.indrelid == classes.c.oid,
-        # ON CONFLICT can use no deferrable constraint, and no index that is not complete.
+        # ON CONFLICT cannot use a deferrable constraint, or a partial or invalid index.
         index.c.indisunique,
         index.c.indimmediate,
         index.c.indisvalid,
@@ -79,21 +79,21 @@ def has_citus() -> sa.Select[Any]:
 
 
 def select_sizes(config: TableConfig, *, is_citus: bool = False) -> sa.Select[Any]:
-    """Name and bytes, with indexes and TOAST, of each of the tables that exists.
+    """Name and size of each existing table, in bytes with indexes and TOAST.
 
-    Of a partitioned table with its partitions; where Citus has distributed one, of all its shards.
+    The size includes all partitions and, with Citus, all shards.
     """
     classes, _, found = _find_relations(config.table_names, config.schema)
     size: sa.ColumnElement[int] = sa.func.pg_total_relation_size(classes.c.oid, type_=sa.BigInteger)
     part = sa.func.pg_partition_tree(classes.c.oid).table_valued("relid")
     of_part = sa.func.pg_total_relation_size(part.c.relid, type_=sa.BigInteger)
-    # Of a table that is not partitioned there is no tree, and a partitioned one has no pages.
+    # A table that is not partitioned has no tree; a partitioned one has no pages of its own.
     of_parts = sa.select(sa.cast(sa.func.sum(of_part), sa.BigInteger)).scalar_subquery()
     size = sa.func.coalesce(of_parts, size)
     if is_citus:
         distributed = _catalogue("pg_dist_partition", "logicalrelid")
         is_distributed = sa.exists().where(distributed.c.logicalrelid == classes.c.oid)
-        # Without an error for a table that is dropped meanwhile.
+        # False: no error if the table is dropped meanwhile.
         of_shards = sa.func.citus_total_relation_size(
             classes.c.oid, sa.false(), type_=sa.BigInteger
         )
@@ -102,11 +102,11 @@ def select_sizes(config: TableConfig, *, is_citus: bool = False) -> sa.Select[An
 
 
 def select_partitioned(config: TableConfig) -> sa.Select[Any]:
-    """How the results table is partitioned, as it is now.
+    """How the results table is partitioned.
 
-    A row of its schema, "RANGE (task_id)" or the like, NULL where it is not partitioned, the
-    server's time, whether task ids are of type uuid, and the names of the columns that can be given
-    a value.
+    A row of its schema, the partition key such as "RANGE (task_id)" (NULL if it is not
+    partitioned), the server's time, whether task ids are of type uuid, and the names of the columns
+    that are not generated.
     """
     classes, namespaces, found = _find_relations([config.table_name], config.schema)
     names = "attrelid attname atttypid attnum attisdropped attgenerated"
@@ -131,10 +131,10 @@ def select_partitioned(config: TableConfig) -> sa.Select[Any]:
 
 
 def select_partitions(config: TableConfig) -> sa.Select[Any]:
-    """The partitions of the results table, and their parts, which have a level above 1.
+    """The partitions of the results table and their subpartitions, which have a level above 1.
 
-    Rows of schema, name, relkind, bounds as SQL, level, and whether triggers, such as those of
-    foreign keys, act on a DELETE.
+    Rows of schema, name, relkind, bounds as SQL, level, and whether a DELETE fires triggers, such
+    as those of foreign keys.
     """
     parents, _, found = _find_relations([config.table_name], config.schema)
     parts = _catalogue("pg_class", "oid relname relnamespace relkind relpartbound").alias("part")
@@ -159,9 +159,9 @@ def select_partitions(config: TableConfig) -> sa.Select[Any]:
 
 
 def select_closed_schemas(table_name: str) -> sa.Select[Any]:
-    """Where there is a table of that name, and the current role may not see it.
+    """The schemas with a table of that name that the current role may not use.
 
-    Rows of schema name, the current role, and the search_path as it was set.
+    Rows of schema name, the current role, and the setting search_path.
     """
     _, namespaces, found = _find_relations([table_name], None, is_any=True)
     is_open = sa.func.has_schema_privilege(namespaces.c.oid, "USAGE", type_=sa.Boolean)
@@ -172,7 +172,7 @@ def select_closed_schemas(table_name: str) -> sa.Select[Any]:
 
 
 def select_is_distributed(table_name: str, schema: str | None) -> sa.Select[Any]:
-    """Whether Citus distributes the rows of a table over nodes; only where there is Citus."""
+    """Whether Citus distributes the rows of a table over nodes; needs Citus."""
     classes, _, found = _find_relations([table_name], schema)
     partition = _catalogue("pg_dist_partition", "logicalrelid partmethod")
     by_hash = sa.and_(partition.c.logicalrelid == classes.c.oid, partition.c.partmethod == "h")
@@ -189,8 +189,8 @@ def _current_role() -> sa.ColumnElement[str]:
 
 
 def _missing_rights(classes: Any) -> sa.ColumnElement[str]:
-    """Those that the backend needs and the current role does not have, as GRANT takes them."""
-    # Where a right is granted on columns, it is left to who did that whether these are all.
+    """The privileges that the current role lacks, in the form of GRANT."""
+    # A privilege that is granted on columns counts, whichever columns these are.
     of_columns, of_table = sa.func.has_any_column_privilege, sa.func.has_table_privilege
     checks = {"SELECT": of_columns, "INSERT": of_columns, "UPDATE": of_columns, "DELETE": of_table}
     missing = [
@@ -203,9 +203,9 @@ def _missing_rights(classes: Any) -> sa.ColumnElement[str]:
 def _find_relations(
     table_names: Collection[str], schema: str | None, *, is_any: bool = False
 ) -> tuple[Any, Any, sa.Select[Any]]:
-    """pg_class, pg_namespace, and a select that finds tables in them, by their oid.
+    """pg_class, pg_namespace, and a select of the oids of tables.
 
-    Without a schema, those that are visible, or in any.
+    Without a schema, of visible tables; with is_any, of tables in any schema.
     """
     classes = _catalogue("pg_class", "oid relname relnamespace relkind")
     namespaces = _catalogue("pg_namespace", "oid nspname")

@@ -1,4 +1,4 @@
-"""What the tables in a database really are, compared with the models; and how to mend them."""
+"""Compares the tables in a database with the models, and names the remedy."""
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -22,20 +22,20 @@ from taskiq_sa_pg.schema.catalogue import (
 from taskiq_sa_pg.schema.families import QUEUE, RESULTS, Family
 from taskiq_sa_pg.statements import ProgressRow, ResultRow, StatusRow
 
-_ONLY_ASKS: Final = (
-    ". A process that only asks for results needs SELECT alone: give it "
-    'check_schema="warn", which logs this and goes on'
+_READS_ONLY: Final = (
+    ". A process that only reads results needs just SELECT: set "
+    'check_schema="warn" there, which logs this and continues'
 )
 
 
 class _Expected(NamedTuple):
-    """A table of the models, and what is done with its columns.
+    """A table of the models, and how its columns are used.
 
     Attributes:
-        table: As the models describe it.
-        written: Our columns that get a value in every INSERT, though it may be NULL; the key first.
+        table: From the models.
+        written: Our columns that every INSERT sets, possibly to NULL; the key first.
         defaulted: Our other columns.
-        fillable: Columns of the application's own that can get a value.
+        fillable: The application's additional columns that can get a value.
     """
 
     table: sa.Table
@@ -45,24 +45,24 @@ class _Expected(NamedTuple):
 
 
 def alembic_command(config: TableConfig, *command: str, queue: str | None = None) -> str:
-    """The command line of an Alembic command for these tables, with a choice of families."""
+    """An Alembic command line for these tables, with the option `queue`."""
     chosen = [*_chosen(config), *([("queue", queue)] if queue else [])]
     options = [part for name, value in chosen for part in ("-x", f"{name}={value}")]
     return shlex.join(["alembic", *options, *command])
 
 
 def own_command(config: TableConfig, *command: str) -> str:
-    """The command line of one of our commands for these tables."""
+    """A `taskiq-sa-pg` command line for these tables."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in _chosen(config)]
     return shlex.join(["taskiq-sa-pg", *command, *options])
 
 
 def upgrade_commands(config: TableConfig, family: Family) -> str:
-    """The command lines that bring these tables to the latest version, for a message."""
-    # The broker's with those of the results, of which it stores some.
+    """The command lines that upgrade these tables to the latest version, for a message."""
+    # The broker's together with the results' tables, because it stores results of parked tasks.
     queue, flags = ("true", ["--queue"]) if family is QUEUE else (None, [])
     alembic = alembic_command(config, "upgrade", "head", queue=queue)
-    # The second is at hand where the package is installed, and there is no alembic.ini.
+    # The second works without an alembic.ini.
     return f"`{alembic}`, `{own_command(config, 'upgrade', *flags)}`"
 
 
@@ -79,18 +79,21 @@ async def check(
     extra_columns: Mapping[str, sa.Column[Any]] = MappingProxyType({}),
     is_provisioned: bool = False,
 ) -> bool:
-    """Compares the tables with the models, by one query of the catalogue.
+    """Compares the tables with the models, in one catalogue query.
 
-    A silent PostgreSQL is tried for `timeout` seconds, with None for as long as usual. The
-    extra_columns are those of the application's own in the results table that it may fill.
-    is_provisioned says that the tables have just been brought to the latest version.
+    Args:
+        database: The database.
+        models: The models.
+        timeout: Seconds to retry if PostgreSQL cannot be reached; None is the default.
+        extra_columns: The application's additional columns of the results table that it may fill.
+        is_provisioned: Whether the tables have just been upgraded to the latest version.
 
     Returns:
         Whether Citus distributes the rows of the results.
 
     Raises:
-        SchemaError: A table is absent or unfit, or the role lacks a right; names the differences
-            and what mends them.
+        SchemaError: A table is missing or does not match, or the role lacks a privilege; names the
+            differences and the remedy.
     """
     filled = {each.name for each in extra_columns.values()}
     expected = [
@@ -106,7 +109,7 @@ async def check(
         return False
     config = located(database, models.config)
     statement = select_is_distributed(config.table_name, config.schema)
-    purpose = f"look how table {config.qualified_name} is distributed"
+    purpose = f"check whether table {config.qualified_name} is distributed"
     [[is_distributed]] = await _fetch(database, statement, purpose, timeout)
     return bool(is_distributed)
 
@@ -118,9 +121,9 @@ async def check_queue(
     *,
     is_provisioned: bool = False,
 ) -> None:
-    """Compares the broker's tables with the models, as check() does those of the results.
+    """Compares the broker's tables with the models; see check().
 
-    The table of schedules counts where there is a model of it.
+    The schedules table is checked only if there is a model of it.
 
     Raises:
         SchemaError: As check().
@@ -148,19 +151,19 @@ async def _check(
     if not rows:
         hidden = ""
         if config.schema is None:
-            hidden = await _tell_hidden(database, family.table_names(config)[0], purpose, timeout)
+            hidden = await _hint_hidden(database, family.table_names(config)[0], purpose, timeout)
         raise SchemaError(
-            f"table {place} and those that go with it do not exist; make them "
+            f"table {place} and the other tables of the {family.user} do not exist; create them "
             f"with {upgrade_commands(config, family)} or run_migrations=True{hidden}"
         )
     if family is RESULTS and _is_old(rows, config):
         raise SchemaError(f"cannot use table {place}: {old_table_remedy(config)}")
-    differences, flaws_of_own = _compare(family, expected, rows)
+    differences, additional = _compare(family, expected, rows)
     remedy = _remedy(config, family, is_provisioned=is_provisioned) if differences else ""
-    if differences or flaws_of_own:
+    if differences or additional:
         raise SchemaError(
             f"the {family.user} cannot use its tables: "
-            f"{'; '.join((*differences, *flaws_of_own))}{remedy}"
+            f"{'; '.join((*differences, *additional))}{remedy}"
         )
     _check_rights(family, place, {each.table.name for each in expected}, rows)
     return rows
@@ -176,9 +179,9 @@ async def _fetch(
 
 
 async def is_old_table(database: Database, config: TableConfig, timeout: float | None) -> bool:
-    """Whether a table of taskiq-postgres has the place of our results table."""
+    """Whether the results table is one of taskiq-postgres."""
     described = describe_columns([config.table_name], config.schema)
-    purpose = f"look at table {config.qualified_name}"
+    purpose = f"check table {config.qualified_name}"
     return _is_old(await _fetch(database, described, purpose, timeout), config)
 
 
@@ -187,21 +190,21 @@ def _is_old(rows: Sequence[sa.Row[Any]], config: TableConfig) -> bool:
     return is_of_taskiq_postgres(types) and "is_err" not in types
 
 
-async def _tell_hidden(
+async def _hint_hidden(
     database: Database, table_name: str, purpose: str, timeout: float | None
 ) -> str:
-    """What to grant where the search_path leads to the table, and the role may not go there."""
+    """The GRANT that is needed if the table is in a schema that the role may not use."""
     rows = await _fetch(database, select_closed_schemas(table_name), purpose, timeout)
     for schema, role, search_path in map(tuple, rows):
         path = [part.strip().strip('"') for part in search_path.split(",")]
         if schema in path or (schema == role and "$user" in path):
             grant = f"GRANT USAGE ON SCHEMA {_quote(schema)} TO {_quote(role)}"
-            return f". If they are those of schema {schema}, run `{grant}` as its owner"
+            return f". If you mean those in schema {schema}, run `{grant}` as its owner"
     return ""
 
 
 def old_table_remedy(config: TableConfig) -> str:
-    """What to do about a table of taskiq-postgres in the place of ours."""
+    """The remedy if the results table is one of taskiq-postgres."""
     name = "results" if config.table_name != "results" else "task_results"
     new = replace(config, table_name=name)
     source = [f"--from-table={config.table_name}"]
@@ -209,27 +212,27 @@ def old_table_remedy(config: TableConfig) -> str:
         source.append(f"--from-schema={config.schema}")
     copy = own_command(new, "import-results", *source)
     return (
-        "it is one of taskiq-postgres. Leave it as it is, choose another table_name for ours "
-        f'(table_name="{name}"), make them with `{own_command(new, "upgrade")}`, and bring over '
-        f"what it holds with `{copy}`"
+        "it is a table of taskiq-postgres. Keep it, choose another table_name "
+        f'(table_name="{name}"), create the tables with `{own_command(new, "upgrade")}`, and copy '
+        f"the results with `{copy}`"
     )
 
 
 def _remedy(config: TableConfig, family: Family, *, is_provisioned: bool) -> str:
-    """What mends tables that are not as a version makes them."""
+    """The remedy if tables differ from the models."""
     flags = ["--queue-only"] if family is QUEUE else []
-    as_made = f"`{own_command(config, 'sql', *flags)}` prints what they should be"
+    expected = f"`{own_command(config, 'sql', *flags)}` prints their definition"
     if is_provisioned:
-        remedy = f"They are of the latest version, and were changed since: {as_made}"
+        remedy = f"They have the latest version, and were changed since: {expected}"
     else:
         remedy = (
-            f"Make them, or bring them up to date, with {upgrade_commands(config, family)} or "
-            "run_migrations=True. If they are of the latest version "
-            f"(`{own_command(config, 'current', *flags)}`), they were changed since: {as_made}"
+            f"Create or upgrade them with {upgrade_commands(config, family)} or "
+            "run_migrations=True. If they have the latest version "
+            f"(`{own_command(config, 'current', *flags)}`), they were changed since: {expected}"
         )
     return (
-        f". {remedy}. If a table belongs to something else, choose another table_name; if only a "
-        "type differs, pass the field_for_... that it was made with"
+        f". {remedy}. If a table belongs to another program, choose another table_name; if only a "
+        "type differs, pass the field_for_... that the table was created with"
     )
 
 
@@ -249,41 +252,41 @@ def _check_rights(
         return
     role = rows[0].role_name
     statements = "; ".join(f"{grant} TO {_quote(role)}" for grant in grants)
-    may_ask = family is RESULTS and all(
+    may_read = family is RESULTS and all(
         row.is_open and "SELECT" not in row.missing_rights for row in found
     )
     raise SchemaError(
-        f"role {role} lacks rights that the {family.user} needs on table {place} and those that "
-        f"go with it: run `{statements}` as their owner{_ONLY_ASKS if may_ask else ''}"
+        f"role {role} lacks privileges that the {family.user} needs on table {place} and its "
+        f"other tables: run `{statements}` as their owner{_READS_ONLY if may_read else ''}"
     )
 
 
 def _quote(name: str) -> str:
-    # With named parameters no percent sign is doubled.
+    # With named parameters, percent signs are not doubled.
     dialect = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy's, bare
     quoted: str = dialect.identifier_preparer.quote(name)
     return quoted
 
 
 def located(database: Database, config: TableConfig) -> TableConfig:
-    """Where the tables really are, whatever the engine's `schema_translate_map` says."""
+    """The configuration with the real schema, after the engine's `schema_translate_map`."""
     return replace(config, schema=database.schema_of(config.schema))
 
 
 def _compare(
     family: Family, expected: Sequence[_Expected], rows: Sequence[sa.Row[Any]]
 ) -> tuple[list[str], list[str]]:
-    """How tables differ from ours, and what is wrong with columns of the application's own."""
+    """The differences in our columns, and those in the application's additional columns."""
     differences: list[str] = []
-    flaws_of_own: list[str] = []
+    additional: list[str] = []
     for each in expected:
         found = {row.column_name: row for row in rows if row.table_name == each.table.name}
         if not found:
             differences.append(f"table {each.table.fullname} does not exist")
             continue
         differences += _differences(family, each, found)
-        flaws_of_own += _flaws_of_own(family, each, found)
-    return differences, flaws_of_own
+        additional += _additional_differences(family, each, found)
+    return differences, additional
 
 
 def _differences(
@@ -296,7 +299,7 @@ def _differences(
             differences.append(f"column {table}.{name} is missing")
         elif found[name].type_name != wanted:
             differences.append(
-                f"column {table}.{name} is {found[name].type_name} and should be {wanted}"
+                f"column {table}.{name} is {found[name].type_name} and must be {wanted}"
             )
         elif found[name].is_required and not _is_filled(expected.table, name, written):
             differences.append(
@@ -309,34 +312,34 @@ def _differences(
     return differences
 
 
-def _flaws_of_own(
+def _additional_differences(
     family: Family, expected: _Expected, found: Mapping[str, sa.Row[Any]]
 ) -> list[str]:
     table = expected.table
     ours = {*expected.written, *expected.defaulted}
-    flaws = [
-        f"column {table.name}.{column.name} is missing (one of your model's own, for a migration "
-        "of your own)"
+    differences = [
+        f"column {table.name}.{column.name} is missing (your model adds it: create it in your own "
+        "migration)"
         for column in table.c
         if column.name not in ours and column.name not in found
     ]
-    filling = "a server_default would fill it"
+    remedy = "add a server_default"
     if family is RESULTS:
-        filling += ", and in the results table extra_values can"
-    # What others call a type of their own is not for us to compare.
-    flaws += [
+        remedy += " or, in the results table, fill it with extra_values"
+    # Their types are not compared: the models may use types that are unknown here.
+    differences += [
         f"column {table.name}.{name} is NOT NULL without a default, and the {family.user} may "
-        f"leave it empty ({filling})"
+        f"leave it empty ({remedy})"
         for name, row in found.items()
         if row.is_required
         and name not in {*ours, *expected.fillable}
         and not _is_filled(table, name, ())
     ]
-    return flaws
+    return differences
 
 
 def _is_filled(expected: sa.Table, name: str, written: Sequence[str]) -> bool:
-    """Whether every INSERT has a value for the column, be it a default of the model's."""
+    """Whether every INSERT sets the column, perhaps from a default of the model."""
     if name in written:
         return not expected.c[name].nullable
     return any(column.name == name and column.default is not None for column in expected.c)

@@ -1,4 +1,4 @@
-"""The families of tables: each has its steps, its version table, and who uses it."""
+"""The families of tables: each has its steps, its version table and its user."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,15 +13,15 @@ from taskiq_sa_pg.schema.steps import LATEST_VERSION, QUEUE_STEPS, RESULT_STEPS,
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:
-    """Tables that are made together, and whose version is recorded by itself.
+    """Tables that are created together and have their own version table.
 
-    All families share the numbers of the versions, and so one chain of revisions.
+    All families share the version numbers, and so one chain of revisions.
 
     Attributes:
-        user: What works with the tables, for messages.
-        choice: The value of `-x queue=` that means this family alone.
-        steps: How they are made, by version.
-        table_names: Their names in a configuration, the most important one first.
+        user: The component that uses the tables, for messages.
+        choice: The value of `-x queue=` that selects only this family.
+        steps: The steps by version.
+        table_names: The tables' names in a configuration, the most important one first.
         version_table_name: The name of their version table.
     """
 
@@ -35,7 +35,7 @@ class Family:
         """The step of a version.
 
         Raises:
-            ConfigurationError: There is no such version.
+            ConfigurationError: The version does not exist.
         """
         if version not in self.steps:
             raise ConfigurationError(
@@ -44,11 +44,11 @@ class Family:
         return self.steps[version]
 
     def place(self, config: TableConfig) -> str:
-        """The first table as messages name it."""
+        """The first table's name, for messages."""
         return config.qualified(self.table_names(config)[0])
 
     def metadata(self, config: TableConfig) -> sa.MetaData:
-        """The models' tables of this family alone, as they are without an application's own."""
+        """The tables of this family, without an application's additions."""
         metadata = build_models(**asdict(config), queue=True).metadata
         for table in list(metadata.tables.values()):
             if table.name not in self.table_names(config):
@@ -57,7 +57,7 @@ class Family:
 
 
 RESULTS: Final = Family(
-    user="results backend",
+    user="result backend",
     choice="false",
     steps=RESULT_STEPS,
     table_names=lambda config: config.table_names,
@@ -71,7 +71,7 @@ QUEUE: Final = Family(
     version_table_name=lambda config: config.queue_version_table_name,
 )
 
-# What `-x queue=` and TASKIQ_SA_PG_QUEUE may be; without them it is the first.
+# The values of `-x queue=` and TASKIQ_SA_PG_QUEUE; the first is the default.
 _CHOICES: Final = {
     "false": (RESULTS,),
     "true": (RESULTS, QUEUE),
@@ -80,10 +80,10 @@ _CHOICES: Final = {
 
 
 def chosen_families(choice: str) -> tuple[Family, ...]:
-    """The families that a value of `-x queue=` or TASKIQ_SA_PG_QUEUE means; an empty one is none.
+    """The families for a value of `-x queue=` or TASKIQ_SA_PG_QUEUE; empty is the default.
 
     Raises:
-        ConfigurationError: There is no such value.
+        ConfigurationError: The value does not exist.
     """
     families = _CHOICES.get(choice or RESULTS.choice)
     if families is None:

@@ -1,7 +1,7 @@
-"""The schema's steps carried out, by an Alembic command or at startup.
+"""Runs the schema's steps, in an Alembic command or at startup.
 
-The only user of Alembic. Each results table has version tables of its own, one for each family:
-with a shared one, Alembic would take the second table for made.
+The only user of Alembic. Each results table has its own version tables, one for each family: with
+a shared one, Alembic would assume that the second results table exists.
 """
 
 import asyncio
@@ -63,16 +63,16 @@ async def provision(
     timings: Timings = DEFAULT_TIMINGS,
     family: Family = RESULTS,
 ) -> None:
-    """Brings the tables of a family to the latest version, whoever else is at it at the same time.
+    """Upgrades the tables of a family to the latest version; safe in several processes at once.
 
-    The steps that are missing run in one transaction under an advisory lock, and are recorded
-    in its version table as `alembic upgrade head` records them. PostgreSQL is tried for `timeout`
-    seconds, with None for as long as usual.
+    Missing steps run in one transaction under an advisory lock. They are recorded in the version
+    table as `alembic upgrade head` does. If PostgreSQL cannot be reached, it retries for `timeout`
+    seconds; None is the default.
     """
     config = located(database, config)
 
     def upgrade(connection: sa.Connection) -> None:
-        # The configuration has been translated already, and Alembic's own looks never are.
+        # The configuration is translated already, and Alembic's inspections never are.
         connection = connection.execution_options(schema_translate_map=None)
         with quiet_alembic():
             _upgrade(connection, config, family)
@@ -81,8 +81,8 @@ async def provision(
 
 
 def _upgrade(connection: sa.Connection, config: TableConfig, family: Family) -> None:
-    # Not through alembic.command: its `op` and `context` are global, and two backends that
-    # start at the same time would run each other's migrations.
+    # Not through alembic.command: its `op` and `context` are global, so two backends that start
+    # at the same time would run each other's migrations.
     migration_context = MigrationContext.configure(connection, opts=_version_table(config, family))
     current = max(map(int, migration_context.get_current_heads()), default=0)
     if restored := _restore(migration_context, config, family):
@@ -94,11 +94,15 @@ def _upgrade(connection: sa.Connection, config: TableConfig, family: Family) -> 
     if pending:
         latest = f"{LATEST_VERSION:04}"
         migration_context.stamp(ScriptDirectory(script_location()), latest)
-        logger.info("table %s: brought to version %s", family.place(config), latest)
+        logger.info("table %s: upgraded to version %s", family.place(config), latest)
 
 
 def _restore(migration_context: MigrationContext, config: TableConfig, family: Family) -> str:
-    """Makes again what the version table says is there, and is not; says so, or nothing."""
+    """Creates tables again that the version table records and that are missing.
+
+    Returns:
+        The message about it; empty if nothing was missing.
+    """
     connection, recorded = migration_context.connection, migration_context.get_current_heads()
     version = next((v for v in range(1, LATEST_VERSION + 1) if f"{v:04}" in recorded), 0)
     if connection is None or not version:
@@ -111,8 +115,8 @@ def _restore(migration_context: MigrationContext, config: TableConfig, family: F
     for each in range(1, version + 1):
         family.step(each).upgrade(Operations(migration_context), config, missing)
     return (
-        f"{family.version_table_name(config)} records version {version:04}, and there was no table "
-        f"{', '.join(missing)}: made again, empty"
+        f"{family.version_table_name(config)} records version {version:04}, but tables were "
+        f"missing and were created again, empty: {', '.join(missing)}"
     )
 
 
@@ -126,19 +130,19 @@ async def _run_locked(
     timings: Timings = DEFAULT_TIMINGS,
 ) -> None:
     def run(connection: sa.Connection) -> None:
-        # One for all families; without the schema, which one process may name and the next leave
+        # One for all families. Without the schema: one process may name it, and another leave it
         # to the search_path.
         key = sa.func.hashtextextended(f"taskiq_sa_pg {config.table_name}", 0)
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
-        # ALTER TABLE waits until nobody reads or writes the table. After the other lock, which may
-        # take longer.
+        # ALTER TABLE waits for all readers and writers of the table. Set after the advisory lock,
+        # which may take longer.
         limit = f"{timings.lock * 1000:.0f}ms"
         connection.execute(sa.select(sa.func.set_config("lock_timeout", limit, True)))
         work(connection)
 
-    purpose = f"bring table {family.place(config)} up to date"
+    purpose = f"upgrade table {family.place(config)}"
     try:
-        # Without a limit: a step may have to build an index, or to wait for another process.
+        # Without a limit: a step may build an index or wait for another process.
         await database.transact(
             lambda connection: connection.run_sync(run),
             purpose,
@@ -150,9 +154,11 @@ async def _run_locked(
         is_in_the_way = exc.sqlstate == _DUPLICATE_TABLE and family is RESULTS
         if is_in_the_way and await is_old_table(database, config, timeout):
             remedy = old_table_remedy(config)
-        if remedy is None or not isinstance(exc.__cause__, Exception):
+        cause = exc.__cause__
+        if remedy is None or not isinstance(cause, Exception):
             raise
-        raise SchemaError(f"cannot {purpose}: {reason_of(exc.__cause__)}; {remedy}") from exc
+        reason = reason_of(cause) + database.name_server(cause)
+        raise SchemaError(f"cannot {purpose}: {reason}; {remedy}") from exc
 
 
 def move_to(
@@ -164,18 +170,18 @@ def move_to(
     buffer: TextIO | None = None,
     family: Family = RESULTS,
 ) -> None:
-    """Does what `alembic upgrade` or `alembic downgrade` does, on an event loop of its own.
+    """Runs `alembic upgrade` or `alembic downgrade` on a new event loop.
 
-    With a buffer it writes SQL there and connects to nothing.
+    With a buffer, it writes the SQL there and does not connect.
 
     Raises:
-        SchemaError: It cannot be done; says why and what to do.
-        ConfigurationError: There is no such revision.
+        SchemaError: It failed; names the reason and the remedy.
+        ConfigurationError: The revision does not exist.
     """
     options = {"dsn": dsn, "queue": family.choice, **asdict(config)}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     move = command.downgrade if is_down else command.upgrade
-    # As Alembic's command line calls them.
+    # As from Alembic's command line.
     chosen = Namespace(x=given, cmd=(move,))
     alembic = Config(output_buffer=buffer, stdout=sys.stdout, cmd_opts=chosen)
     alembic.set_main_option("script_location", script_location().replace("%", "%%"))
@@ -190,13 +196,13 @@ def move_to(
 
 
 def offline_sql(config: TableConfig, start: str, end: str, family: Family = RESULTS) -> str:
-    """The SQL that takes tables from one revision to another, as `alembic --sql` writes it.
+    """The SQL that migrates tables from one revision to another, as from `alembic --sql`.
 
-    Revisions are "base", "0001", "head"; an end that is earlier than the start downgrades, and of
-    two that are the same there is none.
+    Revisions are "base", "0001" and "head". If the end is before the start, the SQL downgrades; if
+    both are the same, it is empty.
 
     Raises:
-        ConfigurationError: There is no such revision.
+        ConfigurationError: A revision does not exist.
     """
     versions = {"base": 0, "head": LATEST_VERSION}
     versions |= {f"{version:04}": version for version in range(1, LATEST_VERSION + 1)}
@@ -214,7 +220,7 @@ def offline_sql(config: TableConfig, start: str, end: str, family: Family = RESU
 async def current_revision(
     database: Database, config: TableConfig, family: Family = RESULTS
 ) -> str | None:
-    """The revision that the family's version table records; None where it records none."""
+    """The revision in the family's version table; None if there is none."""
 
     def read(connection: sa.Connection) -> str | None:
         opts = _version_table(config, family)
@@ -233,16 +239,16 @@ def _version_table(config: TableConfig, family: Family) -> dict[str, Any]:
 
 
 def _chosen_tables() -> tuple[TableConfig, tuple[Family, ...]]:
-    """What an Alembic command is about.
+    """The tables and families of an Alembic command.
 
     Each option comes from `-x name=value`, the environment variable TASKIQ_SA_PG_NAME, or the
-    .ini section, in this order. An empty variable counts as none.
+    .ini section, in this order. An empty variable is ignored.
 
     Raises:
-        CommandError: An option or a value that does not exist.
+        CommandError: An unknown option or value.
     """
     names = ("dsn", *_OPTIONS, "queue")
-    # Cut at the colon: a DSN without `dsn=` before it may hold a password.
+    # Cut at the colon: a DSN without `dsn=` may hold a password.
     passed = {name.partition(":")[0] for name in context.get_x_argument(as_dictionary=True)}
     unknown = passed - {*names}
     if unknown:
@@ -266,13 +272,13 @@ def _environment_option(name: str) -> str | None:
 
 
 def run_environment() -> None:
-    """What env.py does: runs an Alembic command's migrations, online or offline.
+    """Runs an Alembic command's migrations, online or offline; called by env.py.
 
-    Those of the results' tables, of the broker's, or of the one after the other, as the option
-    `queue` says. A revision's upgrade() and downgrade() are told the family and the configuration.
+    The option `queue` selects the results' tables, the broker's, or both in this order. A
+    revision's upgrade() and downgrade() receive the family and the configuration.
 
     Raises:
-        CommandError: The command cannot be carried out; Alembic prints its text alone.
+        CommandError: The command failed; Alembic prints only its text.
     """
     config, families = _chosen_tables()
     if context.is_offline_mode():
@@ -287,8 +293,10 @@ def run_environment() -> None:
 
 def _run_offline(config: TableConfig, family: Family) -> None:
     if "\t" in config.qualified_name:
-        raise CommandError("--sql cannot write a name with a tab: Alembic makes spaces of it")
-    # asyncpg's dialect and named parameters: no percent sign in a name is doubled.
+        raise CommandError(
+            "--sql does not support a name with a tab: Alembic replaces tabs with spaces"
+        )
+    # With asyncpg's dialect and named parameters, percent signs in a name are not doubled.
     context.configure(
         dialect_name="postgresql+asyncpg",
         dialect_opts={"paramstyle": "named"},
@@ -310,14 +318,14 @@ async def _run_online(config: TableConfig, families: tuple[Family, ...]) -> None
             if len(families) > 1 and _command() is command.current:
                 context.config.print_stdout("%s:", family.version_table_name(config))
             run = partial(_run_family, config=config, family=family)
-            # A command says at once what is wrong.
+            # A command reports errors at once.
             await _run_locked(database, config, family, run, timeout=0)
     finally:
         await database.close()
 
 
 def _run_family(connection: sa.Connection, config: TableConfig, family: Family) -> None:
-    # Alembic calls the schema that is first in the search_path None.
+    # For Alembic, the first schema of the search_path is None.
     is_default = config.schema == connection.dialect.default_schema_name
     schema = None if is_default else config.schema
 
@@ -342,29 +350,29 @@ def _run_family(connection: sa.Connection, config: TableConfig, family: Family) 
 
 
 def _command() -> Any:
-    """Alembic's command, where it came from a command line."""
+    """Alembic's command function; None if Alembic runs without a command line."""
     run, *_ = getattr(context.config.cmd_opts, "cmd", (None,))
     return run
 
 
 def _remedies(config: TableConfig, family: Family) -> dict[str, str]:
-    """What a person can do about an SQLSTATE."""
+    """The remedies by SQLSTATE."""
     alone = None if family is RESULTS else family.choice
     schema = config.schema or "the first one of the search_path"
     return {
         _DUPLICATE_TABLE: f"a table or index of {family.place(config)} exists already and was "
-        "left untouched. If it belongs to something else, choose another table_name; if it was "
-        "made from these models in another way, record that with "
+        "not changed. If it belongs to another program, choose another table_name; if it was "
+        "created from these models in another way, record that with "
         f"`{alembic_command(config, 'stamp', 'head', queue=alone)}`",
-        "42P01": f"make what is missing again first, with {upgrade_commands(config, family)}",
-        "55P03": "other transactions hold locks on the table: let them end (pg_stat_activity lists "
-        "them), and try again",
+        "42P01": f"create the missing tables first with {upgrade_commands(config, family)}",
+        "55P03": "other transactions hold locks on the table: wait until they end "
+        "(pg_stat_activity lists them), and run it again",
         READ_ONLY: "the server is a read replica (a hot standby), or was made read-only. Do this "
-        "on the primary, from which replicas get their tables, and give processes that only read "
-        "no run_migrations=True",
-        "3D000": "create the database first (`createdb NAME`), or correct the dsn",
+        "on the primary, from which replicas copy the tables, and do not set run_migrations=True "
+        "in processes that only read",
+        "3D000": "create the database first (`createdb NAME`), or correct its name in the dsn",
         "3F000": f"create the schema first (CREATE SCHEMA); the tables go into {schema}",
-        "42501": "run this as the owner of the tables or, to make them, as a role that may: "
+        "42501": "run this as the owner of the tables or, to create them, as a role with "
         f"GRANT USAGE, CREATE ON SCHEMA ... TO ... (schema: {schema})",
-        "28P01": "correct user and password in the dsn",
+        "28P01": "correct the user and password in the dsn",
     }

@@ -1,9 +1,9 @@
-"""RANGE partitions of the results table, by the time with which task ids of UUID version 7 begin.
+"""RANGE partitions of the results table, by the time at the beginning of UUIDv7 task ids.
 
-Neither making nor dropping one holds others up for long: what waits for a lock gives up after
-`Timings.lock`. Of a time to come, ATTACH locks no more than the default partition. DETACH
-CONCURRENTLY would block nobody while it waits; PostgreSQL refuses it where there is a default
-partition, and without one it refuses results that have other ids.
+Creating or dropping a partition blocks other statements only briefly: waiting for a lock ends after
+`Timings.lock`. For a future time, ATTACH locks only the default partition. DETACH CONCURRENTLY
+would not block while it waits, but PostgreSQL refuses it if there is a default partition; without
+a default partition, results with other ids could not be stored.
 """
 
 import re
@@ -28,7 +28,7 @@ from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 
 _T = TypeVar("_T")
 
-# A wrong unit would make millions.
+# A wrong unit would create millions.
 _MOST_AT_ONCE: Final = 1_000
 
 _EPOCH: Final = datetime.fromtimestamp(0, UTC)
@@ -38,27 +38,27 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 _TEXT: Final = r"\('([0-9a-f]{12})'\)"
 _UUID: Final = r"\('([0-9a-f]{8}-[0-9a-f]{4})-0000-0000-000000000000'\)"
 
-# Danish sorts "aa" behind "z", Welsh "ff" behind "fz", and others take digits for numbers.
+# Danish sorts "aa" after "z", Welsh "ff" after "fz", and other collations sort digits as numbers.
 _PAIRS: Final = [f"{number:02x}" for number in range(256)]
 
 _NOT_IN_ORDER: Final = (
-    "the collation of column task_id of table %s does not sort hex digits as numbers, so its "
-    "partitions would mix times"
+    "the collation of column task_id of table %s does not sort hex digits by value, so partitions "
+    "would not match times"
 )
 
 _REMEDIES: Final = {
     "23503": "rows of other tables refer to its results: delete these rows first",
-    "23514": "others stored such rows at the same time: run it again",
+    "23514": "such rows were stored at the same time: run it again",
     "42501": "run this as the owner of the table and of its partitions",
-    "42P07": "a table of this name is there, and it is no partition: attach it, or rename it",
-    "42P17": "partitions whose bounds are no times are in the way: give them other bounds",
-    "55P03": "other transactions hold locks on the table: let them end (pg_stat_activity lists "
-    "them), and run it again",
+    "42P07": "a table of this name exists and is not a partition: attach it, or rename it",
+    "42P17": "the bounds of an existing partition are not times: change them",
+    "55P03": "other transactions hold locks on the table: wait until they end (pg_stat_activity "
+    "lists them), and run it again",
 }
 
 
 class Partition(NamedTuple):
-    """The partition of ids from one millisecond since 1970 on to before another."""
+    """The partition of ids from `start` to before `end`, in milliseconds since 1970 (UTC)."""
 
     schema: str
     name: str
@@ -67,17 +67,17 @@ class Partition(NamedTuple):
 
     @property
     def starts_at(self) -> datetime:
-        """Where it starts."""
+        """The first moment of the partition."""
         return _EPOCH + self.start * _MILLISECOND
 
     @property
     def ends_at(self) -> datetime:
-        """Where it ends."""
+        """The first moment after the partition."""
         return _EPOCH + self.end * _MILLISECOND
 
 
 class InTheWayError(SchemaError):
-    """Rows of the default partition belong into a new one, and may not be moved."""
+    """Rows of the default partition belong to a new one, and must not be moved."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class Partitioned:
 
     Attributes:
         config: Its name and types.
-        schema: Where it is.
+        schema: Its schema.
         now: The database's clock, in milliseconds since 1970.
-        is_uuid: Whether task ids are of type uuid, else they are text.
-        columns: The names of the columns that can be given a value.
-        partitions: Those whose bounds are times, in their order.
-        default: The schema and the name of the default partition.
-        has_triggers: Whether triggers act on what is deleted from it.
+        is_uuid: Whether task ids are of type uuid; otherwise they are text.
+        columns: The names of the columns that are not generated.
+        partitions: Those whose bounds are times, in order.
+        default: The schema and name of the default partition; None if there is none.
+        has_triggers: Whether deleting from the default partition fires triggers.
     """
 
     config: TableConfig
@@ -105,19 +105,19 @@ class Partitioned:
     has_triggers: bool
 
     def missing(self, ahead: timedelta, every: timedelta) -> list[Partition]:
-        """What has no partition yet, from now on and for the time ahead, in periods of UTC.
+        """The partitions to create, of periods of length `every` in UTC, from now to `ahead`.
 
-        A gap behind the last partition, which comes of a time in which nobody made any, counts.
+        A gap between the last past partition and now is included.
 
         Raises:
-            ConfigurationError: It is too much.
+            ConfigurationError: There would be too many.
         """
         step, end = every // _MILLISECOND, self.now + ahead // _MILLISECOND
         start = self.now - self.now % step
         if (end - start) // step >= _MOST_AT_ONCE:
             raise ConfigurationError(
-                f"that would be more than {_MOST_AT_ONCE:,} partitions: choose a shorter --ahead, "
-                "or a longer --every"
+                f"this would create more than {_MOST_AT_ONCE:,} partitions: choose a shorter "
+                "--ahead or a longer --every"
             )
         last = max((each.end for each in self.partitions if each.end <= start), default=start)
         periods = [(last, start), *((each, each + step) for each in range(start, end, step))]
@@ -128,15 +128,15 @@ class Partitioned:
         ]
 
     def outdated(self, keep: timedelta) -> list[Partition]:
-        """The partitions of which all is older than what is to be kept.
+        """The partitions that are entirely older than `keep`.
 
-        One that begins with the first of all ids has not been made for a time.
+        A partition that starts at the lowest id is excluded: it was not created for a period.
         """
         oldest = self.now - keep // _MILLISECOND
         return [each for each in self.partitions if each.start > 0 and each.end <= oldest]
 
     def free(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """What of a time no partition has."""
+        """The parts of a period that are not in any partition."""
         for each in self.partitions:
             if each.end > start and each.start < end:
                 if each.start > start:
@@ -146,26 +146,26 @@ class Partitioned:
             yield start, end
 
     def bound(self, milliseconds: int) -> str | uuid.UUID:
-        """The least id of a millisecond."""
+        """The lowest id of a millisecond."""
         if self.is_uuid:
             return uuid.UUID(int=milliseconds << 80)
         return f"{milliseconds:012x}"
 
 
 async def find_partitions(database: Database, config: TableConfig) -> Partitioned:
-    """The partitions of the results table.
+    """Finds the partitions of the results table.
 
     Raises:
-        SchemaError: It is not partitioned by RANGE of task_id, or its collation does not sort ids
-            by their time; says what to do.
+        SchemaError: It is not partitioned by RANGE (task_id), or its collation does not sort ids
+            by time; names the remedy.
     """
 
     async def find(connection: AsyncConnection) -> Partitioned:
         found = await _find(connection, config)
         if not (found.is_uuid or await _sorts_hex(connection, config, found.schema)):
             raise SchemaError(
-                f"{_NOT_IN_ORDER % config.qualified_name}. PostgreSQL does not change the column "
-                'of a partitioned table: make it again from a table whose task_id has COLLATE "C"'
+                f"{_NOT_IN_ORDER % config.qualified_name}. PostgreSQL cannot change this column of "
+                'a partitioned table: create it again from a table whose task_id has COLLATE "C"'
             )
         return found
 
@@ -179,11 +179,15 @@ async def make_partition(
     most_moved: int,
     timings: Timings = DEFAULT_TIMINGS,
 ) -> int | None:
-    """Makes a partition; returns how many rows came from the default one, None if it is there.
+    """Creates a partition, and moves its rows from the default partition.
+
+    Returns:
+        The number of rows moved; None if the partition exists.
 
     Raises:
-        InTheWayError: They would be more than most_moved, or it cannot be; nothing was changed.
-        SchemaError: It cannot be made; says what to do.
+        InTheWayError: More than most_moved rows would have to be moved, or triggers prevent it;
+            nothing was changed.
+        SchemaError: The partition cannot be created; names the remedy.
     """
 
     async def make(connection: AsyncConnection) -> int | None:
@@ -196,25 +200,25 @@ async def make_partition(
             "start": str(found.bound(partition.start)),
             "end": str(found.bound(partition.end)),
         }
-        # An identity comes with ATTACH, which refuses another one.
+        # ATTACH adds an identity, and refuses a table that has one.
         like = "CREATE TABLE %(new)s (LIKE %(parent)s INCLUDING ALL EXCLUDING IDENTITY)"
         await _run(connection, like, names)
         moved = await _count(connection, found, partition, most_moved + 1)
         if moved > most_moved:
             raise InTheWayError(
-                f"more than {most_moved:,} results of the default partition belong into "
+                f"more than {most_moved:,} results of the default partition belong to "
                 f"{partition.name}. Move them with a larger --move-at-most at a quiet time: "
-                "everybody waits until they are moved"
+                "all other statements on the table wait meanwhile"
             )
         if moved and found.has_triggers:
             raise InTheWayError(
-                f"results of the default partition belong into {partition.name}, and foreign keys "
-                "or triggers would act as if they were deleted: drop these before it is made, and "
-                "make them again"
+                f"results of the default partition belong to {partition.name}, and moving them "
+                "would fire foreign keys or triggers as if they were deleted: drop these first, "
+                "and create them again afterwards"
             )
         if found.default is not None and (moved or partition.start <= found.now):
-            # Whoever waits for the default partition alone goes on with the partitions as they
-            # were: he would not find what is moved, and his new results would be refused.
+            # A statement that waits for the lock on the default partition alone continues with
+            # the old partitions: it would not find moved rows, and could not store new ones.
             await _run(connection, "LOCK TABLE ONLY %(parent)s IN ACCESS EXCLUSIVE MODE", names)
             moved = await _move(connection, found, partition)
         attach = (
@@ -224,7 +228,7 @@ async def make_partition(
         await _run(connection, attach, names)
         return moved
 
-    return await _take_turns(database, config, make, f"make partition {partition.name}", timings)
+    return await _take_turns(database, config, make, f"create partition {partition.name}", timings)
 
 
 async def drop_partition(
@@ -233,10 +237,10 @@ async def drop_partition(
     partition: Partition,
     timings: Timings = DEFAULT_TIMINGS,
 ) -> bool:
-    """Drops a partition with its rows; False if it is gone.
+    """Drops a partition with its rows; returns False if it does not exist.
 
     Raises:
-        SchemaError: It cannot be dropped; says what to do.
+        SchemaError: It cannot be dropped; names the remedy.
     """
 
     async def drop(connection: AsyncConnection) -> bool:
@@ -247,7 +251,7 @@ async def drop_partition(
             "parent": _quote(found.schema, config.table_name),
             "old": _quote(partition.schema, partition.name),
         }
-        # For foreign keys that refer to the table: DROP would refuse even where no row does.
+        # DROP refuses if a foreign key refers to the table, even without such rows; so detach it.
         await _run(connection, "ALTER TABLE %(parent)s DETACH PARTITION %(old)s", names)
         await _run(connection, "DROP TABLE %(old)s", names)
         return True
@@ -256,19 +260,19 @@ async def drop_partition(
 
 
 async def count_in_the_way(database: Database, found: Partitioned, partition: Partition) -> int:
-    """How many rows of the default partition belong into a new one."""
+    """The number of rows of the default partition that belong to a new one."""
 
     async def count(connection: AsyncConnection) -> int:
         return await _count(connection, found, partition)
 
-    return await database.transact(count, f"look for rows of partition {partition.name}")
+    return await database.transact(count, f"count the rows for partition {partition.name}")
 
 
 async def _find(connection: AsyncConnection, config: TableConfig) -> Partitioned:
     table = (await connection.execute(select_partitioned(config))).first()
     if table is None:
         raise SchemaError(
-            f"table {config.qualified_name} does not exist; make it with "
+            f"table {config.qualified_name} does not exist; create it with "
             f"{upgrade_commands(config, RESULTS)}"
         )
     if table.key is None:
@@ -282,13 +286,13 @@ async def _find(connection: AsyncConnection, config: TableConfig) -> Partitioned
             )
         raise SchemaError(
             f"table {config.qualified_name} is not partitioned. As its owner, run `"
-            f"{'; '.join(statements_to_partition(config))}`, grant the rights on it again, and "
-            "make foreign keys and views on it again"
+            f"{'; '.join(statements_to_partition(config))}`, then grant the privileges on it "
+            "again, and create foreign keys and views on it again"
         )
     if not re.fullmatch(r"RANGE \(task_id( COLLATE .+)?\)", table.key):
         raise SchemaError(
-            f"table {config.qualified_name} is partitioned by {table.key}, and partitions of a "
-            "time need RANGE (task_id)"
+            f"table {config.qualified_name} is partitioned by {table.key}, but partitions by time "
+            "need RANGE (task_id)"
         )
     rows = await connection.execute(select_partitions(config))
     parts = [row for row in rows if row.level == 1]
@@ -306,7 +310,7 @@ async def _find(connection: AsyncConnection, config: TableConfig) -> Partitioned
 
 
 def _partitions_in(parts: Sequence[sa.Row[Any]], is_uuid: bool) -> Iterator[Partition]:
-    """Those whose bounds are times, and that are plain tables."""
+    """The partitions whose bounds are times, and that are plain tables."""
     time = _UUID if is_uuid else _TEXT
     for part in parts:
         bounds = re.fullmatch(f"FOR VALUES FROM {time} TO {time}", part.bounds or "")
@@ -316,7 +320,7 @@ def _partitions_in(parts: Sequence[sa.Row[Any]], is_uuid: bool) -> Iterator[Part
 
 
 def statements_to_partition(config: TableConfig) -> list[str]:
-    """What makes a partitioned table of a plain one, which becomes its default partition."""
+    """The SQL that turns a plain table into the default partition of a new partitioned table."""
     name, default = config.table_name, config.partition_name("default")
     old = TableConfig(default)
     indexes = {
@@ -372,7 +376,7 @@ async def _move(connection: AsyncConnection, found: Partitioned, partition: Part
 def _in_the_way(
     found: Partitioned, partition: Partition
 ) -> tuple[sa.TableClause, sa.ColumnElement[bool]]:
-    """The default partition, and whether a row of it belongs into another one."""
+    """The default partition, and the condition for its rows that belong to another one."""
     assert found.default is not None
     default = _table(found, *found.default)
     start, end = (
@@ -394,7 +398,7 @@ async def _take_turns(
     timings: Timings,
 ) -> _T:
     async def run(connection: AsyncConnection) -> _T:
-        # That of the schema's steps.
+        # The same lock as for the schema's steps.
         key = sa.func.hashtextextended(f"taskiq_sa_pg {config.table_name}", 0)
         await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
         limit = f"{timings.lock * 1000:.0f}ms"
@@ -402,7 +406,7 @@ async def _take_turns(
         return await work(connection)
 
     try:
-        # Without a limit: rows may have to be moved, and the default partition to be read.
+        # Without a limit: it may move rows, and has to read the default partition.
         return await database.transact(run, purpose, is_limited=False)
     except StorageError as exc:
         remedy = _REMEDIES.get(exc.sqlstate or "")
@@ -424,7 +428,7 @@ def _name(config: TableConfig, start: int) -> str:
 
 
 def _quote(schema: str | None, name: str) -> str:
-    # With named parameters no percent sign is doubled: the DDL does that.
+    # With named parameters, percent signs are not doubled here: sa.DDL does that.
     dialect = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy's, bare
     place = None if schema is None else quoted(schema)
     return str(dialect.identifier_preparer.format_table(sa.table(quoted(name), schema=place)))

@@ -1,4 +1,4 @@
-"""What startup() does about the tables of a family: makes them, or looks at them."""
+"""Creates or checks the tables of a family at startup()."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -17,10 +17,10 @@ SchemaCheck = Literal["error", "warn", "off"]
 
 
 def check_schema_check(value: object) -> None:
-    """Refuses what is no SchemaCheck.
+    """Checks the argument check_schema.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: It is not a SchemaCheck.
     """
     if value not in get_args(SchemaCheck):
         raise ConfigurationError(f'check_schema must be "error", "warn" or "off", not {value!r}')
@@ -37,15 +37,15 @@ async def prepare(
     timeout: float,
     timings: Timings,
 ) -> None:
-    """Makes the tables where it is told to, and compares them with the models by `check`.
+    """Upgrades the tables if `run_migrations`, and compares them with the models by `check`.
 
     Raises:
-        SchemaError: The tables are absent or unfit, or cannot be made.
-        StorageError: PostgreSQL could not be reached.
+        SchemaError: The tables are missing or do not match, or cannot be created.
+        StorageError: PostgreSQL cannot be reached.
     """
     if run_migrations:
         with quiet_alembic():
-            # Here, because Alembic is slow to import and only this needs it.
+            # Imported here because Alembic is slow to import, and only this needs it.
             from taskiq_sa_pg.schema.migrate import provision  # noqa: PLC0415
 
         await provision(database, config, timeout, timings, family)

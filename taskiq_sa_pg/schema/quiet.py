@@ -1,4 +1,4 @@
-"""Keeps what Alembic logs of itself out of the log of an application that starts."""
+"""Keeps Alembic's own log lines out of the log of an application that starts."""
 
 import logging
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final
 
-# The first tells of plugins as it is imported.
+# The first logs its plugins when it is imported.
 _LOGGERS: Final = ("alembic.runtime.plugins", "alembic.runtime.migration")
 
 _is_quiet: Final = ContextVar("is_quiet", default=False)
@@ -14,9 +14,9 @@ _is_quiet: Final = ContextVar("is_quiet", default=False)
 
 @contextmanager
 def quiet_alembic() -> Iterator[None]:
-    """Drops Alembic's INFO lines, of this task alone: an Alembic of the application's logs on."""
+    """Drops Alembic's INFO lines in the current task only; the application's Alembic still logs."""
     for name in _LOGGERS:
-        logging.getLogger(name).addFilter(_passes)
+        logging.getLogger(name).addFilter(_is_logged)
     token = _is_quiet.set(True)
     try:
         yield
@@ -24,5 +24,5 @@ def quiet_alembic() -> Iterator[None]:
         _is_quiet.reset(token)
 
 
-def _passes(record: logging.LogRecord) -> bool:
+def _is_logged(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or not _is_quiet.get()

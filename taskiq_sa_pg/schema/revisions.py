@@ -1,4 +1,4 @@
-"""The schema's versions, for an Alembic history of your own."""
+"""The schema's versions, for your own Alembic history."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -10,7 +10,7 @@ from taskiq_sa_pg.models import DEFAULT_TABLE_NAME, PayloadField, TableConfig, T
 from taskiq_sa_pg.schema.catalogue import select_partitions
 from taskiq_sa_pg.schema.families import QUEUE, RESULTS
 
-# What Alembic asks: a name, its kind ("schema", "table", "column", ...), the names above it.
+# Alembic passes a name, its kind ("schema", "table", "column", ...) and the names of its parents.
 IncludeName = Callable[[str | None, Any, Any], bool]
 
 
@@ -23,18 +23,18 @@ def upgrade(
     field_for_payload: PayloadField = "Bytea",
     schema: str | None = None,
 ) -> None:
-    """Takes the tables from version - 1 to version: one step, for a revision of your own.
+    """Upgrades the tables by one step, from `version - 1` to `version`; call it in a revision.
 
     Args:
         op: Alembic's `op`.
-        version: The step; 1, the latest, makes the tables.
+        version: The step. 1, the latest, creates the tables.
         table_name: The results table.
         field_for_task_id: Type of the task-id columns.
         field_for_payload: Type of return_value, error and meta.
-        schema: PostgreSQL schema of the tables, which must exist; None is the search_path's.
+        schema: PostgreSQL schema of the tables, which must exist; None uses the search_path.
 
     Raises:
-        ConfigurationError: A version that does not exist, or a name or type that cannot work.
+        ConfigurationError: The version does not exist, or a name or type is invalid.
     """
     config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
     RESULTS.step(version).upgrade(op, config, config.table_names)
@@ -49,9 +49,9 @@ def downgrade(
     field_for_payload: PayloadField = "Bytea",
     schema: str | None = None,
 ) -> None:
-    """Takes the tables from version back to version - 1; of step 1, drops them.
+    """Downgrades the tables by one step, from `version` to `version - 1`; step 1 drops them.
 
-    Arguments as upgrade().
+    The arguments are those of upgrade().
 
     Raises:
         ConfigurationError: As upgrade().
@@ -68,17 +68,17 @@ def upgrade_queue(
     field_for_task_id: TaskIdField = "VarChar",
     schema: str | None = None,
 ) -> None:
-    """Takes the broker's tables from version - 1 to version, for a revision of your own.
+    """Upgrades the broker's tables by one step, from `version - 1` to `version`.
 
     Args:
         op: Alembic's `op`.
-        version: The step; 1, the latest, makes the tables of the queue and of schedules.
-        table_name: The results table, after which the broker's are named.
+        version: The step. 1, the latest, creates the tables of the queue and of schedules.
+        table_name: The results table, from which the names of the broker's tables derive.
         field_for_task_id: Type of the queue's task-id column.
-        schema: PostgreSQL schema of the tables, which must exist; None is the search_path's.
+        schema: PostgreSQL schema of the tables, which must exist; None uses the search_path.
 
     Raises:
-        ConfigurationError: A version that does not exist, or a name or type that cannot work.
+        ConfigurationError: The version does not exist, or a name or type is invalid.
     """
     config = TableConfig(table_name, field_for_task_id, schema=schema)
     QUEUE.step(version).upgrade(op, config, config.queue_table_names)
@@ -92,9 +92,9 @@ def downgrade_queue(
     field_for_task_id: TaskIdField = "VarChar",
     schema: str | None = None,
 ) -> None:
-    """Takes the broker's tables from version back to version - 1; of step 1, drops them.
+    """Downgrades the broker's tables by one step, from `version` to `version - 1`.
 
-    Arguments as upgrade_queue().
+    Step 1 drops them. The arguments are those of upgrade_queue().
 
     Raises:
         ConfigurationError: As upgrade_queue().
@@ -110,22 +110,23 @@ def include_name(
     schema: str | None = None,
     partitions_only: bool = False,
 ) -> IncludeName:
-    """For Alembic's `context.configure(include_name=...)` in an env.py of your own.
+    """A hook for Alembic's `context.configure(include_name=...)` in your env.py.
 
-    Where your metadata does not know our tables, it keeps `alembic revision --autogenerate` and
-    `alembic check` from dropping them, the broker's, the version tables and the partitions of the
-    results table included. Several results tables take one call around the other. Where the models
-    are in your metadata, leave it out, or say `partitions_only=True` if there are partitions.
+    It hides the package's tables from Alembic, so that `alembic revision --autogenerate` and
+    `alembic check` do not drop tables that your metadata does not contain. Hidden are the tables of
+    results and of the broker, the version tables, and the partitions of the results table. For
+    several results tables, nest the calls. If your metadata contains the models, do not use it; or,
+    with partitions, pass `partitions_only=True`.
 
     Args:
-        hook: Your own, asked about every name that is not one of ours.
+        hook: Your own hook, called for every other name.
         table_name: The results table.
         schema: PostgreSQL schema of the tables; None is the default one, the first of the
             search_path.
-        partitions_only: Only the partitions of the results table are left out.
+        partitions_only: Hide only the partitions of the results table.
 
     Raises:
-        ConfigurationError: A name that cannot work.
+        ConfigurationError: A name is invalid.
     """
     config = TableConfig(table_name, schema=schema)
     ours = {
@@ -134,7 +135,7 @@ def include_name(
         for name in (*family.table_names(config), family.version_table_name(config))
         if not partitions_only
     }
-    # Once for all tables of a command.
+    # One query for all tables of a command.
     partitions = lru_cache(1)(partial(_find_partitions, config))
 
     def is_included(name: str | None, kind: str, parent_names: Mapping[str, Any]) -> bool:
@@ -151,13 +152,13 @@ def include_name(
 
 
 def _connection() -> Connection | None:
-    """That of Alembic's command."""
-    # Here, because Alembic is slow to import, and who is asked this has done so.
+    """The connection of Alembic's command."""
+    # Imported here because Alembic is slow to import; its commands have imported it.
     from alembic import context  # noqa: PLC0415
 
     try:
         return context.get_bind()
-    except (NameError, AttributeError):  # outside of a command; after one in this process
+    except (NameError, AttributeError):  # no command runs; one has ended in this process
         return None
 
 

@@ -1,8 +1,7 @@
-"""The schema's steps: DDL by Alembic's operations, one version at a time.
+"""The schema's steps: DDL with Alembic's operations, one step for each version.
 
-The results' tables and the broker's have steps of their own. They are history: they name every
-column themselves and never look at the models, which may move on. A step that has been released is
-never edited; a change is a new step.
+The results' tables and the broker's have separate steps. A step names every column and never uses
+the models, which may change later. A released step is never edited; a change is a new step.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +18,7 @@ _Types = Mapping[str, type[sa.types.TypeEngine[Any]]]
 _ID_TYPES: Final[_Types] = {"VarChar": sa.String, "Text": sa.Text, "Uuid": sa.Uuid}
 _PAYLOAD_TYPES: Final[_Types] = {"Bytea": sa.LargeBinary, "Jsonb": postgresql.JSONB}
 
-# `postgresql_with` would say it better, and came with SQLAlchemy 2.1.
+# `postgresql_with` needs SQLAlchemy 2.1.
 _HALF_FULL: Final = "heap WITH (fillfactor = 50)"
 _QUICKLY_VACUUMED: Final = (
     "heap WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, "
@@ -30,9 +29,9 @@ _TIMESTAMP: Final = sa.DateTime(timezone=True)
 
 
 class Step(NamedTuple):
-    """Takes the tables from the version before to its own, and back; with Alembic's `op`.
+    """Upgrades the tables from the version before, and downgrades them again; with Alembic's `op`.
 
-    The upgrade is told the names of the tables to take: all, or those that are to be made again.
+    The upgrade receives the names of the tables to change: all, or those to create again.
     """
 
     upgrade: Callable[[Any, TableConfig, Collection[str]], None]

@@ -1,4 +1,4 @@
-"""From models to SQLAlchemy Core statements: nothing here awaits, connects or formats a name."""
+"""Builds SQLAlchemy Core statements from models; nothing here awaits, connects or formats SQL."""
 
 from taskiq_sa_pg.statements.delete import delete_statuses as delete_statuses
 from taskiq_sa_pg.statements.delete import forget_results as forget_results

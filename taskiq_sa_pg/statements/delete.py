@@ -1,8 +1,8 @@
-"""What deletes rows by their task ids: results that are read once, forgotten or finished.
+"""Deletes rows by task id: results that are read once or forgotten, and statuses of finished tasks.
 
-Nothing is locked first, and the other tables are filtered by the task ids, too: so Citus runs them
-on distributed tables, and for one id on the one node that has it. PostgreSQL locks the rows in the
-order in which it finds them. Statements that overlap may deadlock; one of them is then tried again.
+No row is locked first, and all tables are filtered by the task ids. So Citus can run the statements
+on distributed tables, and for one id on a single node. PostgreSQL locks the rows in the order in
+which it finds them; overlapping statements may deadlock, and one of them is then retried.
 """
 
 from typing import Any
@@ -36,15 +36,15 @@ from taskiq_sa_pg.statements.shapes import unnested
 
 
 def take_results(models: Models, *, is_tracked: bool) -> Select[Any]:
-    """Deletes the results of the `task_ids` with their progress, and returns both, whole.
+    """Deletes the results of the `task_ids` with their progress, and returns both completely.
 
     Args:
         models: The tables.
-        is_tracked: Whether statuses are deleted, too.
+        is_tracked: Whether statuses are deleted as well.
 
     Returns:
-        The columns of the results, StoredResult's first, and then those of the progress, NULL
-        where there was none; named as in taken_columns().
+        The columns of the results, StoredResult's first, then those of the progress, NULL if there
+        was none; named as in taken_columns().
     """
     results, progress = models.results_table, models.progress_table
     of_results, of_progress = taken_columns(models)
@@ -68,22 +68,22 @@ def _delete_with(other: Table, taken: CTE) -> Delete:
 
 
 def taken_columns(models: Models) -> tuple[list[str], list[str]]:
-    """The columns that take_results() returns of the results and of the progress, by name."""
+    """The names of the columns of results and of progress that take_results() returns."""
     first = StoredResult._fields
     rest = [name for name in _stored_columns(models.results_table) if name not in first]
     return [*first, *rest], _stored_columns(models.progress_table)
 
 
 def _stored_columns(source: Table) -> list[str]:
-    """Those that can be given a value, by name."""
+    """The names of the columns that are not generated."""
     is_generated = {c for c in source.c if c.computed or (c.identity and c.identity.always)}
     return [c.name for c in source.c if c not in is_generated]
 
 
 def put_back(source: Table) -> Insert:
-    """Stores a row that take_results() has deleted, unless there is another one by now.
+    """Stores a row that take_results() has deleted, unless a new one exists by now.
 
-    Its parameters are called like the columns.
+    The parameters have the names of the columns.
     """
     values = {
         c: cast(bindparam(c.name, type_=Text), c.type)
@@ -95,11 +95,11 @@ def put_back(source: Table) -> Insert:
 
 
 def forget_results(models: Models) -> Select[Any]:
-    """Deletes all that there is of the `task_ids`; returns how many results, expired ones too."""
+    """Deletes all rows of the `task_ids`; returns the number of results, with expired ones."""
     results = models.results_table
     gone = delete(results).where(is_asked_for(results)).returning(results.c.task_id).cte("gone")
     count = select(func.count()).select_from(gone)
-    # Nothing of the others before the results are gone: other statements lock them in this order.
+    # The other tables after the results, because other statements lock them in this order.
     are_gone = count.scalar_subquery().is_not(None)
     return count.add_cte(
         *[delete(other).where(is_asked_for(other), are_gone).cte() for other in models.other_tables]
@@ -107,7 +107,7 @@ def forget_results(models: Models) -> Select[Any]:
 
 
 def delete_statuses(status: Table) -> Select[Any]:
-    """Deletes statuses of arrays `task_id`, `attempt` and `queued_at`, as delete_finished()."""
+    """Deletes statuses, as delete_finished(); by arrays `task_id`, `attempt` and `queued_at`."""
     finished = unnested([status.c.task_id, status.c.attempt, status.c.queued_at])
     is_given = status.c.task_id == any_(bindparam("task_id", type_=ARRAY(status.c.task_id.type)))
     gone = delete(status).where(is_given, _is_finished(status, finished)).cte()
@@ -115,19 +115,19 @@ def delete_statuses(status: Table) -> Select[Any]:
 
 
 def delete_finished(status: Table, finished: FromClause) -> CTE:
-    """Deletes the statuses of tasks, unless they are later, as a part of a statement.
+    """A CTE that deletes the statuses of finished tasks, unless they are later.
 
     Args:
         status: The table.
-        finished: Rows of task_id, attempt and queued_at; a status of a later attempt stays, and
-            one of a message that was sent later.
+        finished: Rows of task_id, attempt and queued_at. A status of a later attempt, or of a
+            message that was sent later, stays.
     """
     return delete(status).where(_is_finished(status, finished)).cte()
 
 
 def delete_over(results: Table, status: Table) -> Delete:
-    """Deletes the statuses of the `task_ids` whose results are there, as delete_finished()."""
-    # Both tables by the ids: so Citus goes to the shards of these tasks alone.
+    """Deletes the statuses of those `task_ids` that have a result, as delete_finished()."""
+    # Both tables are filtered by the ids, so that Citus reads only the shards of these tasks.
     result = select(results.c.task_id).where(_is_finished(status, results), is_asked_for(results))
     return delete(status).where(is_asked_for(status), exists(result))
 

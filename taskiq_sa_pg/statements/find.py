@@ -1,7 +1,7 @@
-"""Finished tasks, the latest first, a page at a time: reads give StoredRecord, and no payload.
+"""Selects finished tasks, the latest first, in pages: as StoredRecord, without payloads.
 
-The only index that knows times is a BRIN index, which gives no order. So a page is looked for in
-slices of time, each of which is sorted by itself.
+The only index on time is a BRIN index, which is not ordered. So a page is searched in slices of
+time, and each slice is sorted separately.
 """
 
 import json
@@ -33,17 +33,17 @@ from taskiq_sa_pg.statements.select import is_asked_for, is_live, readable
 
 _TIME: Final = DateTime(timezone=True)
 
-# A value in a JSON column. Numbers are the same as in SQL: 1 is 1.0.
+# A value in a JSON column. Numbers compare as in SQL: 1 equals 1.0.
 Scalar = str | float | bool | None
 
-# What a payload is made of, beside a record.
+# The columns of a payload that are not in a record.
 _PAYLOAD: Final = ("return_value", "error", "log")
 
 
 class Span(NamedTuple):
-    """A slice of time, its end excluded; of the end itself those before a task id, if there is one.
+    """A slice of time without its end; with `before_id`, also rows at the end with a lower task id.
 
-    The order within one instant is that of the column's collation.
+    Rows of the same instant are ordered by task id, in the column's collation.
     """
 
     start: datetime
@@ -52,7 +52,7 @@ class Span(NamedTuple):
 
 
 def begin_search(statement_timeout: float) -> Select[Any]:
-    """The database's clock; and from here on a statement of the transaction may take so long."""
+    """Sets the transaction's statement_timeout, in seconds, and selects the database's clock."""
     limit = f"{max(statement_timeout * 1000, 1):.0f}ms"
     set_config = func.set_config("statement_timeout", limit, true())
     return select(func.now(), set_config.label("statement_timeout"))
@@ -67,7 +67,7 @@ def select_records(
     end = literal(span.end, _TIME)
     is_before = at < end
     if span.before_id is not None:
-        # Twice, because BRIN does not know how to compare rows.
+        # Two conditions, because BRIN does not support row comparisons.
         before_id = literal(span.before_id, task_id.type)
         is_before = and_(at <= end, or_(at < end, task_id < before_id))
     columns = [results.c[name] for name in StoredRecord._fields]
@@ -78,13 +78,13 @@ def select_records(
         .limit(literal(limit, Integer))
         .subquery("page")
     )
-    # JSON is made text here, of the page alone, and not of everything that is sorted.
+    # JSON is cast to text only for the page, not for everything that is sorted.
     order = page.c.finished_at.desc(), page.c.task_id.desc()
     return select(*readable(page, StoredRecord._fields)).order_by(*order)
 
 
 def select_details(models: Models, *, with_payload: bool) -> Select[Any]:
-    """Everything of the `task_ids`, as StoredDetails; then, if asked for, as StoredResult."""
+    """All columns of the `task_ids`: StoredRecord, StoredDetails and, if wanted, the payload."""
     results = models.results_table
     names = [*StoredRecord._fields, *StoredDetails._fields]
     if with_payload:
@@ -93,12 +93,12 @@ def select_details(models: Models, *, with_payload: bool) -> Select[Any]:
 
 
 def has_outcome(models: Models, *, is_err: bool) -> ColumnElement[bool]:
-    """Whether a result is a failure, or is none."""
+    """Whether a result is a failure (`is_err`) or a success."""
     return models.results_table.c.is_err.is_(is_err)
 
 
 def has_text(models: Models, column: str, text: str) -> ColumnElement[bool]:
-    """Whether a column is this text."""
+    """Whether a column equals this text."""
     return models.results_table.c[column] == literal(text, Text)
 
 
@@ -129,7 +129,7 @@ def has_any_argument(models: Models, values: Sequence[Scalar]) -> ColumnElement[
 def _contains_one(
     column: ColumnElement[Any], documents: Iterable[Mapping[str, Scalar] | list[Scalar]]
 ) -> ColumnElement[bool]:
-    # What a GIN index on the column can look for, where the application has made one.
+    # `@>` can use a GIN index on the column, if the application has created one.
     return or_(*[column.op("@>", is_comparison=True)(_document(each)) for each in documents])
 
 

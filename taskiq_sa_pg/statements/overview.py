@@ -1,4 +1,4 @@
-"""What happened lately, in figures; each statement is bounded on both sides, for the BRIN index."""
+"""Statistics of the recent past; each statement has two time bounds, for the BRIN index."""
 
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -28,19 +28,19 @@ _NOTHING = literal_column("0", Integer)
 
 
 class Bucket(NamedTuple):
-    """The tasks that finished within a span of time, in the order of select_buckets()."""
+    """Counts of the tasks that finished in a span of time, in the order of select_buckets()."""
 
-    start: datetime | None  # None: all of them together
+    start: datetime | None  # None: the total of all buckets
     succeeded: int
     failed: int
     execution: list[float] | None  # p50 and p95, in seconds
-    waiting: list[float] | None  # the same from queued_at to started_at; None where none has both
+    waiting: list[float] | None  # the same from queued_at to started_at; None if no task has both
 
 
 def select_buckets(models: Models) -> Select[Any]:
-    """Buckets of `width` from `since` to before `until`, and one for all; empty ones are left out.
+    """Buckets of `width` from `since` to before `until`, and a total; empty ones are omitted.
 
-    The parameters are two times and a timedelta, which divides the time between them.
+    The parameters are two times and a timedelta that divides the span between them.
     """
     results = models.results_table
     since = bindparam("since", type_=_TIME)
@@ -59,7 +59,7 @@ def select_buckets(models: Models) -> Select[Any]:
             results.c.finished_at < bindparam("until", type_=_TIME),
             is_live(results),
         )
-        # Citus makes no ROLLUP of distributed rows: with this, it first fetches them.
+        # Citus does not support ROLLUP of distributed rows; OFFSET makes it fetch them first.
         .offset(_NOTHING)
         .subquery()
     )
@@ -88,5 +88,5 @@ def select_oldest_queued(status: Table) -> Select[Any]:
 
 
 def select_nothing() -> Select[Any]:
-    """What every PostgreSQL can answer."""
+    """A query that every PostgreSQL can answer."""
     return select(literal_column("1", Integer))

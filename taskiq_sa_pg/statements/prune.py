@@ -1,7 +1,7 @@
-"""What prunes: deletes expired results, and stale progress and statuses, in slices.
+"""Prunes in slices: deletes expired results, and stale progress and statuses.
 
-A slice is a range of a column that has an index, and holds a bounded number of rows. Its two
-statements run in one transaction. Whoever else has locked one of its rows is waited for shortly.
+A slice is a range of an indexed column with a bounded number of rows. Its two statements run in one
+transaction. The wait for rows that are locked by others is short.
 """
 
 from collections.abc import Iterator
@@ -29,11 +29,11 @@ from sqlalchemy import (
 
 from taskiq_sa_pg.models import Models, as_interval
 
-# Shorter than PostgreSQL's deadlock_timeout, so that of two that wait for each other we give way.
+# Shorter than PostgreSQL's deadlock_timeout, so that in a deadlock pruning is what fails.
 _LOCK_TIMEOUT: Final = "500ms"
 
-# The same on the nodes to which Citus sends what the transaction does next: of settings, it passes
-# on those of SET alone. Two, because each has to be a command of its own.
+# The same on Citus nodes, to which it propagates only SET commands. Two texts, because each command
+# has to be sent separately.
 LIMIT_WAITING_ON_NODES: Final = (
     text("SET LOCAL citus.propagate_set_commands = 'local'"),
     text(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'"),
@@ -41,13 +41,13 @@ LIMIT_WAITING_ON_NODES: Final = (
 
 
 class Slice(NamedTuple):
-    """Where a slice begins and ends, by expires_at or by task id.
+    """A range of expires_at or of task ids.
 
     Attributes:
-        start: Its first value; None if there is nothing before.
-        end: The first value behind it; None if there is nothing behind.
-        size: How many rows it has at most.
-        most: How many of them may be deleted; None for all.
+        start: The first value; None starts at the lowest.
+        end: The first value after the slice; None ends at the highest.
+        size: The most rows in it.
+        most: The most rows that may be deleted; None for all.
     """
 
     start: Any
@@ -57,17 +57,17 @@ class Slice(NamedTuple):
 
     @property
     def is_one_moment(self) -> bool:
-        """Whether there are more rows of its first value than it may have: it has some of them."""
+        """Whether its first value alone has more rows than `size`; the slice has some of them."""
         return self.end is not None and self.start == self.end
 
 
 def begin_slice(
     column: Column[Any], start: Any, size: int, *, lock: str | None = None
 ) -> Select[Any]:
-    """Where the slice that begins at `start` ends, and whether it may be deleted.
+    """Selects lock_timeout, whether the slice at `start` may be deleted, and where it ends.
 
-    With a `lock`, it may if no other transaction has the advisory lock of that name, until this one
-    ends. Also limits how long the transaction waits for locked rows.
+    With a `lock`, it may be deleted if this transaction gets the advisory lock of that name. The
+    statement also sets the transaction's lock_timeout.
     """
     beyond = select(column).where(*_from(column, start)).order_by(column).offset(size).limit(1)
     return select(
@@ -78,17 +78,17 @@ def begin_slice(
 
 
 def try_lock(name: str) -> ColumnElement[bool]:
-    """Whether this transaction has an advisory lock now, until it ends.
+    """Tries to get an advisory lock until the end of the transaction; false if another holds it.
 
-    For a SELECT without a FROM of its own: of one that has a distributed table there, Citus would
-    call the function on every node.
+    Only for a SELECT without FROM: with a distributed table there, Citus would call the function on
+    every node.
     """
     key = func.hashtextextended(f"taskiq_sa_pg {name}", 0, type_=BigInteger)
     return func.pg_try_advisory_xact_lock(key, type_=Boolean)
 
 
 def prune_results(models: Models, part: Slice) -> Select[Any]:
-    """Deletes the expired results of a slice with their progress and status; returns how many."""
+    """Deletes the expired results of a slice with progress and status; returns their number."""
     results = models.results_table
     task_id, expires_at = results.c.task_id, results.c.expires_at
     expired = [*_within(expires_at, part), expires_at <= func.now()]
@@ -103,14 +103,13 @@ def prune_results(models: Models, part: Slice) -> Select[Any]:
 
 
 def prune_stale(models: Models, source: Table, part: Slice) -> Select[Any]:
-    """Deletes old rows of a slice of progress or status, of tasks without a result.
+    """Deletes a slice's rows of progress or status that are older than `seconds`, without a result.
 
-    No index has their time, so slices go by the task id. Takes `seconds`, how old they have to be;
-    returns how many were deleted.
+    There is no index on their time, so slices are ranges of task ids. Returns the number deleted.
     """
     task_id = source.c.task_id
     result = _select_result(models, source).scalar_subquery()
-    # Not EXISTS, for which PostgreSQL may read all of the results.
+    # Not EXISTS, because PostgreSQL might read all results.
     stale = [*_within(task_id, part), _is_old(source.c.updated_at), result.is_(None)]
     if part.most is not None and part.most < part.size:
         stale.append(task_id == _any_of(select(task_id).where(*stale).limit(part.most)))
@@ -119,20 +118,20 @@ def prune_stale(models: Models, source: Table, part: Slice) -> Select[Any]:
 
 
 def count_expired(models: Models) -> Select[Any]:
-    """How many results have expired."""
+    """The number of expired results."""
     expires_at = models.results_table.c.expires_at
     return select(func.count(expires_at)).where(expires_at <= func.now())
 
 
 def count_stale(models: Models, source: Table) -> Select[Any]:
-    """How many rows prune_stale() would delete, of `seconds`."""
+    """The number of rows that prune_stale() would delete for `seconds`."""
     is_stale = _is_old(source.c.updated_at) & ~exists(_select_result(models, source))
     return select(func.count()).select_from(source).where(is_stale)
 
 
 def _from(column: Column[Any], start: Any) -> Iterator[ColumnElement[bool]]:
     if start is not None:
-        # Deleted rows before it, which PostgreSQL would have to look at, are not looked at again.
+        # So PostgreSQL does not read the deleted rows before it again.
         yield column >= bindparam("start", start, type_=column.type)
     if isinstance(column.type, DateTime):
         yield column <= func.now()
@@ -156,5 +155,5 @@ def _is_old(updated_at: ColumnElement[datetime]) -> ColumnElement[bool]:
 
 
 def _any_of(task_ids: Select[Any]) -> ColumnElement[Any]:
-    # As an array, of which PostgreSQL knows that it is small: it never reads the whole table.
+    # As an array, which the planner knows to be small: so it never reads the whole table.
     return any_(func.array(task_ids.scalar_subquery()))

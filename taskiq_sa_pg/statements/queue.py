@@ -1,8 +1,8 @@
-"""The broker's queue: tasks are sent, claimed by a worker, renewed, released, parked, acknowledged.
+"""The broker's queue: statements to send tasks, and to claim, renew, release, park and acknowledge.
 
-A worker may change a row only as long as it holds its claim: the number in `claim`, which grows
-whenever the task is claimed, and when it is sent again. Where claims are meant, the parameters are
-two arrays, `given_task_id` and `given_claim`.
+A worker may change a row only while it holds the claim: the number in `claim`, which increases
+whenever the task is claimed or sent again. Claims are passed as two arrays, `given_task_id` and
+`given_claim`.
 """
 
 from typing import Any, Final
@@ -43,7 +43,7 @@ from taskiq_sa_pg.statements.shapes import Inserted, Upsert, unnested
 
 MAX_PRIORITY: Final = 9
 
-_GIVEN: Final = "given_"  # before the names of parameters, which must not be those of columns
+_GIVEN: Final = "given_"  # prefix of parameters, whose names must differ from those of columns
 _ZERO: Final = literal_column("0", Integer)
 _ONE: Final = literal_column("1", Integer)
 NEVER: Final = literal_column("'infinity'::timestamptz", DateTime(timezone=True))
@@ -52,8 +52,8 @@ NEVER: Final = literal_column("'infinity'::timestamptz", DateTime(timezone=True)
 def enqueue_tasks(queue: Table) -> Upsert:
     """Stores tasks that are sent.
 
-    Of a task that a worker has, as a retry middleware sends it, the new message takes the place of
-    the old one, whose worker cannot acknowledge it any more. One that still waits stays as it is.
+    If a worker has claimed a task of the same id, the new message replaces the old one, which can
+    no longer be acknowledged; retry middlewares send tasks so. A waiting task is kept.
     """
 
     def finish(statement: PostgresInsert, _: Inserted) -> Insert:
@@ -63,10 +63,10 @@ def enqueue_tasks(queue: Table) -> Upsert:
 
 
 def replacing_claimed(queue: Table, statement: PostgresInsert) -> PostgresInsert:
-    """An INSERT of a task, with what becomes of one of the same id that is there."""
+    """Completes an INSERT of tasks: replaces a claimed task of the same id, keeps a waiting one."""
     overwritten = (*QueueRow._fields[1:], "queued_at")
     values: dict[str, Any] = {name: statement.excluded[name] for name in overwritten}
-    # No parameters: behind an INSERT ... SELECT, Citus does not know their types.
+    # No parameters: after an INSERT ... SELECT, Citus does not know their types.
     values |= {"claim": queue.c.claim + _ONE, "deliveries": _ZERO, "worker": null()}
     return statement.on_conflict_do_update(
         index_elements=["task_id"], set_=values, where=queue.c.worker.is_not(None)
@@ -74,11 +74,11 @@ def replacing_claimed(queue: Table, statement: PostgresInsert) -> PostgresInsert
 
 
 def claim_tasks(queue: Table) -> Executable:
-    """Gives at most `size` due tasks to `given_worker`, for `lease` seconds; returns Claimed.
+    """Claims at most `size` due tasks for `given_worker`, for `lease` seconds; returns Claimed.
 
-    From the arrays `given_queue_name` and `given_priority`, pair by pair, those that are due the
-    longest first; not those whose names are in `given_unknown`. It waits for nobody: tasks that
-    another worker is claiming are left out.
+    The arrays `given_queue_name` and `given_priority` are pairs, served in this order; within a
+    pair, the task that is due the longest comes first. Tasks named in `given_unknown` are skipped,
+    and so are tasks that another worker is claiming (SKIP LOCKED).
     """
     pairs = unnested([queue.c.queue_name, queue.c.priority], _GIVEN)
     size = bindparam("size", type_=Integer)
@@ -105,7 +105,7 @@ def claim_tasks(queue: Table) -> Executable:
 
 
 def select_next_due(queue: Table) -> Select[Any]:
-    """In how many seconds the next task is due, of those as in claim_tasks(); None for never."""
+    """Seconds until the next task is due, among those for claim_tasks(); None if there is none."""
     pairs = unnested([queue.c.queue_name, queue.c.priority], _GIVEN)
     first = (
         select(queue.c.available_at)
@@ -119,10 +119,9 @@ def select_next_due(queue: Table) -> Select[Any]:
 
 
 def renew_claims(queue: Table) -> Executable:
-    """Prolongs claims to `lease` seconds from now.
+    """Renews claims to `lease` seconds from now.
 
-    What somebody else is changing is left out, so that it never waits: it may be acknowledged at
-    the same time.
+    Locked rows are skipped, so that it never waits: they may be acknowledged at the same time.
     """
     held = _held(queue)
     found = (
@@ -135,10 +134,10 @@ def renew_claims(queue: Table) -> Executable:
 
 
 def release_claims(queue: Table) -> Executable:
-    """Gives claims back: the tasks are due in `delay` seconds; null means since they were sent.
+    """Releases claims: the tasks are due in `delay` seconds; null means since they were sent.
 
-    `undelivered` is 1 where nobody has begun with them, so that it does not count as a delivery.
-    The claims end: neither a renewal that comes late nor a repetition of this changes anything.
+    `undelivered` is 1 if execution has not begun, so that it does not count as a delivery. The
+    claims end: a late renewal, or a repetition of this statement, changes nothing.
     """
     held = _held(queue)
     undelivered = bindparam("undelivered", type_=SmallInteger)
@@ -155,14 +154,14 @@ def release_claims(queue: Table) -> Executable:
 
 
 def park_claims(queue: Table) -> Executable:
-    """Leaves the tasks of claims in the queue, where no worker takes them; the claims end."""
+    """Parks the tasks of claims: they stay in the queue, but are never due. The claims end."""
     held = _held(queue)
     values = {"available_at": NEVER, "claim": queue.c.claim + 1}
     return update(queue).where(*_is_held(queue, held)).values(values)
 
 
 def acknowledge_claims(queue: Table) -> Executable:
-    """Deletes the tasks of claims; returns those that were ours, as task id and claim."""
+    """Deletes the tasks of claims; returns the claims that were still held (task id, claim)."""
     held = _held(queue)
     deleted = delete(queue).where(*_is_held(queue, held))
     return deleted.returning(queue.c.task_id, queue.c.claim)
@@ -181,15 +180,15 @@ def _is_of(queue: Table, pairs: FromClause) -> tuple[ColumnElement[bool], Column
 
 
 def is_any_of(queue: Table, found: CTE) -> ColumnElement[bool]:
-    """Whether a row is one of those that were found, which are few."""
-    # As an array, of which PostgreSQL knows that it is small: it never reads the whole table.
+    """Whether a row is one of those in `found`, which are few."""
+    # As an array, which the planner knows to be small: so it never reads the whole table.
     return queue.c.task_id == any_(func.array(select(found.c.task_id).scalar_subquery()))
 
 
 def _is_known(queue: Table) -> ColumnElement[bool]:
     is_unknown = queue.c.task_name == any_(bindparam(f"{_GIVEN}unknown", type_=ARRAY(Text)))
-    # Not `!= ALL`: where all tasks have one name, PostgreSQL takes it to leave none, and gives up
-    # the index's order.
+    # Not `!= ALL`: if all tasks have one name, the planner expects no rows from it, and does not
+    # use the index's order.
     return case((is_unknown, false()), else_=true())
 
 

@@ -1,6 +1,6 @@
-"""The broker's queue as people look after it: counted, its parked tasks released or discarded.
+"""Administration of the broker's queue: counts tasks, lists, releases and discards parked ones.
 
-`available_at` is never read as it is: it may be infinity, which not every driver can hold.
+`available_at` is never returned: it may be infinity, which not every driver supports.
 """
 
 from collections.abc import Sequence
@@ -39,15 +39,16 @@ from taskiq_sa_pg.statements.shapes import Inserted, Upsert
 
 _COUNTED: Final = ("task_name", "available_at", "worker")
 
-# None is any. Parameters, so that there is one statement, however many names are asked for.
+# None is any. As parameters, so that one statement serves all names.
 _GIVEN_QUEUE: Final = bindparam("given_queue_name", type_=Text)
 _GIVEN_TASK: Final = bindparam("given_task_name", type_=Text)
 
 
 def count_tasks(queue: Table) -> Select[Any]:
-    """Counts tasks by queue, priority, state and task name, as Tallies.
+    """Counts tasks by queue, priority, state and task name, as Tally.
 
-    At most the first `size` of each queue, priority and state, by the index; None counts all.
+    It counts at most the first `size` of each queue, priority and state, in the index's order; None
+    counts all.
     """
     lines, size = _lines(queue), bindparam("size", type_=Integer)
     available_at = queue.c.available_at
@@ -82,18 +83,18 @@ def count_tasks(queue: Table) -> Select[Any]:
 
 
 def count_parked(queue: Table) -> Select[Any]:
-    """How many tasks are parked; the parameters but `size` are those of select_parked()."""
+    """The number of parked tasks; the parameters are those of select_parked(), without `size`."""
     return select(func.count()).select_from(_find_parked(queue, ["task_id"]))
 
 
 def select_parked(queue: Table) -> Select[Any]:
-    """The first `size` of the parked tasks, in the order in which they were sent.
+    """The first `size` parked tasks, in the order in which they were sent.
 
-    Of those in the queue `given_queue_name` and of the task `given_task_name`; None is any. Of each
-    queue and priority, `most` are looked at.
+    They are in the queue `given_queue_name` and have the name `given_task_name`; None is any. At
+    most `most` rows of each queue and priority are read.
     """
     found = _find_parked(queue, ParkedRow._fields, bindparam("most", type_=Integer))
-    # It was claimed once more to be parked.
+    # To be parked, it was claimed once more.
     deliveries = (found.c.deliveries - 1).label("deliveries")
     columns = {c.name: c for c in found.c} | {"deliveries": deliveries}
     return (
@@ -104,10 +105,10 @@ def select_parked(queue: Table) -> Select[Any]:
 
 
 def release_parked(queue: Table, *, by_id: bool = False) -> Executable:
-    """Makes parked tasks due at once, as if they had just been sent.
+    """Makes parked tasks due now, as if they had just been sent.
 
-    Those of the array `task_ids` if `by_id`, else `size` of those of select_parked(). Returns the
-    task id and the queue's name of each.
+    It releases those of the array `task_ids` if `by_id`, otherwise `size` tasks chosen as in
+    select_parked(). Returns task id and queue name of each.
     """
     values = {
         "available_at": func.now(),
@@ -126,7 +127,7 @@ def discard_parked(queue: Table, *, by_id: bool = False) -> Executable:
 
 
 def insert_old_tasks(queue: Table) -> Upsert:
-    """Stores tasks of another queue, but for task ids that are there; returns the others."""
+    """Stores tasks of another queue; returns the task ids that did not exist and were stored."""
 
     def finish(statement: PostgresInsert, _: Inserted) -> Any:
         unless_there = statement.on_conflict_do_nothing(index_elements=["task_id"])
@@ -136,12 +137,12 @@ def insert_old_tasks(queue: Table) -> Upsert:
 
 
 def select_queued(queue: Table) -> Select[Any]:
-    """Those of the array `task_ids` that are in the queue."""
+    """The ids of the array `task_ids` that are in the queue."""
     return select(queue.c.task_id).where(is_asked_for(queue))
 
 
 def _are_chosen(queue: Table, by_id: bool) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    # That it is parked is asked of the row itself, which another process may just have released.
+    # The row itself has to be parked still: another process may just have released it.
     if by_id:
         return is_asked_for(queue), _is_parked(queue)
     size = bindparam("size", type_=Integer)
@@ -152,7 +153,7 @@ def _are_chosen(queue: Table, by_id: bool) -> tuple[ColumnElement[bool], ColumnE
 def _find_parked(
     queue: Table, names: Sequence[str], most: BindParameter[int] | None = None
 ) -> Subquery:
-    """Columns of the parked tasks, at most so many of each queue and priority."""
+    """Columns of the parked tasks, of at most `most` for each queue and priority."""
     lines = _lines(queue, _GIVEN_QUEUE)
     found = (
         select(*_columns(queue, names))
@@ -169,10 +170,10 @@ def _find_parked(
 
 
 def _lines(queue: Table, queue_name: BindParameter[str] | None = None) -> CTE:
-    """Each queue's name with each priority, or those of one queue.
+    """The pairs of queue name and priority, of all queues or of one.
 
-    The names are found one after the other by the index, which begins with them and the priority:
-    so nothing is read but what is asked for, however many tasks there are.
+    The names are found one after the other in the index, which begins with queue name and priority
+    (a loose index scan). So the cost does not depend on the number of tasks.
     """
     first = select(func.min(queue.c.queue_name).label("queue_name"))
     names = first.cte("names", recursive=True)
@@ -196,7 +197,7 @@ def _is_of(queue: Table, lines: CTE) -> tuple[ColumnElement[bool], ColumnElement
 
 
 def _is_parked(queue: Table) -> ColumnElement[bool]:
-    # Not `=`, with which the index's order is none, and PostgreSQL may read the whole table.
+    # Not `=`, which would make the index's order useless: PostgreSQL might read the whole table.
     return queue.c.available_at >= NEVER
 
 

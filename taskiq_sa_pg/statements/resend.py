@@ -1,4 +1,4 @@
-"""What was recorded of a task's message."""
+"""The recorded parts of a task's message."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from taskiq_sa_pg.statements.select import is_asked_for, is_live, readable
 
 
 def select_messages(models: Models) -> Select[Any]:
-    """What the results of the `task_ids` have of their messages, as StoredMessage."""
+    """The recorded messages of the `task_ids`' results, as StoredMessage."""
     results = models.results_table
     columns = readable(results, StoredMessage._fields)
     return select(*columns).where(is_asked_for(results), is_live(results))

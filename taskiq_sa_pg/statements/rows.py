@@ -1,11 +1,11 @@
-"""What travels between the codec and the tables: rows as they are written and as they are read."""
+"""Rows between the codec and the tables, as they are written and read."""
 
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 
 class ResultRow(NamedTuple):
-    """What set_result() writes, in the order of the columns; JSON columns as text."""
+    """The row that set_result() writes, in the order of the columns; JSON columns as text."""
 
     task_id: Any
     is_err: bool
@@ -18,7 +18,7 @@ class ResultRow(NamedTuple):
     log: str | None
     task_name: str | None
     attempt: int
-    expires_at: float | None  # in so many seconds, by the database's clock
+    expires_at: float | None  # seconds from now, by the database's clock
     args: str | None = None
     kwargs: str | None = None
     worker: str | None = None
@@ -27,7 +27,7 @@ class ResultRow(NamedTuple):
 
 
 class ProgressRow(NamedTuple):
-    """What set_progress() writes; meta as ResultRow's return_value."""
+    """The row that set_progress() writes; meta as ResultRow's return_value."""
 
     task_id: Any
     state: str
@@ -35,7 +35,7 @@ class ProgressRow(NamedTuple):
 
 
 class StatusRow(NamedTuple):
-    """What set_status() writes."""
+    """The row that set_status() writes."""
 
     task_id: Any
     state: str
@@ -47,7 +47,7 @@ class StatusRow(NamedTuple):
 
 
 class StoredResult(NamedTuple):
-    """What reading a result returns, in the order of select_results() and take_results()."""
+    """A result, in the order of select_results() and take_results()."""
 
     task_id: Any
     is_err: bool
@@ -60,7 +60,7 @@ class StoredResult(NamedTuple):
 
 
 class StoredProgress(NamedTuple):
-    """What reading progress returns, in the order of select_progress()."""
+    """Progress, in the order of select_progress()."""
 
     task_id: Any
     state: str
@@ -68,7 +68,7 @@ class StoredProgress(NamedTuple):
 
 
 class StoredStatus(NamedTuple):
-    """What reading a status returns, in the order of select_statuses() and select_running()."""
+    """A status, in the order of select_statuses() and select_running()."""
 
     task_id: Any
     state: str
@@ -81,17 +81,17 @@ class StoredStatus(NamedTuple):
 
 
 class StoredWorker(NamedTuple):
-    """A worker process, as select_workers() returns it."""
+    """A worker process, in the order of select_workers()."""
 
     worker: str
     started_at: datetime
     seen_at: datetime
     is_alive: bool
-    running: int  # tasks that it has started, without a result
+    running: int  # number of tasks that it has started and that have no result
 
 
 class StoredMessage(NamedTuple):
-    """What a result's row has of its message, as select_messages() returns it; JSON as text."""
+    """The recorded parts of a message, in the order of select_messages(); JSON as text."""
 
     task_name: str | None
     args: str | None
@@ -100,7 +100,7 @@ class StoredMessage(NamedTuple):
 
 
 class StoredRecord(NamedTuple):
-    """What finding a finished task returns, in the order of select_records()."""
+    """A finished task, in the order of select_records()."""
 
     task_id: Any
     is_err: bool
@@ -117,7 +117,7 @@ class StoredRecord(NamedTuple):
 
 
 class StoredDetails(NamedTuple):
-    """What select_details() returns of a finished task, beside its StoredRecord."""
+    """Further details of a finished task, after a StoredRecord in select_details()."""
 
     traceback: str | None
     args: str | None  # JSON as text
@@ -125,7 +125,7 @@ class StoredDetails(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The results table in figures, as select_counts() returns it; all but `expired` are live."""
+    """Counts of the results table, in the order of select_counts(); only `expired` counts those."""
 
     results: int
     failures: int
@@ -135,23 +135,23 @@ class Counts(NamedTuple):
 
 
 class QueueRow(NamedTuple):
-    """What sending a task writes."""
+    """The row that sending a task writes."""
 
     task_id: Any
     queue_name: str
     priority: int
-    available_at: float  # in so many seconds, by the database's clock
+    available_at: float  # seconds from now, by the database's clock
     claim: int
     task_name: str
     message: bytes
 
 
 class Claimed(NamedTuple):
-    """A task that claim_tasks() has given to a worker, in the order of its columns."""
+    """A task that a worker has claimed, in the order of claim_tasks()."""
 
     task_id: Any
     claim: int
-    deliveries: int  # this one among them
+    deliveries: int  # including this one
     priority: int
     task_name: str
     message: bytes
@@ -159,7 +159,7 @@ class Claimed(NamedTuple):
 
 
 class ScheduleRow(NamedTuple):
-    """A schedule, as it is written and read."""
+    """A schedule as it is written and read."""
 
     schedule_id: str
     task_name: str
@@ -171,7 +171,7 @@ class ScheduleRow(NamedTuple):
 
 
 class ListedSchedule(NamedTuple):
-    """A schedule with what became of it, in the order of list_schedules()."""
+    """A schedule with its last tick, in the order of list_schedules()."""
 
     schedule_id: str
     task_name: str
@@ -185,14 +185,14 @@ class ListedSchedule(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """What sending the task of a schedule returns."""
+    """The outcome of sending the task of a schedule."""
 
     is_sent: bool
     seconds: float | None  # until an interval is due again
 
 
 class OldTask(NamedTuple):
-    """What is written of a task that comes from another queue: a QueueRow, and when it was sent."""
+    """A task that is imported from another queue: a QueueRow and the time when it was sent."""
 
     task_id: Any
     queue_name: str
@@ -205,10 +205,9 @@ class OldTask(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Tasks of one queue, priority, state and task name, as count_tasks() returns them.
+    """The tasks of one queue, priority, state and task name, in the order of count_tasks().
 
-    A task is due, and so "waiting"; or "later", because it was delayed or a worker has it; or never
-    due: "parked".
+    The state is "waiting" (due), "later" (delayed, or claimed by a worker) or "parked" (never due).
     """
 
     queue_name: str
@@ -216,8 +215,8 @@ class Tally(NamedTuple):
     state: str
     task_name: str
     tasks: int
-    taken: int  # of them, those that a worker has, or had
-    oldest: float | None  # for so many seconds one has waited
+    taken: int  # number of them that a worker has or had claimed
+    oldest: float | None  # seconds since the oldest waiting one is due
 
 
 class ParkedRow(NamedTuple):
@@ -227,5 +226,5 @@ class ParkedRow(NamedTuple):
     task_name: str
     queue_name: str
     deliveries: int
-    worker: str | None  # that has given it up
+    worker: str | None  # that parked it
     queued_at: datetime

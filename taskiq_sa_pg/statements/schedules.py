@@ -1,9 +1,10 @@
-"""The broker's schedules: they are stored, and their tasks are sent, once for each tick.
+"""The broker's schedules: statements to store them, and to send their tasks once for each tick.
 
-A tick is a time at which a schedule is due. Whoever moves `last_tick` up to it, or deletes the row
-of what is due only once, sends the task in the same statement; all others find it gone.
+A tick is a time at which a schedule is due. The scheduler that sets `last_tick` to it, or deletes
+the row of a one-time schedule, sends the task in the same statement. For all others the statement
+then finds nothing.
 
-No parameter of an UPDATE is called like a column, which SQLAlchemy would set to it.
+No parameter of an UPDATE has the name of a column, because SQLAlchemy would set the column to it.
 """
 
 from typing import Any, Final
@@ -44,7 +45,7 @@ from taskiq_sa_pg.statements.queue import replacing_claimed
 from taskiq_sa_pg.statements.rows import ListedSchedule, QueueRow, ScheduleRow
 from taskiq_sa_pg.statements.shapes import Inserted, Upsert, as_stored, unnested, wire_type
 
-# A scheduler looks at whole seconds, and comes a little early or late.
+# A scheduler checks at whole seconds, and may be a little early or late.
 _EARLY: Final = literal_column("interval '0.5 seconds'", Interval())
 _LATE: Final = literal_column("interval '1 second'", Interval())
 
@@ -52,7 +53,7 @@ _LATE: Final = literal_column("interval '1 second'", Interval())
 def send_by_cron(queue: Table, schedules: Table) -> Executable:
     """Sends the task of a schedule that is due in the minute `due_minute`; returns Sent.
 
-    `due_cron` is why it is due: nothing is sent where the schedule has become another.
+    `due_cron` is the expression that is due: if the schedule has changed, nothing is sent.
     """
     tick = bindparam("due_minute", type_=schedules.c.last_tick.type)
     won = (
@@ -72,13 +73,13 @@ def send_by_cron(queue: Table, schedules: Table) -> Executable:
 def send_at_interval(queue: Table, schedules: Table) -> Executable:
     """Sends the task of a schedule whose interval has passed since its last tick; returns Sent.
 
-    Ticks keep their distance: one that is noticed a little late does not put off the next.
+    Ticks do not drift: one that is sent up to a second late does not delay the next.
     """
     last_tick, interval = schedules.c.last_tick, schedules.c.interval
     due_at = last_tick + interval
     tick = case((due_at >= func.now() - _LATE, due_at), else_=func.now())
-    # Selected, because Citus adds no interval to a column in an UPDATE. Whoever moves last_tick
-    # first has sent the task.
+    # In a SELECT, because Citus cannot add an interval to a column in an UPDATE. The first to
+    # change last_tick sends the task.
     due = (
         select(last_tick, interval, tick.label("tick"), _seconds_until(tick + interval))
         .where(
@@ -108,9 +109,10 @@ def _seconds_until(time: ColumnElement[Any]) -> ColumnElement[float]:
 
 
 def send_once(queue: Table, schedules: Table) -> Executable:
-    """Sends the task of a schedule that is due once, at `due_time`; returns Sent.
+    """Sends the task of a one-time schedule that is due at `due_time`; returns Sent.
 
-    The schedule is deleted then. One of a label stays, or the next startup would store it again.
+    The schedule is then deleted. A schedule from a label stays; otherwise the next startup would
+    store it again.
     """
     time = bindparam("due_time", type_=schedules.c.time.type)
     is_due = _is_the_one(schedules), schedules.c.time == time
@@ -138,7 +140,7 @@ def _sending(queue: Table, won: CTE, left: ColumnElement[Any]) -> Executable:
 
 
 def upsert_schedule(schedules: Table) -> Upsert:
-    """Stores a schedule, in place of one of the same id; only another time makes it due again."""
+    """Stores or replaces a schedule; it becomes due again only if its time has changed."""
 
     def finish(statement: PostgresInsert, _: Inserted) -> Insert:
         return statement.on_conflict_do_update(
@@ -149,10 +151,10 @@ def upsert_schedule(schedules: Table) -> Upsert:
 
 
 def store_labelled(schedules: Table) -> Executable:
-    """Stores the schedules of labels, and deletes those that no label has any more.
+    """Stores the schedules from labels, and deletes those that are no longer in any label.
 
-    The rows come as arrays called like the fields of a ScheduleRow. Deleted are schedules of the
-    tasks `known`, or of all if `is_complete`, and none that labels did not make.
+    The rows are passed as arrays with the names of ScheduleRow's fields. It deletes only schedules
+    from labels: those of the tasks `known`, or of all tasks if `is_complete`.
     """
     columns = [schedules.c[name] for name in ScheduleRow._fields]
     ids = bindparam("schedule_id", type_=ARRAY(Text))
@@ -180,14 +182,14 @@ def store_labelled(schedules: Table) -> Executable:
 
 
 def select_schedules(schedules: Table) -> Select[Any]:
-    """All schedules that may be due some time, as ScheduleRows."""
+    """All schedules that may still become due, as ScheduleRow."""
     is_over = schedules.c.time.is_not(None) & schedules.c.last_tick.is_not(None)
     columns = [schedules.c[name] for name in ScheduleRow._fields]
     return select(*columns).where(~(schedules.c.is_labelled & is_over))
 
 
 def list_schedules(schedules: Table) -> Select[Any]:
-    """The first `size` of all schedules by task name, those that are over among them."""
+    """The first `size` schedules by task name, including those that are over."""
     columns = [schedules.c[name] for name in ListedSchedule._fields]
     ordered = select(*columns).order_by(schedules.c.task_name, schedules.c.schedule_id)
     return ordered.limit(bindparam("size", type_=Integer))

@@ -1,7 +1,6 @@
-"""What is read of the tables, as SQLAlchemy Core statements. Where ids are asked for: `task_ids`.
+"""Statements that read the tables; the parameter for task ids is `task_ids`.
 
-Reads return JSON as text, so that neither the driver's nor the application's JSON codec has a say
-in it.
+JSON is returned as text, so that neither the driver's nor the application's JSON codec is used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,13 +30,13 @@ MAX_IDS: Final = 200
 
 
 def in_slices(column_ids: list[Any]) -> Iterator[list[Any]]:
-    """The ids in parts of as many as one statement takes."""
+    """Splits ids into lists of at most MAX_IDS."""
     for start in range(0, len(column_ids), MAX_IDS):
         yield column_ids[start : start + MAX_IDS]
 
 
 def select_ready(models: Models) -> Select[Any]:
-    """Those of the task ids that have a result."""
+    """The task ids that have a result."""
     results = models.results_table
     return select(results.c.task_id).where(is_asked_for(results), is_live(results))
 
@@ -56,7 +55,7 @@ def select_progress(models: Models) -> Select[Any]:
 
 
 def select_having_progress(models: Models) -> Select[Any]:
-    """Those of the task ids that have progress."""
+    """The task ids that have progress."""
     progress = models.progress_table
     return select(progress.c.task_id).where(is_asked_for(progress))
 
@@ -71,7 +70,7 @@ def select_matching(
 
 
 def select_counts(models: Models) -> Select[Any]:
-    """The results in figures, as Counts."""
+    """Counts of the results, as Counts."""
     results = models.results_table
     live = is_live(results)
     counts: list[ColumnElement[Any]] = [
@@ -85,14 +84,14 @@ def select_counts(models: Models) -> Select[Any]:
 
 
 def count_progress(models: Models) -> Select[Any]:
-    """How many tasks have progress."""
+    """The number of tasks that have progress."""
     return select(func.count()).select_from(models.progress_table)
 
 
 def notify() -> Select[Any]:
-    """Sends notifications: on `channel` the `payloads`, texts of less than 8,000 bytes each.
+    """Sends notifications on `channel`: the `payloads`, texts of less than 8,000 bytes each.
 
-    A row for each; none where the server is a read replica, which has no notifications.
+    Returns one row for each; none on a read replica, which has no notifications.
     """
     payload = func.unnest(bindparam("payloads", type_=ARRAY(Text))).column_valued("payload")
     sent = func.pg_notify(bindparam("channel", type_=Text), payload).label("sent")
@@ -100,26 +99,26 @@ def notify() -> Select[Any]:
 
 
 def readable(source: FromClause, names: Sequence[str]) -> list[ColumnElement[Any]]:
-    """Columns as the codec reads them: JSON as text."""
+    """Columns in the form that the codec reads: JSON as text."""
     columns = [source.c[name] for name in names]
     return [cast(c, Text).label(c.name) if isinstance(c.type, JSON) else c for c in columns]
 
 
 def is_live(results: FromClause) -> ColumnElement[bool]:
-    """Whether a result has not expired; one that has is missing."""
+    """Whether a result has not expired; an expired one counts as missing."""
     expires_at = results.c.expires_at
     return expires_at.is_(None) | (expires_at > func.now())
 
 
 def is_over(results: FromClause, status: FromClause) -> ColumnElement[bool]:
-    """Whether a result is not older than what the status table says of its task."""
+    """Whether a result is at least as new as the status of its task."""
     of_result = tuple_(results.c.attempt, results.c.finished_at)
     is_later = of_result >= tuple_(status.c.attempt, status.c.updated_at)
-    # The task id is used again.
+    # A status of a message that was sent later: the task id is used again.
     return is_later & (status.c.queued_at > results.c.queued_at).is_not(true())
 
 
 def is_asked_for(source: Table) -> ColumnElement[bool]:
-    """Whether a row is of one of the `task_ids`, a list of column values."""
+    """Whether a row has one of the `task_ids`, a list of column values."""
     task_id = source.c.task_id
     return task_id == any_(bindparam("task_ids", type_=ARRAY(task_id.type)))

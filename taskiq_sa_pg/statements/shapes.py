@@ -1,6 +1,6 @@
-"""How rows become an INSERT: as VALUES, or as one array for each column.
+"""Builds INSERTs for rows: with VALUES, or with one array for each column.
 
-JSON travels as text, so that neither the driver's nor the application's JSON codec has a say in it.
+JSON is sent as text, so that neither the driver's nor the application's JSON codec is used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,39 +31,38 @@ from sqlalchemy.types import TypeEngine
 
 from taskiq_sa_pg.models import as_interval
 
-# Times that travel as seconds from now, by the database's clock.
+# Times that are sent as seconds from now, by the database's clock.
 _FROM_NOW: Final = frozenset({"expires_at", "available_at"})
 
-# How many rows a statement with VALUES has at most. Each number of rows is a text of its own, and
-# a connection keeps the last hundred prepared: with texts of up to 500 rows, the server took 370 MB
-# for each connection.
+# The most rows of a statement with VALUES. Each number of rows is a different text, of which a
+# connection keeps the last hundred prepared: with up to 500 rows, that took 370 MB per connection.
 _MOST_VALUES: Final = 64
 
 NOTHING: Final[Mapping[str, Column[Any]]] = MappingProxyType({})
 
-# A statement and its parameters; of several rows, if they go as VALUES, those of each row.
+# A statement and its parameters; for several rows with VALUES, the parameters of each row.
 Call = tuple[Executable, dict[str, Any] | list[dict[str, Any]]]
 
-# Some columns of the rows that an INSERT stores, for other parts of its statement; None where those
-# can have no part in it.
+# Returns columns of the inserted rows, for other parts of the statement; None if the statement can
+# have no other parts.
 Inserted = Callable[[Sequence[Column[Any]]], FromClause] | None
 
 
 class Upsert:
-    """Stores rows: one by a statement of its own, several as an array for each column.
+    """Stores rows: a single one with plain parameters, several with an array for each column.
 
-    By VALUES go rows with values for the application's own columns, those of a table of which
-    SQLAlchemy has to compute a default for each row, and those of a table that Citus distributes:
-    it would send arrays to one node first. SQLAlchemy makes VALUES of as many rows as there are, a
-    bounded number in each statement.
+    VALUES are used instead of arrays in three cases: for rows with values of the application's
+    additional columns; for a table with defaults that SQLAlchemy computes for each row; and for a
+    table that Citus distributes, because it would send arrays to one node first. The number of rows
+    in a statement with VALUES is bounded.
 
     Args:
         target: The table.
-        fields: The columns that are stored, called like the fields of a row.
-        finish: Adds what becomes of conflicts.
-        extra: Columns of the application's own that are stored, by parameter.
-        then: What is done for the `task_ids` of rows that go by VALUES, after they are stored.
-        by_values: Whether all go by VALUES, because Citus distributes the table.
+        fields: The columns to store, which are the fields of a row.
+        finish: Adds the ON CONFLICT clause.
+        extra: The application's additional columns to store, by parameter.
+        then: A statement to run after rows were stored with VALUES, with their `task_ids`.
+        by_values: Whether all rows use VALUES, because Citus distributes the table.
     """
 
     def __init__(
@@ -85,23 +84,23 @@ class Upsert:
         self._goes_by_values = by_values or _has_computed_default(target)
 
     def of(self, rows: Sequence[Any]) -> list[Call]:
-        """What stores named tuples with distinct task ids, and all that goes with it."""
+        """The statements that store named tuples with distinct task ids."""
         if self._goes_by_values:
             return self.of_mappings([row._asdict() for row in rows])
         if len(rows) == 1:
             return [(self._by_row, rows[0]._asdict())]
-        # Upserts that overlap and lock their rows in different orders deadlock.
+        # Overlapping upserts that lock rows in different orders would deadlock.
         rows = sorted(rows, key=itemgetter(0))
         columns = zip(*rows, strict=True)
         return [(self._by_arrays, dict(zip(self._fields, columns, strict=True)))] if rows else []
 
     def of_mappings(self, rows: Sequence[Mapping[str, Any]]) -> list[Call]:
-        """The same by VALUES, of rows by parameter, the application's own columns among them."""
+        """The same with VALUES, for mappings that may include the application's columns."""
         if not rows:
             return []
         ordered = sorted(map(dict, rows), key=itemgetter("task_id"))
         if len(ordered) == 1 and not self._is_distributed:
-            return [(self._by_row, ordered[0])]  # with `then` in it: one round trip
+            return [(self._by_row, ordered[0])]  # it includes `then`: one round trip
         parts = [ordered[n : n + _MOST_VALUES] for n in range(0, len(ordered), _MOST_VALUES)]
         calls: list[Call] = [(self._by_values, p if len(p) > 1 else p[0]) for p in parts]
         if self._then is not None:
@@ -119,7 +118,7 @@ class Upsert:
     def _by_values(self) -> Insert:
         statement = self._finish(self._insert_row(), None)
         if not len(statement.exported_columns):
-            # With RETURNING, SQLAlchemy sends several rows in one statement.
+            # Only with RETURNING does SQLAlchemy send several rows in one statement.
             statement = statement.returning(self._target.c.task_id)
         return statement
 
@@ -138,11 +137,11 @@ class Upsert:
 
 
 def unnested(columns: Sequence[Column[Any]], prefix: str = "") -> FromClause:
-    """Rows from one array for each column, which the parameters are called like, after a prefix.
+    """Rows from one array for each column; a parameter's name is the prefix and the column's name.
 
-    An UPDATE needs one: a parameter that is called like a column is a new value to SQLAlchemy.
+    An UPDATE needs a prefix: SQLAlchemy would set a column to a parameter of the same name.
     """
-    # Not FROM unnest(...), whose rows PostgreSQL first puts into a store, to read them from there.
+    # Not FROM unnest(...), whose rows PostgreSQL would first write into a tuplestore.
     arrays = [
         func.unnest(
             bindparam(prefix + c.name, type_=ARRAY(wire_type(c))), type_=wire_type(c)
@@ -153,14 +152,14 @@ def unnested(columns: Sequence[Column[Any]], prefix: str = "") -> FromClause:
 
 
 def wire_type(stored: Column[Any]) -> TypeEngine[Any]:
-    """The type as which a column's values travel."""
+    """The type in which a column's values are sent."""
     if stored.name in _FROM_NOW:
         return Double()
     return Text() if isinstance(stored.type, JSONB) else stored.type
 
 
 def as_stored(value: ColumnElement[Any], stored: Column[Any]) -> ColumnElement[Any]:
-    """What a column stores of a value that travels as its wire_type()."""
+    """Converts a value of wire_type() to the column's type."""
     if stored.name in _FROM_NOW:
         return func.now() + as_interval(value)
     return cast(value, JSONB) if isinstance(stored.type, JSONB) else value
@@ -171,5 +170,5 @@ def _parameter(stored: Column[Any]) -> BindParameter[Any]:
 
 
 def _has_computed_default(target: Table) -> bool:
-    # Of INSERT ... SELECT, SQLAlchemy would call a Python function once for all rows.
+    # For INSERT ... SELECT, SQLAlchemy would call a Python function once for all rows.
     return any(c.default is not None and c.default.is_callable for c in target.c)

@@ -1,4 +1,4 @@
-"""What tasks are at, of the status table and the results: reads give StoredStatus."""
+"""Selects the status of tasks from the status table and the results, as StoredStatus."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,20 +23,20 @@ from taskiq_sa_pg.statements.rows import StatusRow, StoredStatus
 from taskiq_sa_pg.statements.select import is_asked_for, is_live, is_over
 from taskiq_sa_pg.statements.workers import is_lost, is_started, with_worker
 
-# Both tables have these columns; `state` is in the one, and made of the other.
+# Both tables have these columns. `state` is a column of the status table only.
 _COMMON = ("task_name", "attempt", "queued_at", "started_at", "worker")
 
 
 def select_statuses(models: Models) -> Select[Any]:
-    """What the `task_ids` are at, by their results and the status table, whichever is later.
+    """The status of the `task_ids`, from their result or the status table, whichever is later.
 
-    A task of which neither knows is "queued" where it is in the queue, if the models have one: that
-    is all that is told of one that was sent in a transaction. Unknown tasks are left out.
+    A task in neither is "queued" if it is in the queue and the models have one; a task that was
+    sent in a session's transaction has no other trace. Unknown tasks are omitted.
     """
     known, queue = _select_known(models), models.queue_table
     if queue is None:
         return known
-    # By itself first, because Citus joins no distributed table with one that is not.
+    # Materialized, because Citus cannot join a distributed table with one that is not.
     found = known.cte("found").prefix_with("MATERIALIZED")
     queued = _of_asked(queue, ("task_name", "queued_at"))
     of_queue: dict[str, ColumnElement[Any]] = {
@@ -51,8 +51,8 @@ def select_statuses(models: Models) -> Select[Any]:
 
 
 def _select_known(models: Models) -> Select[Any]:
-    """The same of the results and the status table alone."""
-    # Each filtered by itself: so Citus goes to the shards of these tasks alone, which are the same.
+    """The same from the results and the status table only."""
+    # Each is filtered separately, so that Citus reads only the shards of these tasks.
     results = _of_asked(models.results_table, (*_COMMON, "finished_at", "expires_at", "is_err"))
     state = case(
         (~is_live(results), _text("expired")),
@@ -85,7 +85,7 @@ def _of_asked(source: Table, names: Sequence[str]) -> FromClause:
 
 
 def select_running(models: Models, status: Table) -> Select[Any]:
-    """The tasks that are executed, the longest first; at most `limit`."""
+    """At most `limit` tasks that are running, those that started first at the top."""
     workers = models.workers_table
     columns = [status.c[n] if n != "state" else _state(status, workers) for n in StatusRow._fields]
     return (

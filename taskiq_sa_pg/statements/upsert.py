@@ -1,4 +1,4 @@
-"""What is stored over what: INSERT ... ON CONFLICT for results, progress and statuses."""
+"""INSERT ... ON CONFLICT for results, progress and statuses: which rows are overwritten."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from taskiq_sa_pg.statements.delete import delete_finished, delete_over
 from taskiq_sa_pg.statements.rows import ProgressRow, ResultRow, StatusRow
 from taskiq_sa_pg.statements.shapes import NOTHING, Call, Inserted, Upsert
 
-# A result's row with values for columns of the application's own, by attribute of the model.
+# A result's row and values for the application's additional columns, by attribute of the model.
 ExtendedRow = Mapping[str, Any]
 
 
@@ -25,17 +25,17 @@ def upsert_results(
     if_missing: bool = False,
     by_values: bool = False,
 ) -> Upsert:
-    """Stores results over those of equal or earlier attempts, and over those that have expired.
+    """Stores results, overwriting expired ones and those of the same or earlier attempts.
 
-    Of a message that was sent later, over one of a later attempt too: the task id is used again.
-    Returns the task ids of those that were stored.
+    A result of a message that was sent later also overwrites one of a later attempt: the task id is
+    used again. Returns the task ids that were stored.
 
     Args:
         models: The tables.
-        extra: Columns of the application's own that are stored, by parameter.
-        is_tracked: Whether the status of the tasks is deleted with it, unless of a later attempt.
-        if_missing: Whether a result that is there stays, whatever it is, unless it has expired.
-        by_values: As Upsert's.
+        extra: The application's additional columns to store, by parameter.
+        is_tracked: Whether to delete the status of the tasks, unless it is of a later attempt.
+        if_missing: Whether to keep existing results that have not expired.
+        by_values: As for Upsert.
     """
     results = models.results_table
     status = models.status_table if is_tracked else None
@@ -45,8 +45,8 @@ def upsert_results(
         where = _has_expired(results, statement)
         if not if_missing:
             where |= _is_later(statement, results)
-        # RETURNING was measured at 3 to 4 % of a statement of 100 or 500 rows (the client's CPU and
-        # the time alike), and at no difference for one row.
+        # RETURNING costs 3 to 4 % of a statement of 100 or 500 rows, and nothing for one row, as
+        # measured for both time and the client's CPU.
         upsert = _on_conflict(statement, overwritten, where).returning(results.c.task_id)
         if status is None or inserted is None:
             return upsert
@@ -58,10 +58,10 @@ def upsert_results(
 
 
 class ExtendedUpserts:
-    """Stores results with values for columns of the application's own.
+    """Stores results with values for the application's additional columns.
 
-    Rows that fill the same columns share a statement: it leaves a column alone, and gives it its
-    default, for all of its rows or for none.
+    Rows that fill the same columns share a statement, because a statement sets a column in all of
+    its rows or in none.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ExtendedUpserts:
         ]
 
     def without_extra(self, row: ExtendedRow) -> ExtendedRow:
-        """The row of the result alone."""
+        """The row without the application's columns."""
         return {name: value for name, value in row.items() if name not in self._columns}
 
     def _upsert(self, names: frozenset[str]) -> Upsert:
@@ -108,7 +108,7 @@ class ExtendedUpserts:
 
 
 def upsert_progress(models: Models, *, by_values: bool = False) -> Upsert:
-    """Stores progress, replacing what was there."""
+    """Stores progress, replacing what exists."""
     overwritten = (*ProgressRow._fields[1:], "updated_at")
     return Upsert(
         models.progress_table,
@@ -119,7 +119,7 @@ def upsert_progress(models: Models, *, by_values: bool = False) -> Upsert:
 
 
 def upsert_status(status: Table, *, by_values: bool = False) -> Upsert:
-    """Stores statuses, unless one of a later attempt, message or execution is there."""
+    """Stores statuses, unless one of a later attempt, message or execution exists."""
 
     def finish(statement: PostgresInsert, _: Inserted) -> Insert:
         new, old = statement.excluded, status.c
@@ -133,7 +133,7 @@ def upsert_status(status: Table, *, by_values: bool = False) -> Upsert:
 
 
 def insert_results(models: Models) -> Upsert:
-    """Stores results where there are none but expired ones; returns the task ids of those."""
+    """Stores results unless unexpired ones exist; returns the task ids that were stored."""
     results = models.results_table
 
     def finish(statement: PostgresInsert, _: Inserted) -> Insert:
@@ -145,7 +145,7 @@ def insert_results(models: Models) -> Upsert:
 
 
 def insert_progress(models: Models) -> Upsert:
-    """Stores progress where there is none, and returns the task ids of that."""
+    """Stores progress unless some exists; returns the task ids that were stored."""
     progress = models.progress_table
 
     def finish(statement: PostgresInsert, _: Inserted) -> Insert:
@@ -160,7 +160,7 @@ def _on_conflict(
     overwritten: Sequence[str],
     where: ColumnElement[bool] | None = None,
 ) -> PostgresInsert:
-    # `excluded` alone on the right, because Citus refuses now() there; its finished_at and
+    # Only `excluded` on the right, because Citus refuses now() there. Its finished_at and
     # updated_at are the columns' defaults.
     return statement.on_conflict_do_update(
         index_elements=["task_id"],
@@ -172,10 +172,10 @@ def _on_conflict(
 def _is_later(
     statement: PostgresInsert, table: Table, of_equals: ColumnElement[bool] | None = None
 ) -> ColumnElement[bool]:
-    """Whether the new row is of a later attempt or message, or of equal ones and `of_equals`."""
+    """Whether the new row is of a later attempt or message; for equal ones, `of_equals`."""
     new, old = statement.excluded, table.c
-    # A retry is sent by a worker, whose clock may be behind the first sender's: so a later attempt
-    # counts as later, and the time decides for the others. It may be unknown on either side.
+    # A worker sends a retry, and its clock may be behind the first sender's. So a higher attempt
+    # always counts as later; otherwise queued_at decides, which may be NULL on either side.
     is_sent_earlier = (new.queued_at < old.queued_at).is_(true())
     is_equal = and_(new.attempt == old.attempt, ~is_sent_earlier)
     if of_equals is not None:
@@ -184,5 +184,5 @@ def _is_later(
 
 
 def _has_expired(results: Table, statement: PostgresInsert) -> ColumnElement[bool]:
-    # Of the row in the way. The new one's finished_at is now, which Citus refuses to be asked for.
+    # Of the existing row. The new one's finished_at is now(), which Citus refuses here.
     return results.c.expires_at <= statement.excluded.finished_at

@@ -1,4 +1,4 @@
-"""The worker processes: the beat of one, the list of all, and which tasks were lost with theirs."""
+"""Worker processes: the heartbeat, the list of workers, and tasks lost with their worker."""
 
 from datetime import timedelta
 from typing import Any, Final
@@ -27,33 +27,33 @@ from taskiq_sa_pg.models import Models, as_interval
 from taskiq_sa_pg.statements.rows import StatusRow
 from taskiq_sa_pg.statements.select import is_live, is_over
 
-# Seconds without a sign of life, four beats, after which a worker counts as gone.
+# Seconds without a heartbeat (four of them) after which a worker counts as gone.
 LOST_AFTER: Final = 60
 
-# Two processes of one name that started further apart than this are not the same one. A process
-# tells how long ago it started, and the statement may be late by the time limit of a beat.
+# Seconds. If two start times of one name differ by more, they are of different processes. A process
+# reports its age, and the statement may be late by the time limit of a heartbeat.
 _SAME_START: Final = 15
 
 _WORKER: Final = bindparam("of_worker", type_=Text)
 
 
 def beat(workers: Table) -> Select[Any]:
-    """Stores that `of_worker` is alive, and deletes the rows that nobody has renewed for a day.
+    """Stores that `of_worker` is alive, and deletes workers that were not seen for a day.
 
-    Takes `age`, for how many seconds its process has run, `is_first`, whether this is its first
-    beat, and `is_own_name`, whether no other process can have this name at the same time. Returns
-    seen_at, and seen_at as it was before.
+    The parameters are `age`, the seconds that its process has run; `is_first`, whether this is its
+    first heartbeat; and `is_own_name`, whether no other process can have this name at the same
+    time. Returns the new and the previous seen_at.
     """
     before = select(workers.c.seen_at).where(workers.c.worker == _WORKER).cte("before")
-    before = before.prefix_with("MATERIALIZED")  # which Citus may otherwise read last
+    before = before.prefix_with("MATERIALIZED")  # otherwise Citus might read it last
     is_old = workers.c.seen_at < func.now() - _seconds(86_400)
     swept = delete(workers).where(is_old, workers.c.worker != _WORKER).cte("swept")
     started_at = func.now() - as_interval(bindparam("age", type_=Double))
     statement = insert(workers).values({"worker": _WORKER, "started_at": started_at})
     new, row = statement.excluded, workers.c
-    # An earlier process of this name, such as that of a container that was started again: what it
-    # had begun is lost. Processes that share a name keep what the first of them has stored.
-    # Not a time less an interval, which depends on the time zone: Citus refuses that here.
+    # After an earlier process of this name, such as a restarted container's, its tasks are lost.
+    # Processes that share a name keep the earliest start. Times are subtracted from each other:
+    # Citus refuses to subtract an interval here, because that depends on the time zone.
     started_apart = new.started_at - row.started_at > _seconds(_SAME_START)
     was_gone = new.seen_at - row.seen_at > _seconds(LOST_AFTER)
     is_another = and_(
@@ -68,7 +68,7 @@ def beat(workers: Table) -> Select[Any]:
         .returning(row.seen_at)
         .cte("stored")
     )
-    # Not in RETURNING, where Citus takes no subquery.
+    # Not in RETURNING, where Citus does not support a subquery.
     old = select(before.c.seen_at).scalar_subquery()
     return select(stored.c.seen_at, old.label("before")).add_cte(before, swept)
 
@@ -81,7 +81,7 @@ def delete_worker(workers: Table) -> Select[Any]:
 
 
 def select_workers(models: Models, workers: Table) -> Select[Any]:
-    """All workers by name, as StoredWorker; one is alive that was seen in the last `max_age`."""
+    """All workers by name, as StoredWorker; alive if seen in the last `max_age` seconds."""
     status = models.status_table
     is_alive = workers.c.seen_at >= func.now() - as_interval(bindparam("max_age", type_=Double))
     running: ColumnElement[Any] = literal_column("0", Integer)
@@ -103,9 +103,9 @@ def select_workers(models: Models, workers: Table) -> Select[Any]:
 
 
 def select_lost(models: Models, status: Table, workers: Table) -> Select[Any]:
-    """At most `limit` lost tasks without any result, as StatusRow, the longest lost first.
+    """At most `limit` lost tasks without a result, as StatusRow, the longest lost first.
 
-    None that the queue still has.
+    Tasks that are still in the queue are excluded.
     """
     results, queue = models.results_table, models.queue_table
     result = select(results.c.task_id).where(
@@ -120,7 +120,7 @@ def select_lost(models: Models, status: Table, workers: Table) -> Select[Any]:
             is_lost(status, workers),
             result.scalar_subquery().is_(None),
         )
-        # By itself first, because Citus joins no distributed table with one that is not.
+        # Materialized, because Citus cannot join a distributed table with one that is not.
         .cte("lost")
         .prefix_with("MATERIALIZED")
     )
@@ -132,30 +132,30 @@ def select_lost(models: Models, status: Table, workers: Table) -> Select[Any]:
     if queue is None:
         return statement
     queued = select(queue.c.task_id).where(queue.c.task_id == lost.c.task_id)
-    # Not EXISTS, for which PostgreSQL may read all of the queue.
+    # Not EXISTS, because PostgreSQL might read the whole queue.
     return statement.where(queued.scalar_subquery().is_(None))
 
 
 def with_worker(source: Any, status: FromClause, workers: Table) -> Any:
-    """The source, which has the status, joined with the worker that it names."""
+    """The source, which contains the status, joined with the status's worker."""
     return source.outerjoin(workers, workers.c.worker == status.c.worker)
 
 
 def is_started(models: Models, status: Table) -> ColumnElement[bool]:
-    """Whether a task was started and has no result since."""
+    """Whether a task was started and has no later result."""
     results = models.results_table
     result = select(results.c.task_id).where(
         results.c.task_id == status.c.task_id, is_over(results, status)
     )
-    # Not EXISTS, for which PostgreSQL may read all of the results.
+    # Not EXISTS, because PostgreSQL might read all results.
     is_without = result.scalar_subquery().is_(None)
     return and_(status.c.state == literal_column("'started'", Text), is_without)
 
 
 def is_lost(status: FromClause, workers: Table) -> ColumnElement[bool]:
-    """Whether a started task's worker is gone, or was another process; by the database's clock.
+    """Whether a started task's worker is gone or was restarted, by the database's clock.
 
-    A task of which no worker is known is never lost.
+    A task without a known worker is never lost.
     """
     long_ago = func.now() - _seconds(LOST_AFTER)
     return case(

@@ -1,7 +1,7 @@
-"""The dashboard (extra `ui`): pages about tasks, to be mounted into an application."""
+"""The dashboard (extra `ui`): pages about tasks, which you mount into an application."""
 
 try:
-    import jinja2 as _jinja2  # noqa: F401 - only to see whether it is there
+    import jinja2 as _jinja2  # noqa: F401 - only to check that it is installed
     import starlette as _starlette  # noqa: F401 - as above
 except ModuleNotFoundError as exc:
     raise ImportError(

@@ -1,4 +1,4 @@
-"""dashboard(): what is mounted, and the way of a request to its page."""
+"""dashboard(): the application to mount, and how it routes requests to pages."""
 
 import asyncio
 from collections.abc import Iterable, Mapping
@@ -35,39 +35,39 @@ from taskiq_sa_pg.ui.security import (
 from taskiq_sa_pg.ui.site import Page, Site
 from taskiq_sa_pg.ui.static import asset
 
-# Each lists its pages for a site; the navigation has their order.
+# Each lists its pages for a site, in the order of the navigation.
 _MODULES = (overview, tasks, workers, queues, detail, changes)
 
 _NOT_STARTED = (
-    "The result backend of this dashboard is not started in this process, or only on another event "
-    "loop than that of this page.",
+    "The result backend of this dashboard is not started in this process, or it is started on "
+    "another event loop.",
     "Call `await broker.startup()`, or `await backend.startup()`, when your application starts: "
     "in its lifespan.",
 )
 
-# Longer than find() takes for a statement, and much shorter than the backend tries in all.
+# Longer than find() allows for a statement, and much shorter than the backend's retry_timeout.
 SECONDS: Final = 15
 
-# Pages share the connections of the application, five by default. However many slow searches
-# somebody starts, some are left for its tasks.
+# Pages share the application's connections, five by default. This limit leaves some for its tasks,
+# even if users start many slow searches.
 _MOST_AT_ONCE: Final = 3
 
 _QUERY_CANCELED: Final = "57014"
 
-_TOO_LONG: Final = "Filter for less, or look back a shorter time."
+_TOO_LONG: Final = "Use a narrower filter, or a shorter time window."
 
-# By the first that fits: the status, the heading, and the text where the error's own says less.
+# The first matching class gives the status, the heading, and a text instead of the error's own.
 _EXCUSES: Final[Mapping[type[Exception], tuple[int, str, tuple[str, ...]]]] = {
     TimeoutError: (
         503,
         "PostgreSQL does not answer",
-        ("It has not answered in time: look again in a minute.",),
+        ("It did not answer in time. Try again in a minute.",),
     ),
     NotStartedError: (503, "The backend is not started", _NOT_STARTED),
     StorageError: (503, "PostgreSQL does not answer", ()),
     InvalidTaskIdError: (404, "No such task", ()),
     ResultIsMissingError: (404, "No such task", ()),
-    ConfigurationError: (400, "That is not understood", ()),
+    ConfigurationError: (400, "Invalid request", ()),
     RecursionError: (
         500,
         "This cannot be shown",
@@ -84,26 +84,28 @@ def dashboard(
     show_values: bool = False,
     title: str = "Tasks",
 ) -> Starlette:
-    """A dashboard of the tasks of a backend; mount it into your application.
+    """Returns a dashboard of the tasks of a backend; mount it into your application.
 
         app.mount("/tasks", dashboard(backend, authorize=permission_of))
 
-    Your application starts the backend, with `broker.startup()`, and shuts it down. Until it is
-    started, the pages answer 503. All URLs are relative, so the dashboard works below any prefix
-    and behind a proxy that strips one. It also works in Litestar, or alone under any ASGI server.
+    Your application starts the backend with `broker.startup()`, and shuts it down. Until it is
+    started, the pages have status 503. All URLs are relative, so the dashboard works below any
+    prefix and behind a proxy that strips one. It also works in Litestar, or alone under any ASGI
+    server.
 
     Args:
         backend: Your result backend.
-        authorize: Takes the Starlette request and returns what its user may do: "none", "read",
-            or "write" (run tasks again, forget, release, discard). It may be async. Raise your
-            framework's HTTPException to ask for a login. Without it, everybody gets status 403.
+        authorize: Takes the Starlette request and returns the permission of its user: "none",
+            "read", or "write" (run tasks again, forget, release, discard). It may be async. Raise
+            your framework's HTTPException to request a login. Without authorize, every request
+            gets status 403.
         broker: Runs tasks again. With a SQLAlchemyBroker, its queues and schedules are shown.
         show_values: True decodes and shows return values, errors and progress of any serializer.
-            False shows them only if they are JSON, because reading a pickle can run code.
+            False shows them only if they are JSON, because reading a pickle can execute code.
         title: Heading of the pages.
 
     Raises:
-        ConfigurationError: An argument that cannot work.
+        ConfigurationError: An argument is invalid.
     """
     if not isinstance(backend, SQLAlchemyResultBackend):
         raise ConfigurationError(
@@ -125,9 +127,9 @@ def dashboard(
 
     async def not_found(request: Request, exc: Exception) -> Response:
         status = exc.status_code if isinstance(exc, HTTPException) else 404
-        heading = "There is no such page" if status == 404 else "That cannot be done here"
+        heading = "Page not found" if status == 404 else "Not supported here"
         knows = is_let_in(request)
-        text = ["The pages are in the menu above."] if knows else []
+        text = ["The menu above lists the pages."] if knows else []
         page = site.message(request, status, heading, text, is_let_in=knows)
         page.headers.update(getattr(exc, "headers", None) or {})  # such as Allow
         return page
@@ -148,21 +150,21 @@ def dashboard(
 
 def _check_title(title: object) -> None:
     if not isinstance(title, str) or not title.strip():
-        raise ConfigurationError(f"title must be a text, not {title!r}")
+        raise ConfigurationError(f"title must be a non-empty str, not {title!r}")
 
 
 class TrailingSlashes:
-    """Sees to it that relative URLs lead where they should, whatever the server made of the path.
+    """Makes relative URLs correct, even if the server has changed the path.
 
-    The first page ends with a slash, and no other does. Litestar adds one to the path alone, so
-    what counts is the path as the browser sent it.
+    The path of the first page ends with a slash, those of other pages do not. Litestar adds a
+    slash to the path only, so the path as the browser sent it is checked.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, its path without a slash at the end, or redirects it."""
+        """Passes a request on without the slash at the end of its path, or redirects it."""
         if scope["type"] == "http":
             path = route_path(scope)
             target = _redirect_of(scope, path)
@@ -178,7 +180,7 @@ class TrailingSlashes:
 
 
 def _redirect_of(scope: Scope, path: str) -> str | None:
-    """Where a browser has to go first, so that it resolves relative URLs as we mean them."""
+    """The URL to redirect to, so that the browser resolves relative URLs correctly; or None."""
     sent: str = scope.get("raw_path", b"").partition(b"?")[0].decode("latin-1") or scope["path"]
     name = path.strip("/")
     if not name:
@@ -192,7 +194,7 @@ def _route_of(site: Site, page: Page, turns: asyncio.Semaphore) -> Route:
             text = "Your account may see these tasks, but not change anything."
             return site.message(request, 403, "Read only", [text])
         try:
-            if request.method == "POST":  # not broken off: nobody would know whether it was made
+            if request.method == "POST":  # no time limit: the outcome of a change must be known
                 return await page.handler(site, request)
             async with asyncio.timeout(SECONDS), turns:
                 return await page.handler(site, request)
@@ -205,6 +207,6 @@ def _route_of(site: Site, page: Page, turns: asyncio.Semaphore) -> Route:
 def _excuse_of(exc: Exception) -> tuple[int, str, Iterable[str]]:
     """The status, the heading and the paragraphs of a page that cannot be shown."""
     if isinstance(exc, StorageError) and exc.sqlstate == _QUERY_CANCELED:
-        return 503, "That took too long", [_TOO_LONG, str(exc)]
+        return 503, "The query took too long", [_TOO_LONG, str(exc)]
     status, heading, text = next(_EXCUSES[kind] for kind in _EXCUSES if isinstance(exc, kind))
     return status, heading, text or [str(exc)]

@@ -1,4 +1,4 @@
-"""What changes something: each page asks first, and does it after a POST alone."""
+"""Pages that change data: a GET shows a confirmation, and only a POST makes the change."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -20,7 +20,7 @@ _LABELS: Final = (
 
 
 def pages(site: Site) -> list[Page]:
-    """To forget a task and, where there is a broker, to run one again."""
+    """The pages to forget a task and, if there is a broker, to run one again."""
     both = ("GET", "POST")
     pages = [Page("forget", forget, methods=both, needs_write=True)]
     if site.broker is not None:
@@ -29,19 +29,19 @@ def pages(site: Site) -> list[Page]:
 
 
 async def forget(site: Site, request: Request) -> Response:
-    """Deletes all that is stored of a task."""
+    """Deletes all stored data of a task."""
     task_id = task_id_of(request)
     if request.method == "POST":
         await site.backend.forget([task_id])
-        text = f"Nothing is stored of task {task_id} any more."
+        text = f"All data of task {task_id} has been deleted."
         return site.message(request, 200, "Forgotten", [text])
     return site.confirm(
         request,
         question="Forget this task?",
         consequences=[
             f"The result, the progress and the status of task {task_id} are deleted for good.",
-            "Clients that wait for the result will not get it. A task that is queued or running "
-            "goes on, and stores its result when it has finished.",
+            "Clients that wait for the result will not receive it. A queued or running task "
+            "continues, and stores its result when it finishes.",
         ],
         action="Forget it",
         back=f"task{query_string({'id': task_id})}",
@@ -53,8 +53,8 @@ async def rerun(site: Site, request: Request) -> Response:
     """Sends a task again, with its recorded arguments.
 
     Raises:
-        ResultIsMissingError: There is no such task (any more).
-        StorageError: PostgreSQL could not be asked.
+        ResultIsMissingError: The task has no result, or no longer has one.
+        StorageError: PostgreSQL rejected a query or is unreachable.
     """
     task_id = task_id_of(request)
     if request.method != "POST":
@@ -63,18 +63,18 @@ async def rerun(site: Site, request: Request) -> Response:
             question="Run this task again?",
             consequences=[
                 f"A new task is sent with the recorded arguments and labels of task {task_id}. It "
-                "gets an id of its own, and the label rerun_of says where it comes from.",
-                "Everything that the task did the first time may happen again.",
+                "gets a new id, and the label rerun_of with the old id.",
+                "All effects of the first run may happen again.",
             ],
             action="Run it again",
             back=f"task{query_string({'id': task_id})}",
         )
     if not may_decode(site) and UNREAD in (await _labels_of(site, task_id)).values():
-        return site.message(request, 409, "It cannot be run again from here", [_LABELS])
+        return site.message(request, 409, "It cannot be run again from the dashboard", [_LABELS])
     try:
         sent = await site.backend.resend(site.broker, task_id)
     except (NotResendableError, ResultDecodeError, SendTaskError) as exc:
-        # taskiq's own error says nothing of the reason.
+        # taskiq's own error does not include the reason.
         reason = exc.__cause__ if isinstance(exc, SendTaskError) else None
         return site.message(request, 409, "It cannot be run again", [str(reason or exc)])
     return redirect("task", id=sent.task_id, sent="1")

@@ -1,7 +1,7 @@
-"""Charts as SVG, drawn here: shapes with attributes alone, for the policy allows no inline style.
+"""Draws charts as SVG, with attributes only, because the policy allows no inline styles.
 
-The SVG holds what is stretched to the page's width, bars and lines; words and numbers stand beside
-it in HTML, so that they are as large on a telephone as on a wall.
+The SVG has the bars and lines, which are stretched to the page's width. Texts and numbers are in
+HTML around it, so that their size does not depend on the width.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from taskiq_sa_pg.ui import formatting
 
-# The SVG's own units; it is stretched to its place.
+# In units of the SVG, which is stretched to the available size.
 WIDTH: Final = 600
 HEIGHT: Final = 160
 
@@ -25,7 +25,7 @@ _LINE: Final = Markup('<polyline class="{}" points="{}" vector-effect="non-scali
 _GRID: Final = Markup(
     '<line class="grid" x1="0" x2="{}" y1="{}" y2="{}" vector-effect="non-scaling-stroke"/>'
 )
-# One over each bucket, all of its height, so that the shortest bar can be pointed at.
+# Covers a bucket at full height, so that the tooltip of a short bar is easy to reach.
 _HINT: Final = Markup(
     '<rect class="hint" x="{:.2f}" y="0" width="{:.2f}" height="{}"><title>{}</title></rect>'
 )
@@ -33,12 +33,12 @@ _HINT: Final = Markup(
 
 @dataclass(frozen=True)
 class Series:
-    """One of the things that a chart shows.
+    """One data series of a chart.
 
     Attributes:
-        name: What the legend and the titles call it.
+        name: Its name in the legend and the tooltips.
         style: Its class in style.css.
-        values: One for each bucket; None where there is nothing.
+        values: One value for each bucket; None if the bucket is empty.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and the words around it.
+    """A drawing and the texts around it.
 
     Attributes:
         title: What it shows, with the unit.
-        summary: The same for those who cannot see it, in a sentence.
+        summary: One sentence for screen readers.
         svg: The drawing.
-        series: For the legend.
-        y_labels: From the top to 0.
+        series: The series, for the legend.
+        y_labels: From top to bottom.
         x_labels: From left to right.
         is_empty: Whether there is nothing to draw.
     """
@@ -72,7 +72,7 @@ class Chart:
 def stacked_bars(
     title: str, summary: str, series: Sequence[Series], hints: Sequence[str], x_labels: list[str]
 ) -> Chart:
-    """Bars, one a bucket, of which each series is a part."""
+    """Draws one bar per bucket; each series is a part of it."""
     totals = [sum(value or 0 for value in column) for column in _columns(series)]
     top = nice_top(max(totals, default=0))
     step = WIDTH / max(len(hints), 1)
@@ -80,7 +80,7 @@ def stacked_bars(
     for number, column in enumerate(_columns(series)):
         y = float(HEIGHT)
         for one, value in zip(series, column, strict=True):
-            # What is there can be seen, however small a part it is.
+            # A value above 0 is always visible, however small it is.
             height = max(HEIGHT * (value or 0) / top, 1.5 if value else 0)
             y = max(y - height, 0.0)
             if value:
@@ -99,7 +99,7 @@ def stacked_bars(
 def lines(
     title: str, summary: str, series: Sequence[Series], hints: Sequence[str], x_labels: list[str]
 ) -> Chart:
-    """Lines over the buckets' middles, in seconds; a bucket without a value interrupts them."""
+    """Draws lines through the centers of buckets, in seconds; empty buckets interrupt them."""
     top = nice_seconds(max((v for one in series for v in one.values if v is not None), default=0))
     step = WIDTH / max(len(hints), 1)
     shapes: list[Markup] = []
@@ -116,7 +116,7 @@ def lines(
 
 
 def nice_top(value: float) -> float:
-    """The next of 1, 2, 4, 6, 10 times a power of ten: the top of a scale, whose half is short."""
+    """Rounds up to 1, 2, 4, 6 or 10 times a power of ten: the top of a scale with a short half."""
     if value <= 0:
         return 1
     power = 10.0 ** ceil(log10(value) - 1)
@@ -125,7 +125,7 @@ def nice_top(value: float) -> float:
 
 
 def nice_seconds(value: float) -> float:
-    """The same of a time span: above a minute in steps that minutes, hours and days have."""
+    """The same for a time span; above a minute, in steps of minutes, hours and days."""
     if value <= 60:
         return nice_top(value)
     minute, hour, day = 60, 3_600, 86_400

@@ -1,4 +1,4 @@
-"""The page of one task, whatever it is at: what is known of it, and what can be done with it."""
+"""The page of one task in any state: its data, and the actions on it."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -16,7 +16,7 @@ from taskiq_sa_pg.ui.formatting import pretty
 from taskiq_sa_pg.ui.progress import may_decode, read_progress
 from taskiq_sa_pg.ui.site import Page, Site
 
-# No id is longer: an index holds them.
+# Ids are never longer, because they are in an index.
 _MAX_ID: Final = 3_000
 
 _MOVING: Final = frozenset({"queued", "started", "retrying", "lost"})
@@ -24,14 +24,14 @@ _MOVING: Final = frozenset({"queued", "started", "retrying", "lost"})
 
 @dataclass(frozen=True)
 class Step:
-    """A point of time in a task's life, and how long it took from there to the next.
+    """A point in time of a task, and the time from there to the next step.
 
     Attributes:
         name: What happened.
         style: Its class in style.css.
-        at: When; None where it is still to come.
-        seconds: Until the next step, or until now; None where nobody knows.
-        span: What that time is called.
+        at: When; None if it has not happened yet.
+        seconds: Seconds until the next step, or until now; None if unknown.
+        span: The name of that time.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Values:
-    """What a task returned or raised, as text, or why it is not shown."""
+    """A task's return value or error as text, or the reason why it is hidden."""
 
     return_value: str | None = None
     error: str | None = None
@@ -51,12 +51,12 @@ class Values:
 
 
 def pages(_: Site) -> list[Page]:
-    """The page of a task, and the stream that tells it of progress."""
+    """The page of a task, and its stream of events."""
     return [Page("task", task), Page("follow", follow)]
 
 
 def task_id_of(request: Request) -> str:
-    """The id in the query: in a path, servers and proxies would rewrite some."""
+    """The task id from the query; in a path, servers and proxies would rewrite some ids."""
     return request.query_params.get("id", "")
 
 
@@ -93,11 +93,11 @@ async def task(site: Site, request: Request) -> Response:
 
 
 async def follow(site: Site, request: Request) -> Response:
-    """Server-sent events: `refresh` when the task's page has something new, at last `end`."""
+    """Server-sent events: `refresh` when the task's page has changed, and `end` at the end."""
     if request.method == "HEAD":
-        return EventResponse()  # of no events, which ends at once
+        return EventResponse()  # without events, so it ends at once
     task_id = task_id_of(request)
-    # What is wrong with it has to be said before a stream of 200 has begun.
+    # An invalid id must raise an error before a stream with status 200 begins.
     site.backend.models.config.to_column_task_id(task_id)
     rows = site.backend.runtime.wait.watch_progress_rows(task_id)
 
@@ -112,21 +112,21 @@ async def follow(site: Site, request: Request) -> Response:
 
 async def _details_of(site: Site, task_id: str) -> TaskDetails | None:
     try:
-        # A payload is read, and decoded, only where that runs nothing: see may_decode().
+        # Payloads are read and decoded only if that executes no code: see may_decode().
         return await site.backend.get_details(task_id, with_result=may_decode(site))
     except ResultIsMissingError:
         return None
 
 
 def arguments_of(details: TaskDetails | None) -> list[tuple[Any, Any]]:
-    """The arguments that were recorded, by position and by name."""
+    """The recorded arguments, by position and by name."""
     if details is None:
         return []
     return [*enumerate(details.args or ()), *(details.kwargs or {}).items()]
 
 
 def _rerun_of(details: TaskDetails | None) -> str | None:
-    """The id of the task that was sent again as this one; a label can hold anything."""
+    """The id of the task that was sent again as this task; a label can have any value."""
     value = None if details is None else details.record.labels.get(RERUN_LABEL)
     return value if isinstance(value, str) and len(value) <= _MAX_ID else None
 
@@ -138,27 +138,27 @@ def _values_of(site: Site, details: TaskDetails | None) -> Values:
         return Values(
             hidden="Values are not shown: this backend stores them with "
             f"{type(site.backend.settings.codec.serializer).__qualname__}, and reading them may "
-            "run code. If only programs that you trust can write to the tables, pass "
+            "execute code. If only programs that you trust can write to the tables, pass "
             "show_values=True to dashboard()."
         )
     if details.result is None:
         return Values(hidden=details.undecodable or "The result cannot be read.")
     result = details.result
     if result.error is not None:
-        return Values(error=_said_by(result.error))
+        return Values(error=_text_of(result.error))
     return Values(return_value=pretty(result.return_value))
 
 
-def _said_by(error: BaseException) -> str:
+def _text_of(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception as exc:  # noqa: BLE001 - anyone's __str__
-        text = f"(its text cannot be had: {type(exc).__qualname__})"
+        text = f"(no text: str() raised {type(exc).__qualname__})"
     return text or type(error).__qualname__
 
 
 def error_text(details: TaskDetails) -> str | None:
-    """The text of the error, from its traceback: nothing has to be decoded for it."""
+    """The text of the error, taken from its traceback, without decoding."""
     name, traceback = details.record.error_type, details.traceback
     if not traceback:
         return name
@@ -168,7 +168,7 @@ def error_text(details: TaskDetails) -> str | None:
 
 
 def steps_of(status: TaskStatus, details: TaskDetails | None, now: datetime) -> list[Step]:
-    """A task's life as a line; of one that is not finished, with what is to come."""
+    """The steps of a task; for an unfinished task, including the next one."""
     if status.state in get_args(Outcome) and details is not None:
         record = details.record
         return _line(
@@ -188,7 +188,7 @@ def steps_of(status: TaskStatus, details: TaskDetails | None, now: datetime) -> 
     to_come = {"queued": "Start", "retrying": "Next attempt"}.get(status.state, "Finish")
     span = {"queued": "waits", "retrying": "failed"}.get(status.state, "runs")
     if status.state == "lost":
-        to_come, span = "Lost", "no worker has it any more"
+        to_come, span = "Lost", "its worker stopped responding"
     steps[-1] = Step(steps[-1].name, "", steps[-1].at, span=span)
     return _line([*steps, Step(to_come, "pending", None)], now)
 
@@ -200,7 +200,7 @@ def _line(steps: list[Step], now: datetime | None = None) -> list[Step]:
         end: Any = None if following is None else following.at or now
         seconds = None
         if end is not None and step.at is not None:
-            # Two clocks that differ make a task finish before it has started.
+            # If two clocks differ, a task may seem to finish before its start.
             seconds = max((end - step.at).total_seconds(), 0.0)
         line.append(Step(step.name, step.style, step.at, seconds, step.span))
     return line

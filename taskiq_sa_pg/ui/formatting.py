@@ -1,4 +1,4 @@
-"""How times, durations, numbers and values are shown; nothing of it trusts what a task wrote."""
+"""Formats times, durations, numbers and values; input from tasks is not trusted."""
 
 import json
 import re
@@ -12,17 +12,17 @@ from typing import Any, Final
 
 from markupsafe import Markup
 
-# The most characters of one value or traceback that a page shows, and of all labels or arguments.
+# Maximum length of one value or traceback on a page, and of all labels or arguments together.
 MAX_CHARACTERS: Final = 50_000
 
-# The same of a name, such as that of a task, a worker or a label.
+# Maximum length of a name, for example of a task, a worker or a label.
 _MAX_NAME: Final = 300
 
-# What a name and a value count for beside their characters, because of the markup around them.
+# Characters that each name and value count in addition to their own, because of their markup.
 _PER_ENTRY: Final = 100
 
-# What would not be seen, or would change how the rest is seen: control characters but for tabs and
-# line ends, marks of direction, spaces without width, halves of surrogates.
+# Characters that are invisible or change how others are shown: control characters except tabs and
+# line ends, direction marks, zero-width spaces, lone surrogates.
 _INVISIBLE: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff]"
@@ -32,7 +32,7 @@ _MINUTE: Final = 60
 _HOUR: Final = 3_600
 _DAY: Final = 86_400
 
-# Each with the next smaller one.
+# Each unit with the next smaller one.
 _UNITS: Final = (
     (_DAY, "d", _HOUR, "h"),
     (_HOUR, "h", _MINUTE, "min"),
@@ -41,7 +41,7 @@ _UNITS: Final = (
 
 
 def visible(value: Any) -> Any:
-    """A text whose invisible characters are shown: as ␀ and the like, or as their numbers."""
+    """Makes invisible characters of a text visible, as symbols such as ␀ or as their numbers."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return _INVISIBLE.sub(_shown, value.replace("\r\n", "\n"))
@@ -55,7 +55,7 @@ def _shown(match: re.Match[str]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time span in the units that fit: "12 ms", "3.42 s", "2 min 5 s", "1 h 20 min", "3 d"."""
+    """A time span in suitable units: "12 ms", "3.42 s", "2 min 5 s", "1 h 20 min", "3 d"."""
     if seconds is None or not isfinite(seconds):
         return "–"
     if seconds < 0:
@@ -77,7 +77,7 @@ def _below_a_minute(seconds: float) -> str:
 
 
 def ago(at: datetime | None, now: datetime | None = None) -> Markup | str:
-    """How long ago it was, in one unit; the exact time is in the element's title."""
+    """A time as its age, in one unit; the exact time is in the element's title."""
     if at is None:
         return "–"
     seconds = ((now or datetime.now(UTC)) - at).total_seconds()
@@ -87,7 +87,7 @@ def ago(at: datetime | None, now: datetime | None = None) -> Markup | str:
 
 
 def exact(at: datetime | None) -> Markup | str:
-    """The time itself, in UTC."""
+    """A time in UTC."""
     return "–" if at is None else _time(at, at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"))
 
 
@@ -107,7 +107,7 @@ def _roughly(seconds: float) -> str | None:
 
 
 def number(value: float | None) -> str:
-    """With separators; three digits at least of what is small."""
+    """A number with separators; three significant digits if it is small."""
     if value is None:
         return "–"
     if float(value).is_integer() or abs(value) >= 100:
@@ -116,7 +116,7 @@ def number(value: float | None) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """A part in percent: "0 %" and "100 %" only where it is none or all."""
+    """A part in percent; "0 %" and "100 %" only if it is exactly none or all."""
     if not whole:
         return "0 %"
     share = 100 * part / whole
@@ -128,9 +128,10 @@ def percent(part: float, whole: float) -> str:
 
 
 def pretty(value: Any) -> str:
-    """A value as indented JSON, with all digits of integers; a text as it is, with its lines.
+    """A value as indented JSON, with all digits of integers; a text unchanged.
 
-    What JSON has not is shown by its repr(). No more is made than is shown, however large it is.
+    A value that JSON does not support is shown as its repr(). Large JSON is generated only up to
+    the shown length.
     """
     if isinstance(value, str):
         return shortened(value)
@@ -138,7 +139,7 @@ def pretty(value: Any) -> str:
         return shortened(_stand_in(value))
     try:
         return _beginning(_JSON.iterencode(value))
-    except Exception:  # noqa: BLE001 - keys that JSON has not, circles, anyone's __repr__
+    except Exception:  # noqa: BLE001 - unsupported keys, cycles, anyone's __repr__
         return shortened(_stand_in(value))
 
 
@@ -163,14 +164,14 @@ def _beginning(parts: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Entries:
-    """Names and values as text, and how many more there are."""
+    """Names and values as text, and the number of omitted ones."""
 
     shown: list[tuple[str, str]]
     left_out: int
 
 
 def entries(pairs: Iterable[tuple[Any, Any]]) -> Entries:
-    """Labels or arguments, as many as a page has room for; the first one always."""
+    """As many labels or arguments as a page can show; always the first one."""
     given = list(pairs)
     shown: list[tuple[str, str]] = []
     room = MAX_CHARACTERS
@@ -183,12 +184,12 @@ def entries(pairs: Iterable[tuple[Any, Any]]) -> Entries:
 
 
 def brief(name: str) -> str:
-    """A name, or the beginning of one that nobody would give."""
+    """A name, shortened if it is very long."""
     return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}…"
 
 
 def shortened(text: str) -> str:
-    """A text, or its beginning and how much of it is left out."""
+    """A text, or its beginning and the number of omitted characters."""
     left_out = len(text) - MAX_CHARACTERS
     if left_out <= 0:
         return text
@@ -196,12 +197,12 @@ def shortened(text: str) -> str:
 
 
 def short_task_name(name: str | None) -> str:
-    """A task's name without its module, which the page shows beside it."""
+    """A task's name without its module, which the page shows next to it."""
     return brief(name.rpartition(":")[2] or name) if name else "–"
 
 
 def key(text: str) -> str:
-    """What makes the id of an element of any text, always the same."""
+    """A hash of a text, for use in the id of an element."""
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 

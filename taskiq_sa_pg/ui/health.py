@@ -1,4 +1,4 @@
-"""Whether the dashboard works, for whoever watches over it."""
+"""The dashboard's health check, for monitoring."""
 
 import asyncio
 from typing import Any, Final
@@ -10,34 +10,34 @@ from taskiq_sa_pg.backend import SQLAlchemyResultBackend
 from taskiq_sa_pg.exceptions import TaskiqSaPgError
 from taskiq_sa_pg.statements import select_nothing
 
-# As long as probes wait.
+# Typical timeout of probes.
 _SECONDS: Final = 3
 
 _STATEMENT: Final = select_nothing()
 
 
 class Health:
-    """Whether PostgreSQL answers; nothing more is told, for anybody may ask.
+    """Reports whether PostgreSQL answers, and nothing else, because no permission is required.
 
-    Those who ask at the same time share an answer, so that they take one connection at most.
+    Concurrent requests share one query, so that they use at most one connection.
     """
 
     def __init__(self, backend: SQLAlchemyResultBackend[Any]) -> None:
         self._backend = backend
-        self._asked: asyncio.Task[bool] | None = None
+        self._running: asyncio.Task[bool] | None = None
 
     async def answer(self, _: Request) -> Response:
-        """200 if it does, and 503 if not."""
-        if self._asked is None or self._asked.done():
-            self._asked = asyncio.create_task(self._ask())
-        ok = await asyncio.shield(self._asked)  # the others wait for it, too
+        """Returns 200 if PostgreSQL answers, otherwise 503."""
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._check())
+        ok = await asyncio.shield(self._running)  # other requests wait for it, too
         return JSONResponse({"ok": ok}, 200 if ok else 503)
 
-    async def _ask(self) -> bool:
+    async def _check(self) -> bool:
         try:
             async with asyncio.timeout(_SECONDS):
                 database = self._backend.runtime.database
-                await database.fetch(_STATEMENT, {}, "see whether it answers", retry_timeout=0)
+                await database.fetch(_STATEMENT, {}, "check the connection", retry_timeout=0)
         except (TaskiqSaPgError, TimeoutError):
             return False
         return True

@@ -1,4 +1,4 @@
-"""The first page: how many tasks finished, how long they took, and what is at work now."""
+"""The first page: how many tasks finished, how long they took, and which tasks run now."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from taskiq_sa_pg.ui.formatting import duration, plural
 from taskiq_sa_pg.ui.progress import read_progress
 from taskiq_sa_pg.ui.site import Page, Site
 
-# How many of the running tasks are shown.
+# Maximum number of running tasks on the page.
 _MAX_RUNNING: Final = 20
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -25,15 +25,15 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Window:
-    """A span of time to look back, and into what it is divided.
+    """A time window that ends now, and its buckets.
 
     Attributes:
-        name: As the URL has it.
-        words: As pages say it: "the last 6 hours".
-        length: All of it.
-        width: Of one bucket.
-        refresh: After how many seconds the page asks again: the longer the span, the dearer.
-        ticks: What stands below a chart, from left to right, before "now".
+        name: Its name in the URL.
+        words: Its name on pages: "6 hours" in "the last 6 hours".
+        length: Length of the window.
+        width: Length of one bucket.
+        refresh: Seconds between refreshes of the page; more for longer windows, which cost more.
+        ticks: Labels below a chart, from left to right, before "now".
     """
 
     name: str
@@ -70,7 +70,7 @@ DEFAULT_WINDOW: Final = "1h"
 
 @dataclass(frozen=True)
 class Figures:
-    """The buckets of a window, each with its place, and the one for all."""
+    """The buckets of a window, including empty ones, and their total."""
 
     window: Window
     since: datetime
@@ -79,7 +79,7 @@ class Figures:
     total: Bucket
 
     def minutes_of(self, bucket: Bucket) -> float:
-        """How long it lasted until now; a minute at least, for the newest has only begun."""
+        """Minutes of a bucket until now; at least one, because the newest has only begun."""
         assert bucket.start is not None
         seconds = min(self.window.width, self.now - bucket.start).total_seconds()
         return max(seconds, 60) / 60
@@ -91,7 +91,7 @@ def pages(_: Site) -> list[Page]:
 
 
 async def overview(site: Site, request: Request) -> Response:
-    """The figures of a window, and what runs now."""
+    """The figures of a window, and the running tasks."""
     name = request.query_params.get("window", DEFAULT_WINDOW)
     window = WINDOWS.get(name, WINDOWS[DEFAULT_WINDOW])
     figures = await read_figures(site, window)
@@ -113,14 +113,14 @@ async def overview(site: Site, request: Request) -> Response:
 
 
 async def read_figures(site: Site, window: Window) -> Figures:
-    """What happened in the window, which ends with the bucket that has just begun."""
+    """Reads the figures of the window, which ends with the current bucket."""
     now = datetime.now(UTC)
     until = now - (now - _EPOCH) % window.width + window.width
     since = until - window.length
     rows = await site.backend.runtime.database.fetch(
         site.select_buckets,
         {"since": since, "until": until, "width": window.width},
-        "count what has finished",
+        "count finished tasks",
     )
     found = {bucket.start: bucket for bucket in map(Bucket._make, rows)}
     starts = [since + n * window.width for n in range(window.length // window.width)]
@@ -149,7 +149,7 @@ def _charts(figures: Figures) -> list[Chart]:
     ]
     finished = stacked_bars(
         "Finished per minute",
-        f"Tasks that finished per minute in {last}; in all "
+        f"Tasks that finished per minute in {last}; in total "
         f"{plural(total.succeeded, 'success', 'successes')} and "
         f"{plural(total.failed, 'failure')}.",
         [
@@ -173,13 +173,13 @@ def _percentiles(
 ) -> Chart:
     p50, p95 = _both(of(figures.total))
     hints = [
-        f"{_when(figures, b)}: {_said(of(b))}, {plural(b.succeeded + b.failed, 'task')}"
+        f"{_when(figures, b)}: {_in_words(of(b))}, {plural(b.succeeded + b.failed, 'task')}"
         for b in figures.buckets
     ]
     return lines(
         title,
-        f"{verb} {duration(p50)} in the median and at most {duration(p95)} in 95 of 100 cases in "
-        f"the last {figures.window.words}.",
+        f"{verb} {duration(p50)} (median) and at most {duration(p95)} in 95 of 100 cases in the "
+        f"last {figures.window.words}.",
         [
             Series("p95", "p95", [_both(of(b))[1] for b in figures.buckets]),
             Series("p50 (median)", "p50", [_both(of(b))[0] for b in figures.buckets]),
@@ -197,12 +197,12 @@ def _both(values: list[float] | None) -> tuple[float | None, float | None]:
 def _drawable(seconds: float | None) -> float | None:
     if seconds is None or not isfinite(seconds):
         return None
-    return max(seconds, 0.0)  # of two clocks that differ
+    return max(seconds, 0.0)  # negative if two clocks differ
 
 
-def _said(values: list[float] | None) -> str:
+def _in_words(values: list[float] | None) -> str:
     p50, p95 = _both(values)
-    return "nothing" if p50 is None else f"p50 {duration(p50)}, p95 {duration(p95)}"
+    return "no data" if p50 is None else f"p50 {duration(p50)}, p95 {duration(p95)}"
 
 
 def _rate(figures: Figures, bucket: Bucket, count: int) -> float:

@@ -1,4 +1,4 @@
-"""Progress as pages show it: a bar where there are numbers, else the state's text."""
+"""Progress on pages: a bar if the metadata has numbers, otherwise the state's text."""
 
 import asyncio
 from collections.abc import Iterable
@@ -22,10 +22,10 @@ class Shown:
     """Progress on a page.
 
     Attributes:
-        state: What the task says.
-        fraction: From 0 to 1; None where its metadata has no numbers that say so.
-        text: The numbers, such as "3 of 8"; "" without.
-        meta: The metadata, pretty; None where there is none, or it may not be decoded.
+        state: The state that the task has set.
+        fraction: From 0 to 1; None if the metadata has no suitable numbers.
+        text: The numbers, such as "3 of 8"; "" if there are none.
+        meta: The formatted metadata; None if there is none, or it may not be decoded.
         undecodable: Why it cannot be decoded; None if it can.
     """
 
@@ -37,7 +37,7 @@ class Shown:
 
 
 def may_decode(site: Site) -> bool:
-    """Whether to decode a value runs nothing: it is JSON, or the application has said so."""
+    """Whether values may be decoded: they are JSON, or the application allows it."""
     if site.shows_values:
         return True
     settings = site.backend.settings
@@ -49,7 +49,7 @@ def may_decode(site: Site) -> bool:
 
 
 async def read_progress(site: Site, task_ids: Iterable[str]) -> dict[str, Shown]:
-    """The progress of those tasks that have some; the rows are read in one statement."""
+    """Returns the progress of tasks that have some; the calls share a statement."""
     reader, config = site.backend.runtime.reader, site.backend.models.config
     wanted = list(task_ids)
     rows = await asyncio.gather(
@@ -59,7 +59,7 @@ async def read_progress(site: Site, task_ids: Iterable[str]) -> dict[str, Shown]
     for task_id, row in zip(wanted, rows, strict=True):
         if row is None:
             continue
-        # Not decoded but where that is harmless: see the rule above.
+        # Decoded only if that is harmless: see may_decode().
         if not may_decode(site):
             found[task_id] = Shown(row.state)
             continue
@@ -73,7 +73,7 @@ async def read_progress(site: Site, task_ids: Iterable[str]) -> dict[str, Shown]
 
 
 def shown(state: str, meta: Any) -> Shown:
-    """A state and its metadata: a percentage, or how many of how many."""
+    """Interprets the metadata of a progress as a percentage, or as a count and a total."""
     pretty_meta = None if meta is None else pretty(meta)
     if _is_number(meta):
         return _of_percent(state, meta, pretty_meta)
@@ -94,7 +94,7 @@ def shown(state: str, meta: Any) -> Shown:
 
 
 def _of_percent(state: str, value: float, meta: str | None) -> Shown:
-    # 0.25 is a share, and 25 a percentage; of 1 nobody knows, and the least is said.
+    # 0.25 is a share and 25 a percentage. An int of 1 is ambiguous, and shown as 1 %.
     share = value if type(value) is float and value <= 1 else value / 100
     share = min(max(share, 0.0), 1.0)
     return Shown(state, share, f"{share:.0%}", meta)
@@ -111,5 +111,5 @@ def _is_number(value: object) -> bool:
         return False
     try:
         return isfinite(value)
-    except OverflowError:  # an integer beyond any float
+    except OverflowError:  # an integer that is too large for a float
         return False

@@ -1,4 +1,4 @@
-"""The broker's queues: how deep they are, which tasks are parked, and what is scheduled."""
+"""The broker's queues: their sizes, the parked tasks, and the schedules."""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,32 +16,32 @@ from taskiq_sa_pg.ui.when import in_words
 
 STATES: Final = ("waiting", "delayed", "running", "parked")
 
-# Rows of one page.
+# Rows per page.
 _MAX_PARKED: Final = 100
 _MAX_SCHEDULES: Final = 500
 
-# What a schedule's arguments are cut to.
+# Characters of a schedule's arguments on the page.
 _MAX_ARGUMENTS: Final = 200
 
-# A scheduler that works is never so late.
+# A running scheduler is never this late.
 _LATE: Final = timedelta(minutes=1)
 
 _UNDEFINED_TABLE: Final = "42P01"
 
 _NOT_STARTED: Final = (
-    "The broker of this dashboard is not started in this process, or only on another event loop "
-    "than that of this page, so its queues cannot be read.",
+    "The broker of this dashboard is not started in this process, or it is started on another "
+    "event loop, so its queues cannot be read.",
     "Call `await broker.startup()` when your application starts: in its lifespan.",
 )
 _NO_TABLES: Final = (
     "The tables of the broker do not exist in this database.",
-    "Create them with `taskiq-sa-pg upgrade --queue`, or have SQLAlchemyBroker(..., "
-    "run_migrations=True) do it at startup.",
+    "Create them with `taskiq-sa-pg upgrade --queue`, or at startup with SQLAlchemyBroker(..., "
+    "run_migrations=True).",
 )
 
 
 def pages(site: Site) -> list[Page]:
-    """None without a SQLAlchemyBroker; schedules only where its models have a table of them."""
+    """No pages without a SQLAlchemyBroker; schedules only if its models have their table."""
     broker = site.sqlalchemy_broker
     if broker is None:
         return []
@@ -60,7 +60,7 @@ _HandlerOfBroker = Callable[[Site, Request, SQLAlchemyBroker], Awaitable[Respons
 
 
 def _of(broker: SQLAlchemyBroker, handler: _HandlerOfBroker) -> Handler:
-    """A handler that says what to do about a broker that cannot be asked."""
+    """Wraps a handler: shows the remedy if the broker is not started or has no tables."""
 
     async def answer(site: Site, request: Request) -> Response:
         try:
@@ -76,7 +76,7 @@ def _of(broker: SQLAlchemyBroker, handler: _HandlerOfBroker) -> Handler:
 
 
 async def queues(site: Site, request: Request, broker: SQLAlchemyBroker) -> Response:
-    """How many tasks wait, are delayed, run or are parked, by queue and task name."""
+    """The numbers of waiting, delayed, running and parked tasks, by queue and task name."""
     counts = await broker.get_queues()
     context = {
         "counts": counts,
@@ -88,7 +88,7 @@ async def queues(site: Site, request: Request, broker: SQLAlchemyBroker) -> Resp
 
 
 async def parked(site: Site, request: Request, broker: SQLAlchemyBroker) -> Response:
-    """The parked tasks, of a queue and a task name if the URL says so."""
+    """The parked tasks; the URL may select a queue and a task name."""
     chosen = _filter_of(request)
     found = await broker.get_parked(**chosen, limit=_MAX_PARKED + 1)
     context = {
@@ -103,42 +103,42 @@ async def parked(site: Site, request: Request, broker: SQLAlchemyBroker) -> Resp
 
 
 async def release(site: Site, request: Request, broker: SQLAlchemyBroker) -> Response:
-    """Asks, and has parked tasks delivered again."""
+    """Delivers parked tasks again, after a confirmation."""
     if request.method == "POST":
         count = await broker.release_parked(**_choice_of(request))
         return redirect("parked", **_back_to(request), released=count)
-    return await _ask(
+    return await _confirm(
         site,
         request,
         broker,
         verb="Release",
         consequences=[
-            "A released task is delivered again at once, and as often as a new one.",
-            "Until it has run, its result stays the error that was stored when it was parked.",
+            "A released task is delivered again immediately, and as often as a new task.",
+            "Until it has run, its result is still the error that was stored when it was parked.",
         ],
     )
 
 
 async def discard(site: Site, request: Request, broker: SQLAlchemyBroker) -> Response:
-    """Asks, and deletes parked tasks."""
+    """Deletes parked tasks, after a confirmation."""
     if request.method == "POST":
         count = await broker.discard_parked(**_choice_of(request))
         return redirect("parked", **_back_to(request), discarded=count)
-    return await _ask(
+    return await _confirm(
         site,
         request,
         broker,
         verb="Discard",
         consequences=[
             "A discarded task is deleted, and no worker will run it.",
-            "Its result, an error, stays.",
+            "Its result, an error, is kept.",
         ],
         is_dangerous=True,
     )
 
 
 async def schedules(site: Site, request: Request, broker: SQLAlchemyBroker) -> Response:
-    """When tasks are sent: how often, when last, when next, and with which arguments."""
+    """The schedules: rules, last and next time, and arguments."""
     found = await broker.get_schedules(_MAX_SCHEDULES + 1)
     now = datetime.now(UTC)
     overdue = {each.schedule_id for each in found if _is_overdue(each, now)}
@@ -152,7 +152,7 @@ async def schedules(site: Site, request: Request, broker: SQLAlchemyBroker) -> R
     return site.render(request, "schedules.html", context)
 
 
-async def _ask(
+async def _confirm(
     site: Site,
     request: Request,
     broker: SQLAlchemyBroker,
@@ -169,7 +169,7 @@ async def _ask(
         if not count:
             return redirect("parked", **back)
         what = f"{plural(count, 'parked task')}{_of_filter(choice)}"
-    # No fields: the form is sent to this URL, whose encoding keeps every character of an id.
+    # Without form fields: the form posts to this URL, whose encoding keeps every character of ids.
     return site.confirm(
         request,
         question=f"{verb} {what}?",
@@ -181,14 +181,14 @@ async def _ask(
 
 
 def _choice_of(request: Request) -> dict[str, Any]:
-    """Which tasks a request is about: one by its id, or all of a filter.
+    """The tasks that a request selects: one by its id, or all that match a filter.
 
     Raises:
-        ConfigurationError: It names neither, or both.
+        ConfigurationError: It selects neither, or both.
     """
     task_id, is_all = request.query_params.get("id"), "all" in request.query_params
     if bool(task_id) == is_all:
-        raise ConfigurationError("which tasks? Go back to the list, and choose there")
+        raise ConfigurationError("no tasks are selected: go back to the list and select them there")
     return _filter_of(request) if is_all else {"task_ids": [task_id]}
 
 
@@ -198,7 +198,7 @@ def _filter_of(request: Request) -> dict[str, str | None]:
 
 
 def _back_to(request: Request) -> dict[str, str | None]:
-    """The list as it was, with its filter."""
+    """The query of the previous list, with its filter."""
     return {name: request.query_params.get(name) for name in ("queue", "task")}
 
 
@@ -208,7 +208,7 @@ def _of_filter(choice: Mapping[str, str | None]) -> str:
 
 
 def _notice_of(request: Request) -> str:
-    """What was done just now, as redirect() has said; a number at most."""
+    """A notice about the previous change, from the query of redirect()."""
     for word in ("released", "discarded"):
         count = request.query_params.get(word, "")
         if count.isascii() and count.isdigit() and len(count) < 10:
@@ -222,7 +222,7 @@ def _total(counts: list[QueueCount], state: str) -> str:
 
 
 def shown(count: QueueCount, state: str) -> str:
-    """A count, with a plus where counting stopped."""
+    """A count, with a plus if counting stopped early."""
     return f"{getattr(count, state):,}{'+' if state in count.at_least else ''}"
 
 
@@ -231,7 +231,7 @@ def _is_overdue(schedule: ScheduleInfo, now: datetime) -> bool:
 
 
 def arguments_of(schedule: ScheduleInfo) -> str | None:
-    """The arguments as they stand in a call, cut short; None where they are not known."""
+    """The arguments as in a Python call, shortened; None if they are unknown."""
     if schedule.args is None or schedule.kwargs is None:
         return None
     given = [_json(each) for each in schedule.args]

@@ -1,6 +1,6 @@
-"""Who may see and change what, and the headers of every response.
+"""Permissions, and the security headers of every response.
 
-Nothing is decided in a page: whatever is requested goes through Guard first.
+Pages decide nothing: every request passes through Guard first.
 """
 
 import inspect
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Permission = Literal["none", "read", "write"]
 Authorize = Callable[[Request], Permission | Awaitable[Permission]]
 
-# Makes the page of a refusal: the request, its status, its title, its paragraphs.
+# Creates the page of a refusal from the request, status, title and paragraphs.
 Refuse = Callable[[Request, int, str, Iterable[str]], Response]
 
 CONTENT_SECURITY_POLICY: Final = "; ".join(
@@ -41,7 +41,7 @@ CONTENT_SECURITY_POLICY: Final = "; ".join(
 _HEADERS: Final = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
-    # Not "no-referrer": with it browsers send `Origin: null` with our own forms.
+    # Not "no-referrer", with which browsers send `Origin: null` with our own forms.
     "Referrer-Policy": "same-origin",
     "X-Frame-Options": "DENY",
 }
@@ -50,25 +50,25 @@ _PERMISSION: Final = "taskiq_sa_pg.ui.permission"
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 _PORTS: Final = {"http": 80, "https": 443}
 
-# They tell nothing of any task: files of the package, and whether it works.
+# Paths without task data: files of the package, and the health check.
 _OPEN: Final = re.compile(r"/static/[\w.-]+|/healthz/?")
 
 _LEFT_OUT: Final = (
-    "dashboard() was called without authorize, so nobody may see anything.",
-    "Pass a function that takes the request and returns what its user may do: "
+    "dashboard() was called without authorize, so all access is denied.",
+    "Pass a function that takes the request and returns the permission of its user: "
     '"none", "read" or "write".',
     'dashboard(backend, authorize=lambda request: "read" if is_admin(request) else "none")',
 )
 
 _NOT_FROM_HERE: Final = (
     "The request did not come from a page of this dashboard, so nothing was changed.",
-    "If it did, a proxy without TLS has changed the Host header. Let it pass on the one that the "
-    "browser sent, with its port.",
+    "If it did, a proxy without TLS has changed the Host header. Configure the proxy to forward "
+    "the browser's Host header with its port.",
 )
 
 
 def check_authorize(authorize: object) -> None:
-    """Refuses what cannot be called with a request.
+    """Checks that authorize is callable or None.
 
     Raises:
         ConfigurationError: It is something else, such as a permission.
@@ -81,19 +81,19 @@ def check_authorize(authorize: object) -> None:
 
 
 def is_let_in(request: HTTPConnection) -> bool:
-    """Whether a request has passed authorize; the open paths are answered without it."""
+    """Whether authorize has permitted a request; open paths do not need it."""
     return _PERMISSION in request.scope
 
 
 def may_write(request: HTTPConnection) -> bool:
-    """Whether the user of a request that was let through may change something."""
+    """Whether the user of a permitted request may make changes."""
     return request.scope.get(_PERMISSION) == "write"
 
 
 def route_path(scope: Scope) -> str:
-    """The path below the place where the dashboard is mounted, with one slash before it.
+    """The path below the dashboard's mount point, with one leading slash.
 
-    Servers put a root path that ends with a slash before a path that begins with one.
+    Servers may combine a root path that ends with a slash with a path that begins with one.
     """
     path: str = scope["path"]
     root_path: str = scope.get("root_path", "").rstrip("/")
@@ -102,12 +102,12 @@ def route_path(scope: Scope) -> str:
 
 
 class Guard:
-    """Lets a request through that its user is permitted, and gives each response its headers.
+    """Passes on permitted requests, and adds security headers to every response.
 
     Args:
-        app: What answers requests that are let through.
-        authorize: Says what a user may do; None refuses everybody.
-        refuse: Makes the page of a refusal.
+        app: The application that receives permitted requests.
+        authorize: Returns the permission of a user; None denies all access.
+        refuse: Creates the page of a refusal.
     """
 
     def __init__(self, app: ASGIApp, *, authorize: Authorize | None, refuse: Refuse) -> None:
@@ -116,7 +116,7 @@ class Guard:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers, or has it answered."""
+        """Passes a request on, or refuses it."""
         if scope["type"] != "http":
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
@@ -139,24 +139,24 @@ class Guard:
             refusal = await self._refusal_of(request)
             await (refusal or self._app)(scope, receive, send_with_headers)
         except Exception:
-            # As a literal: the path is decoded, and could have lines that look like entries.
+            # With %r: the decoded path may contain line breaks that imitate log entries.
             logger.exception("the dashboard cannot answer %s %r", scope["method"], scope["path"])
             if is_begun:
-                raise  # the server has to break off what it has sent half of
-            text = "An error in the dashboard. The log of the server has the details."
+                raise  # the server must abort the response that it has partly sent
+            text = "An error occurred in the dashboard. The server's log has the details."
             broken = self._refuse(request, 500, "Something went wrong", [text])
             await broken(scope, receive, send_with_headers)
 
     async def _refusal_of(self, request: Request) -> Response | None:
         is_safe = request.method in _SAFE_METHODS
         if self._authorize is None:
-            return self._refuse(request, 403, "Nobody may see this yet", _LEFT_OUT)
+            return self._refuse(request, 403, "Access is not configured", _LEFT_OUT)
         if is_safe and _OPEN.fullmatch(route_path(request.scope)):
             return None
         try:
             permission = await _permission_of(request, self._authorize)
         except Exception as exc:
-            # How applications ask for a login, in all frameworks: 401, or a redirect to it.
+            # Applications of all frameworks request a login like this: 401, or a redirect.
             status = getattr(exc, "status_code", None)
             if not isinstance(status, int) or not 300 <= status < 500:
                 raise
@@ -172,7 +172,7 @@ class Guard:
 
 
 async def _permission_of(request: Request, authorize: Authorize) -> Permission:
-    """What authorize says.
+    """Calls authorize and returns the permission.
 
     Raises:
         TypeError: It returned something else.
@@ -191,7 +191,7 @@ async def _permission_of(request: Request, authorize: Authorize) -> Permission:
 def _reason_against(
     request: Request, permission: Permission, *, is_safe: bool
 ) -> tuple[str, list[str]] | None:
-    """The title and the text of a refusal; None lets the request through."""
+    """The title and the text of a refusal; None if the request is permitted."""
     if permission == "none":
         return "Not permitted", ["Your account may not see these tasks."]
     if is_safe:
@@ -204,10 +204,10 @@ def _reason_against(
 
 
 def is_from_own_page(headers: Headers) -> bool:
-    """Whether a request comes from a page of this site, as the browser says.
+    """Whether a request comes from a page of this site, according to the browser's headers.
 
-    `Sec-Fetch-Site` decides where it is sent, for it is right behind a proxy that changes Host,
-    too. Browsers leave it out without TLS; they all send Origin with a POST.
+    `Sec-Fetch-Site` decides if it is sent, because it is correct even behind a proxy that changes
+    Host. Browsers omit it without TLS; all of them send Origin with a POST.
     """
     fetch_site = headers.get("sec-fetch-site")
     if fetch_site is not None:
@@ -217,6 +217,6 @@ def is_from_own_page(headers: Headers) -> bool:
         own = urlsplit(f"//{headers.get('host', '')}")
         default = _PORTS[origin.scheme]
         places = [(each.hostname, each.port or default) for each in (origin, own)]
-    except (KeyError, ValueError):  # none, "null", or what is no address
+    except (KeyError, ValueError):  # no origin, "null", or an invalid one
         return False
     return origin.hostname is not None and places[0] == places[1]

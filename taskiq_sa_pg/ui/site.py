@@ -1,7 +1,7 @@
-"""What all pages share: what the dashboard is about, and how a page becomes HTML.
+"""Shared by all pages: the dashboard's settings, and rendering to HTML.
 
-A page is a path of one segment, a function, and perhaps an entry in the navigation. A module of
-pages has a function that lists them, and app.py lists those.
+A page is a path of one segment, a function, and optionally an entry in the navigation. Each module
+of pages has a function that lists them; app.py lists the modules.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -25,14 +25,14 @@ from taskiq_sa_pg.ui.static import asset_url
 
 @dataclass(frozen=True)
 class Site:
-    """What a dashboard was told, and what makes its pages.
+    """The settings of a dashboard, and the rendering of its pages.
 
     Attributes:
-        backend: Whose tasks are shown.
-        broker: What sends tasks again, and whose queues are shown; None for neither.
-        shows_values: Whether values may be decoded, whatever their serializer runs.
-        title: What the pages are called.
-        pages: All of them, those with `nav` in the order of the navigation.
+        backend: The backend whose tasks are shown.
+        broker: Sends tasks again; its queues are shown, too. None disables both.
+        shows_values: Whether values may be decoded with any serializer, even if it executes code.
+        title: Heading of the pages.
+        pages: All pages; those with `nav` are in the order of the navigation.
     """
 
     backend: SQLAlchemyResultBackend[Any]
@@ -41,15 +41,15 @@ class Site:
     title: str
     pages: "list[Page]" = field(default_factory=list)
 
-    # Built once, because Database.fetch() keeps what it has compiled.
+    # Built once, because Database.fetch() caches compiled statements.
     @cached_property
     def select_buckets(self) -> Select[Any]:
-        """What has finished in a window."""
+        """Counts the tasks that finished in a window."""
         return sql.select_buckets(self.backend.models)
 
     @cached_property
     def select_oldest_queued(self) -> Select[Any] | None:
-        """The task that has waited longest; None where tasks are not tracked."""
+        """Selects the task that has waited longest; None if tasks are not tracked."""
         status = self.backend.models.status_table
         if status is None or self.backend.track is None:
             return None
@@ -57,15 +57,15 @@ class Site:
 
     @property
     def sqlalchemy_broker(self) -> SQLAlchemyBroker | None:
-        """The broker, where it is ours and so has queues to show."""
+        """The broker, if it is a SQLAlchemyBroker, which has queues to show."""
         return self.broker if isinstance(self.broker, SQLAlchemyBroker) else None
 
     def render(
         self, request: Request, template: str, context: Mapping[str, Any], status: int = 200
     ) -> HTMLResponse:
-        """A page made of a template, which extends base.html.
+        """Renders a template, which extends base.html.
 
-        Its links are relative to the dashboard's root: `{{ url("task", id=task_id) }}`.
+        Links are relative to the dashboard's root: `{{ url("task", id=task_id) }}`.
         """
         path = route_path(request.scope)
         root = "../" * (path.count("/") - 1) or "./"
@@ -83,7 +83,7 @@ class Site:
             "asset": lambda name: f"{root}{asset_url(name)}",
         }
         html = _ENVIRONMENT.get_template(template).render(shared | dict(context))
-        # What is no Unicode is escaped by formatting.visible(); this is for what has escaped that.
+        # formatting.visible() escapes lone surrogates; "replace" is for any that it did not see.
         return HTMLResponse(html.encode("utf-8", "replace"), status)
 
     def message(
@@ -95,7 +95,7 @@ class Site:
         *,
         is_let_in: bool = True,
     ) -> HTMLResponse:
-        """A page that only says something; without navigation for those who are not let in."""
+        """Renders a page with a message; without navigation unless `is_let_in`."""
         context = {
             "heading": title,
             "paragraphs": list(paragraphs),
@@ -114,17 +114,17 @@ class Site:
         back: str,
         is_dangerous: bool = False,
     ) -> HTMLResponse:
-        """A page that asks before something is changed: its button sends a POST to the same URL.
+        """Renders a confirmation of a change; its button sends a POST to the same URL.
 
-        So what is to be changed stands in the query, whose encoding keeps every character.
+        The query of the URL names what to change; its encoding keeps every character.
 
         Args:
             request: The GET request.
             question: The heading, such as "Forget this task?".
-            consequences: What will be so afterwards, a paragraph each.
-            action: The button's words.
-            back: The page to go back to, relative to the root.
-            is_dangerous: Whether something is lost.
+            consequences: The effects of the change, one paragraph each.
+            action: The text of the button.
+            back: The page to return to, relative to the root.
+            is_dangerous: Whether data is lost.
         """
         context = {
             "question": question,
@@ -144,11 +144,11 @@ class Page:
     """A page of the dashboard.
 
     Attributes:
-        path: Its only segment, "" for the first page.
+        path: Its only segment; "" for the first page.
         handler: Answers its requests.
-        nav: What the navigation calls it; None leaves it out.
-        methods: Those that it takes; a POST always needs the permission to write.
-        needs_write: Whether to look at it needs that, too: a page that asks before a change.
+        nav: Its name in the navigation; None omits it there.
+        methods: Its HTTP methods; a POST always needs the permission "write".
+        needs_write: Whether a GET needs that permission, too, as for confirmations.
     """
 
     path: str
@@ -159,12 +159,12 @@ class Page:
 
 
 def redirect(page: str, **query: object) -> Response:
-    """Leads to another page after a POST, by a relative URL."""
+    """Redirects to another page after a POST, by a relative URL."""
     return RedirectResponse(f"./{page}{query_string(query)}", 303)
 
 
 def query_string(query: Mapping[str, object]) -> str:
-    """The query of a URL with its question mark; without what is None or empty."""
+    """The query of a URL with its question mark, without values that are None or empty."""
     given = {name: value for name, value in query.items() if value is not None and value != ""}
     return f"?{urlencode(given, errors='replace')}" if given else ""
 
@@ -176,7 +176,7 @@ def _environment() -> Environment:
         loader=PackageLoader("taskiq_sa_pg.ui"),
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=formatting.visible,  # whatever a template shows
+        finalize=formatting.visible,  # for every value in a template
     )
     environment.filters |= formatting.FILTERS
     return environment

@@ -1,4 +1,4 @@
-"""The files that pages load: in memory, each under a URL that changes with what is in it."""
+"""The static files: kept in memory, each with a URL that changes with its content."""
 
 from functools import cache
 from hashlib import sha256
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-# Not by mimetypes, which asks the machine: where that says text/plain, browsers refuse scripts.
+# Not by mimetypes, which uses the system's settings: browsers reject scripts as text/plain.
 _MEDIA_TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 _NAMES: Final = ("htmx.min.js", "icon.svg", "style.css", "ui.js")
@@ -18,7 +18,7 @@ _FOR_A_YEAR: Final = "public, max-age=31536000, immutable"
 
 
 class Asset(NamedTuple):
-    """A file, its type, and a hash of what is in it."""
+    """A file, its media type, and a hash of its content."""
 
     content: bytes
     media_type: str
@@ -27,7 +27,7 @@ class Asset(NamedTuple):
 
 @cache
 def read_assets() -> dict[str, Asset]:
-    """All files, by their names."""
+    """All files by name."""
     folder = files("taskiq_sa_pg.ui") / "static"
     assets = {}
     for name in _NAMES:
@@ -38,15 +38,15 @@ def read_assets() -> dict[str, Asset]:
 
 
 def asset_url(name: str) -> str:
-    """Where a file is, relative to the root."""
+    """The URL of a file, relative to the root."""
     return f"static/{name}?v={read_assets()[name].version}"
 
 
 async def asset(request: Request) -> Response:
-    """Answers with a file; to be kept where its URL says of which version it is.
+    """Returns a file; it may be cached for ever if the URL has its current version.
 
     Raises:
-        HTTPException: There is no such file.
+        HTTPException: The file does not exist.
     """
     found = read_assets().get(request.path_params["name"])
     if found is None:

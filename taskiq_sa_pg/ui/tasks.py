@@ -1,4 +1,4 @@
-"""The list of finished tasks: what is looked for, a page at a time."""
+"""The list of finished tasks, with a filter, in pages."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from taskiq_sa_pg.ui.site import Page, Site
 _HOUR: Final = 3_600
 _DAY: Final = 24 * _HOUR
 
-# As the URL has them: how many seconds to look back, and how pages say it.
+# By name in the URL: how many seconds to look back, and the text on pages.
 WINDOWS: Final[Mapping[str, tuple[int | None, str]]] = {
     "1h": (_HOUR, "in the last hour"),
     "6h": (6 * _HOUR, "in the last 6 hours"),
@@ -30,13 +30,13 @@ WINDOWS: Final[Mapping[str, tuple[int | None, str]]] = {
 }
 DEFAULT_WINDOW: Final = "24h"
 
-# Of an argument. No task has more, and int() refuses what is very long.
+# The position of an argument. No task has more arguments, and int() rejects very long texts.
 _POSITION: Final = re.compile(r"-?[0-9]{1,6}")
 
 
 @dataclass(frozen=True)
 class Filter:
-    """What somebody looks for, as the URL has it; "" for anything."""
+    """The filter of a list, as in the URL; "" matches everything."""
 
     outcome: str = ""
     name: str = ""
@@ -47,7 +47,7 @@ class Filter:
 
     @classmethod
     def of(cls, query: QueryParams) -> "Filter":
-        """That of a URL, without what cannot be."""
+        """The filter of a URL; invalid values are ignored."""
         given = {name: query.get(name, "").strip() for name in asdict(cls())}
         if given["outcome"] not in get_args(Outcome):
             given["outcome"] = ""
@@ -57,21 +57,21 @@ class Filter:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether it leaves out tasks for another reason than their time."""
+        """Whether it has another condition than the time window."""
         return any((self.outcome, self.name, self.worker, self.label, self.argument))
 
     @property
     def wider(self) -> str | None:
-        """The name of the next longer window, None if there is none."""
+        """The name of the next longer window; None if there is none."""
         names = list(WINDOWS)
         return dict(pairwise(names)).get(self.window)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of find().
+        """The arguments for find().
 
         Raises:
-            ConfigurationError: A label without a value.
+            ConfigurationError: The label has no value.
         """
         given: dict[str, Any] = {"window": WINDOWS[self.window][0]}
         for name in ("outcome", "name", "worker"):
@@ -81,7 +81,7 @@ class Filter:
             name, separator, value = self.label.partition("=")
             if not separator:
                 raise ConfigurationError(
-                    f"the label must be its name and its value, such as user=42, not {name!r}"
+                    f"the label must be NAME=VALUE, such as user=42, not {name!r}"
                 )
             given["label"] = {name.strip(): value.strip()}
         if self.argument:
@@ -100,7 +100,7 @@ def pages(_: Site) -> list[Page]:
 
 
 async def tasks(site: Site, request: Request) -> Response:
-    """A page of the tasks that a filter lets through."""
+    """A page of the tasks that match a filter."""
     filter_ = Filter.of(request.query_params)
     after = request.query_params.get("after") or None
     found, problem = Found([], None), None
@@ -123,12 +123,12 @@ async def tasks(site: Site, request: Request) -> Response:
 
 
 async def _has_none(site: Site) -> bool:
-    """Whether there is no finished task at all; the slices of find() make it quick."""
+    """Whether there is no finished task at all; fast, because find() searches in slices."""
     return not (await site.backend.find(limit=1)).records
 
 
 def _argument_of(text: str) -> Any:
-    """`name=value`; `0=value` for the first positional one, `-1=value` the last; or any value."""
+    """Parses `name=value`, `0=value` (first positional), `-1=value` (last), or any value."""
     name, separator, value = text.partition("=")
     name = name.strip()
     if not separator:

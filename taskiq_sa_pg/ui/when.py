@@ -23,14 +23,14 @@ _MONTHS: Final = (
     "December",
 )
 
-# More times of a day are no sentence.
+# More times per day make no readable sentence.
 _MOST_TIMES: Final = 4
 
 
 def in_words(schedule: ScheduleInfo) -> str:
-    """Such as "every 10 min" or "at 06:30 on Monday, Europe/Berlin"; "" where words are too many.
+    """Returns for example "every 10 min" or "at 06:30 on Monday, Europe/Berlin".
 
-    A schedule that is due once has none: its time says it.
+    Returns "" if that would be too long, or if the schedule is due only once.
     """
     if schedule.interval is not None:
         return f"every {duration(schedule.interval.total_seconds())}"
@@ -41,7 +41,7 @@ def in_words(schedule: ScheduleInfo) -> str:
 
 
 def cron_in_words(cron: str) -> str:
-    """A cron expression in words; "" where it has what they cannot say shortly."""
+    """A cron expression in words; "" if that would be too long."""
     fields = cron.split()
     if len(fields) != 5:
         return ""

@@ -14,7 +14,7 @@ def pages(_: Site) -> list[Page]:
 
 
 async def workers(site: Site, request: Request) -> Response:
-    """Who is at work, and who was and has fallen silent."""
+    """The workers that are alive, and those that stopped sending heartbeats."""
     known = await site.backend.get_workers()
     context = {
         "workers": sorted(known, key=lambda worker: (worker.is_alive, worker.worker)),

@@ -1,4 +1,4 @@
-"""LISTEN/NOTIFY, and who waits for what."""
+"""Waiting for results and progress with LISTEN/NOTIFY."""
 
 from taskiq_sa_pg.waiting.listener import Listener as Listener
 from taskiq_sa_pg.waiting.notifier import Notifier as Notifier

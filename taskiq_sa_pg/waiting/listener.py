@@ -1,4 +1,4 @@
-"""The LISTEN connection: hears notifications, proves that it does, and comes back when lost."""
+"""The LISTEN connection: receives notifications, verifies that they arrive, and reconnects."""
 
 import asyncio
 import json
@@ -21,21 +21,22 @@ _Hear = Callable[[str, str], None]
 
 
 class Listener:
-    """Hears the notifications of all channels that were added, on one connection.
+    """Receives the notifications of all added channels, on one connection.
 
-    It is healthy from the moment in which a probe that was sent the writers' way has been heard,
-    until the connection is lost or a later probe is not heard in time. Where LISTEN is accepted and
-    never delivers, as behind a transaction pooler, it is never healthy.
+    To check the connection, it sends probes to itself in the same way as writers. It is healthy
+    from the first probe that arrives until the connection is lost or a later probe does not arrive
+    in time. Behind a transaction pooler, which accepts LISTEN and delivers nothing, it is never
+    healthy.
 
     Args:
         connect: Opens the driver's connection.
-        send: Sends payloads to a channel, the writers' way; where that leads to a read replica, to
-            the server that it listens to, and says so.
-        timings: How often it is probed, and how soon it comes back.
+        send: Sends payloads to a channel in the same way as writers. If that is a read replica, it
+            sends them to the server of the LISTEN connection instead, and returns True.
+        timings: The times between probes and before reconnecting.
 
     Attributes:
-        is_healthy: Whether what is sent is heard.
-        is_ahead: Whether it hears of rows on a server from which a replica gets them later.
+        is_healthy: Whether notifications arrive.
+        is_ahead: Whether rows are read from a replica, which gets them after the notification.
     """
 
     def __init__(
@@ -48,22 +49,22 @@ class Listener:
         self._connect = connect
         self._send = send
         self._timings = timings
-        # By channel; the probes go to the first.
+        # By channel; probes are sent to the first.
         self._hear: dict[str, dict[_Hear, Callable[[], None]]] = {}
         self._has_more = asyncio.Event()
-        # What it has sent to itself last; the one before may still be on its way. A pooled
-        # connection may be told of those that were sent before it was asked to listen.
+        # The last two probes: the first may still be on its way. A pooled connection may also
+        # receive probes that were sent before its LISTEN.
         self.probes: deque[str] = deque(maxlen=2)
         self._task: asyncio.Task[None] | None = None
         self._limit: asyncio.Timeout | None = None
         self._is_warned = False
         self._is_stopped = False
-        self._is_at_replica = False  # which has nothing to be heard
+        self._is_at_replica = False  # a read replica has no notifications
         self.is_healthy = self.is_ahead = False
 
     @property
     def state(self) -> ListenerState:
-        """Whether it hears, tries to, or has nothing to do."""
+        """The state: listening, connecting, idle (nobody waits) or replica."""
         if self.is_healthy:
             return "listening"
         if not is_running(self._task):
@@ -71,12 +72,12 @@ class Listener:
         return "replica" if self._is_at_replica else "connecting"
 
     def add(self, channels: Iterable[str], hear: _Hear, on_healthy: Callable[[], None]) -> None:
-        """Adds channels; a connection that is open already is replaced.
+        """Adds channels; if new ones are among them, an open connection is replaced.
 
         Args:
-            channels: What to listen to.
-            hear: Called with channel and payload of every notification there that is no probe.
-            on_healthy: Called each time it becomes healthy. What came before may be unheard.
+            channels: The channels.
+            hear: Called with channel and payload of every notification that is not a probe.
+            on_healthy: Called each time it becomes healthy. Earlier notifications may be lost.
         """
         for channel in channels:
             if channel not in self._hear:
@@ -85,17 +86,17 @@ class Listener:
             self._hear[channel][hear] = on_healthy
 
     def remove(self, channels: Iterable[str], hear: _Hear) -> None:
-        """Calls it no more; the connection goes on."""
+        """Removes a callback from channels; the connection stays open."""
         for channel in channels:
             _ = self._hear[channel].pop(hear, None)
 
     def start(self) -> None:
-        """Begins to listen, unless it does already, or was stopped."""
+        """Starts listening, unless it already does or was stopped."""
         if not is_running(self._task) and not self._is_stopped:
             self._task = start_task(self._run())
 
     async def stop(self) -> None:
-        """Closes the connection, for good."""
+        """Closes the connection permanently."""
         self._is_stopped = True
         task, self._task = self._task, None
         await end_task(task)
@@ -108,7 +109,7 @@ class Listener:
             try:
                 async with self._connect() as driver:
                     reason = await self._listen(driver)
-            except Exception as exc:  # noqa: BLE001 - whatever it is, another attempt may succeed
+            except Exception as exc:  # noqa: BLE001 - after any error, another attempt may succeed
                 reason = str(exc) or type(exc).__name__
                 is_at_replica = isinstance(exc, StorageError) and exc.sqlstate == READ_ONLY
             finally:
@@ -126,20 +127,24 @@ class Listener:
         self._is_warned = True
         if self._is_at_replica:
             logger.warning(
-                "%s: results are looked for ten times a second. To be woken when they are stored, "
-                "give listen_dsn= with the primary's address. A worker needs it as its dsn",
+                "%s: results are polled ten times a second. For notifications, set listen_dsn= to "
+                "the primary's address. A worker needs the primary as its dsn=",
                 reason,
             )
             return
         logger.warning(
-            "not listening for results and tasks, so they are looked for at intervals: %s. It goes "
-            "on trying. Behind a transaction pooler give listen_dsn=, the server's own "
-            "address, or notify=False",
+            "not listening for results and tasks, so they are polled at intervals: %s. Connecting "
+            "is retried. Behind a transaction pooler, set listen_dsn= to the server's own address, "
+            "or notify=False",
             reason,
         )
 
     async def _listen(self, driver: Any) -> str:
-        """Listens until the connection is lost or silent, and says which; until there is more."""
+        """Listens until the connection is lost or silent, or until channels are added.
+
+        Returns:
+            Why the connection cannot be used; empty if there are new channels.
+        """
         is_asyncpg = hasattr(driver, "add_listener")
         listen = _listen_with_asyncpg if is_asyncpg else _listen_with_psycopg
         tasks: list[asyncio.Task[Any]] = []
@@ -169,7 +174,7 @@ class Listener:
             try:
                 self.is_ahead = await self._send(channel, [self.probes[-1]])
             except StorageError as exc:
-                # If it stays so, the time limit ends.
+                # If probes keep failing, the time limit expires.
                 logger.debug("could not send a probe: %s", exc)
             await asyncio.sleep(self._timings.between_probes)
 
@@ -182,7 +187,7 @@ class Listener:
 
     def _prove(self) -> None:
         if self._limit is None or self._limit.expired():
-            return  # too late: as it comes after the event loop was blocked
+            return  # too late: the event loop was blocked
         now = asyncio.get_running_loop().time()
         self._limit.reschedule(now + 2 * self._timings.between_probes)
         if self.is_healthy:

@@ -1,7 +1,7 @@
-"""What is told to those who wait: the ids of rows that were stored, in PostgreSQL's notifications.
+"""Notifies waiting clients of stored rows, with PostgreSQL's notifications.
 
-A notification is a hint, and the table is the truth. A payload is a JSON array of task ids; an
-empty one tells of ids that are too long for any payload, for which their waiters have to look.
+A notification is a hint; only the table is authoritative. A payload is a JSON array of task ids. An
+empty one stands for ids that do not fit in a payload: then all waiting clients check the table.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ _MAX_PAYLOAD_BYTES: Final = 7999
 
 
 class Notifier:
-    """Sends notifications after what they tell of was committed; nobody waits for it.
+    """Sends notifications in the background, after the rows were committed.
 
-    They go in statements of their own: the lock that a notification takes would otherwise make
-    all commits of results wait for each other.
+    They are sent in separate statements: otherwise the lock that a notification takes would
+    serialize all commits of results.
 
     Args:
-        database: Where they are sent.
-        timings: The pauses after them, in which the next ones gather.
-        pause: Another pause, whatever was sent.
+        database: The database.
+        timings: The pauses after notifications, in which the next ones gather.
+        pause: A fixed pause in seconds, instead of those.
     """
 
     def __init__(self, database: Database, timings: Timings, pause: float | None = None) -> None:
@@ -39,25 +39,25 @@ class Notifier:
         self._timings = timings
         self._pause = pause
         self._statement = notify()
-        self._pending: dict[str, dict[Any, None]] = {}  # the ids of each channel, once each
+        self._pending: dict[str, dict[Any, None]] = {}  # the distinct ids by channel
         self._task: asyncio.Task[None] | None = None
 
     def announce(self, channel: str, ids: Iterable[Any]) -> None:
-        """Tells of rows that were stored."""
+        """Notifies of rows that were stored."""
         pending = self._pending.setdefault(channel, {})
         if len(pending) <= self._timings.max_pending_notifications:
             pending.update(dict.fromkeys(ids))
         self._start()
 
     async def send(self, channel: str, payloads: list[str]) -> bool:
-        """Sends payloads at once; says whether by listen_dsn, as a read replica sends none.
+        """Sends payloads now; returns whether through listen_dsn, because of a read replica.
 
         Raises:
             StorageError: They could not be sent.
         """
         parameters = {"channel": channel, "payloads": payloads}
         purpose = f"send notifications on channel {channel}"
-        # Once: they are hints, and whoever listens looks again after an outage.
+        # Not retried: they are hints, and listeners check the table after an outage.
         sent = await self._database.fetch(self._statement, parameters, purpose, retry_timeout=0)
         if not sent:
             await self._database.fetch_by_listen_dsn(self._statement, parameters, purpose)
@@ -66,7 +66,7 @@ class Notifier:
     async def close(self) -> None:
         """Returns when all has been sent."""
         while self._pending or is_running(self._task):
-            self._start()  # it may have been cancelled, with all other tasks of the application
+            self._start()  # the application may have cancelled it with all other tasks
             assert self._task is not None
             await asyncio.wait([self._task])
 
@@ -76,7 +76,7 @@ class Notifier:
 
     async def _send_pending(self) -> None:
         while self._pending:
-            await asyncio.sleep(0)  # those whose results are stored go first
+            await asyncio.sleep(0)  # callers whose results are stored continue first
             pending, self._pending = self._pending, {}
             for channel, ids in pending.items():
                 await self._try_to_send(channel, ids)
@@ -89,16 +89,19 @@ class Notifier:
         return timings.after_notification if count == 1 else timings.after_notifications
 
     async def _try_to_send(self, channel: str, ids: Collection[Any]) -> None:
-        told = ids if len(ids) <= self._timings.max_pending_notifications else ()
+        named = ids if len(ids) <= self._timings.max_pending_notifications else ()
         try:
-            await self.send(channel, pack([str(task_id) for task_id in told]))
+            await self.send(channel, pack([str(task_id) for task_id in named]))
         except TaskiqSaPgError as exc:
-            logger.warning("waiters will notice %d results or tasks late: %s", len(ids), exc)
+            logger.warning(
+                "waiting clients will find %d results or tasks later, by polling: %s",
+                *(len(ids), exc),
+            )
 
 
 def pack(ids: Sequence[str]) -> list[str]:
-    """Payloads that tell of these ids."""
-    if sum(map(len, ids)) + 3 * len(ids) <= _MAX_PAYLOAD_BYTES:  # else there is no need to try
+    """The payloads for these ids."""
+    if sum(map(len, ids)) + 3 * len(ids) <= _MAX_PAYLOAD_BYTES:  # otherwise certainly too long
         payload = _to_json(ids)
         if len(payload.encode()) <= _MAX_PAYLOAD_BYTES:
             return [payload]

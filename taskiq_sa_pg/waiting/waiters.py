@@ -1,8 +1,8 @@
-"""Who waits for which task: woken by notifications, and by a look at the table now and then.
+"""The waiting clients: woken by notifications, and by polling the table.
 
-A notification is a hint that may be missing, late or repeated; only the table says that a result
-is there. So everybody who is woken looks, and whatever was stored without a notification is found
-by the look that is made for all who wait.
+A notification is a hint that may be missing, late or repeated; only the table is authoritative. So
+a client that is woken checks the table. Rows without a notification are found by polling, with one
+query for all waiting clients.
 """
 
 import asyncio
@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 
 class Topic(NamedTuple):
-    """What can be waited for: a row of a table, whose notifications come on its channel."""
+    """A row that a client can wait for, and the channel of its notifications."""
 
     channel: str
     task_id: str
 
 
 class Subscription:
-    """Topics of which somebody wants to hear.
+    """The topics of a waiting client.
 
     Attributes:
-        is_awaited: Whether he has looked, and waits now.
+        is_awaited: Whether the client has checked the table and now waits.
     """
 
     def __init__(self, topics: Iterable[Topic]) -> None:
@@ -45,18 +45,18 @@ class Subscription:
         self._is_closed = False
 
     def wake(self, topics: Iterable[Topic]) -> None:
-        """Tells of topics."""
+        """Wakes the client with these topics."""
         self._woken.update(topics)
         if not self._wakeup.done():
             self._wakeup.set_result(None)
 
     def close(self) -> None:
-        """Ends the waiting."""
+        """Ends the waiting with an error."""
         self._is_closed = True
         self.wake(())
 
     async def woken(self) -> set[Topic]:
-        """The topics that were told of since the last time; waits for one.
+        """Waits until topics were woken, and returns all since the last call.
 
         Raises:
             NotStartedError: The backend was shut down.
@@ -74,19 +74,19 @@ class Subscription:
 
 
 class Waiters:
-    """Wakes those who wait for the tasks of one results table.
+    """Wakes the clients that wait for tasks of one results table.
 
-    Nothing is asked and no connection is opened before somebody waits.
+    It does not query or connect before the first client waits.
 
     Args:
         config: The tables.
-        find_ready: Which of these ids have a result, by one look.
-        listener: Hears notifications, from the first who waits on; None never listens.
-        timings: How often it looks.
+        find_ready: Returns those of the given ids that have a result, in one query.
+        listener: Receives notifications, started with the first client; None never listens.
+        timings: The polling intervals.
 
     Attributes:
         listener: The same.
-        waiting: How many wait.
+        waiting: The number of waiting clients.
     """
 
     def __init__(
@@ -107,33 +107,33 @@ class Waiters:
         self.waiting = 0
         self._looker: asyncio.Task[None] | None = None
         self._is_look_due = asyncio.Event()
-        self._expected: dict[Topic, float] = {}  # told of, by when to look for it no more
+        self._expected: dict[Topic, float] = {}  # notified topics, and until when to poll for them
         self._expecter: asyncio.Task[None] | None = None
-        self._until_next_look = 0.0  # of those who expect something; it grows until more do
+        self._until_next_look = 0.0  # seconds between these polls; grows until a new notification
         self._is_warned = False
         self._is_closed = False
 
     @property
     def listener_state(self) -> ListenerState:
-        """What is known of the listening connection."""
+        """The state of the LISTEN connection."""
         return "off" if self.listener is None else self.listener.state
 
     @property
     def subscriptions(self) -> set[Subscription]:
-        """Who waits."""
+        """The waiting clients."""
         return set().union(*self._subscriptions.values())
 
     def result_topic(self, column_id: Any) -> Topic:
-        """The result of a task."""
+        """The topic of a task's result."""
         return Topic(self._config.results_channel, str(column_id))
 
     def progress_topic(self, column_id: Any) -> Topic:
-        """The progress of a task."""
+        """The topic of a task's progress."""
         return Topic(self._config.progress_channel, str(column_id))
 
     @contextmanager
     def subscribe(self, topics: Iterable[Topic]) -> Iterator[Subscription]:
-        """Hears of these topics from now on; what is there already has to be looked for.
+        """Subscribes to topics from now on; the caller has to check for existing rows.
 
         Raises:
             NotStartedError: After close().
@@ -159,7 +159,7 @@ class Waiters:
                     _ = self._expected.pop(topic, None)
 
     async def close(self) -> None:
-        """Ends all waiting, with an error."""
+        """Ends all waiting with an error."""
         self._is_closed = True
         for task in (self._looker, self._expecter):
             await end_task(task)
@@ -168,11 +168,11 @@ class Waiters:
             subscription.close()
 
     def hear(self, channel: str, payload: str) -> None:
-        """Takes a notification."""
+        """Handles a notification."""
         try:
             task_ids = [str(task_id) for task_id in json.loads(payload)]
         except (ValueError, TypeError, RecursionError):
-            task_ids = []  # anybody may send anything
+            task_ids = []  # other programs may send anything
         if not task_ids:
             self._is_look_due.set()
         topics = [Topic(channel, task_id) for task_id in task_ids]
@@ -182,7 +182,7 @@ class Waiters:
             self._expect(topics or list(self._subscriptions))
 
     def _expect(self, topics: Iterable[Topic]) -> None:
-        """Has those who were woken look again and again: they read what may be a moment behind."""
+        """Wakes clients repeatedly for a while, because the replica that they read lags behind."""
         until = asyncio.get_running_loop().time() + self._timings.between_looks
         self._expected.update((topic, until) for topic in topics if topic in self._subscriptions)
         self._until_next_look = self._timings.between_any_looks
@@ -205,7 +205,7 @@ class Waiters:
             subscription.wake([topic])
 
     def _look_at_once(self) -> None:
-        # Whatever was notified until now may have been missed.
+        # Notifications until now may have been lost.
         self._is_look_due.set()
 
     async def _look_regularly(self) -> None:
@@ -213,7 +213,7 @@ class Waiters:
         while self._subscriptions:
             try:
                 await self.look()
-            except Exception as exc:  # noqa: BLE001 - those who wait need the next look
+            except Exception as exc:  # noqa: BLE001 - waiting clients need the next poll
                 self._warn(exc)
             else:
                 self._is_warned = False
@@ -227,19 +227,19 @@ class Waiters:
             self._is_look_due.clear()
 
     async def look(self) -> None:
-        """Looks once, for all who wait."""
+        """Polls once, for all waiting clients."""
         topics = list(self._subscriptions)
         asked = {t.task_id for t in topics if t.channel == self._config.results_channel}
         if asked:
             column_ids = list(map(self._config.to_column_task_id, asked))
             for task_id in await self._find_ready(column_ids):
                 self._wake(self.result_topic(task_id))
-        # Who follows progress reads it for himself, together with all the others.
+        # Clients that watch progress read it themselves, batched with all others.
         for topic in topics:
             if topic.channel == self._config.progress_channel:
                 self._wake(topic)
 
     def _warn(self, exc: Exception) -> None:
         if not self._is_warned:
-            logger.warning("those who wait for results have to wait: %s", exc)
+            logger.warning("polling for results failed, waiting clients keep waiting: %s", exc)
         self._is_warned = True

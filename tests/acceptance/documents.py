@@ -118,6 +118,7 @@ class Page:
     def __init__(self, path: Path, directory: Path, dsn: str) -> None:
         self.blocks: Final = blocks_of(path)
         self._module = ModuleType(f"page {path.stem}")
+        self._module.__file__ = str(directory / "page.py")  # by which a setup finds the files
         self.namespace: Final[dict[str, Any]] = vars(self._module)
         self._path = path
         self._directory = directory

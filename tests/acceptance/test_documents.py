@@ -29,7 +29,7 @@ async def test_the_code_of_a_page_works(
     path: Path, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TASKIQ_SA_PG_DSN", database.dsn)
-    monkeypatch.setenv("TEST_DSN", database.server_dsn)  # as the guide to testing calls it
+    monkeypatch.setenv("TASKIQ_SA_PG_TEST_DSN", database.server_dsn)  # for the pytest plugin
     with Page(path, tmp_path, database.dsn) as page:
         await page.run()
 

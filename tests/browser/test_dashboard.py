@@ -114,9 +114,9 @@ async def test_the_overview_follows_and_nothing_jumps(page: Page, shop: Shop) ->
 
 
 ANSWERS = {
-    "away": (503, "away", "cannot answer"),
-    "refused": (403, "no", "not logged in any more"),
-    "a login form": (200, "<form>Who are you?</form>", "not logged in any more"),
+    "away": (503, "away", "does not answer"),
+    "refused": (403, "no", "no longer logged in"),
+    "a login form": (200, "<form>Who are you?</form>", "no longer logged in"),
 }
 
 

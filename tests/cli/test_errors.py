@@ -19,7 +19,7 @@ COMMANDS = ["upgrade", "current", "check", "list", "stats", "show x", "watch x",
 def test_without_a_database_the_remedy_is_told(cli: Cli, command: str) -> None:
     line = cli.fails(*command.split(), env={"TASKIQ_SA_PG_DSN": ""}, status=2)
     assert line == (
-        "taskiq-sa-pg: which database? Set TASKIQ_SA_PG_DSN, or pass --dsn postgresql://..."
+        "taskiq-sa-pg: no database: set TASKIQ_SA_PG_DSN, or pass --dsn postgresql://..."
     )
 
 
@@ -35,12 +35,14 @@ def test_no_password_is_shown(cli: Cli, command: str) -> None:
 @pytest.mark.parametrize("command", ["list", "stats", "show x", "watch x"])
 def test_tables_that_are_missing_are_named_with_the_remedy(cli: Cli, command: str) -> None:
     line = cli.fails(*command.split())
-    assert "make the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`; " in line
+    assert "create the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`; " in line
     assert line.endswith("`alembic -x queue=true upgrade head` or `taskiq-sa-pg upgrade --queue`")
 
 
 def test_a_name_that_cannot_work_is_refused(cli: Cli) -> None:
-    assert "PostgreSQL cuts names at 63" in cli.fails("upgrade", "--table-name", "x" * 64, status=2)
+    assert "PostgreSQL truncates names to 63" in cli.fails(
+        "upgrade", "--table-name", "x" * 64, status=2
+    )
 
 
 def test_an_unknown_serializer_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +52,7 @@ def test_an_unknown_serializer_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatc
         "nonsense": "the serializers are pickle, json",
         "no.such.module:serializer": "No module named",
         "json:nothing": "has no attribute",
-        "os:getcwd": "is no TaskiqSerializer",
+        "os:getcwd": "is not a TaskiqSerializer",
         "os:path": "is not callable",
         "json:loads": "missing 1 required positional argument",
         ".relative:name": "relative import",
@@ -65,7 +67,7 @@ def test_a_wrong_command_line_has_another_status(cli: Cli) -> None:
     for command in ("show", "status", "watch"):
         no_uuid = cli.fails(command, "x", "--field-for-task-id", "Uuid", status=2)
         assert "task id 'x' is not a UUID" in no_uuid
-    assert "dsn is not an address" in cli.fails("check", "--dsn", "nonsense", status=2)
+    assert "dsn cannot be parsed" in cli.fails("check", "--dsn", "nonsense", status=2)
 
 
 def test_no_error_gives_orders_to_the_terminal(cli: Cli) -> None:
@@ -96,7 +98,7 @@ def test_without_a_standard_output_the_remedy_is_told(cli: Cli) -> None:
     )
     assert outcome.returncode == 1
     assert outcome.stderr == (
-        "taskiq-sa-pg: standard output is closed: send it to /dev/null where nobody reads it\n"
+        "taskiq-sa-pg: standard output is closed: redirect it to /dev/null if you do not need it\n"
     )
 
 
@@ -150,8 +152,50 @@ def test_without_the_extra_the_remedy_is_told(
 
 
 def test_help_lists_the_commands(cli: Cli) -> None:
-    printed = cli.ok("--help")
+    printed = cli.ok("--help", env={"COLUMNS": "80"})
+    usage, *lines = printed.splitlines()
+    assert usage.endswith("...")
+    assert not [line for line in lines if line.endswith("...")]
     commands = "upgrade downgrade current check sql show list stats status running prune watch "
-    commands += "import-results"
+    commands += "import-results forget wait"
     for command in commands.split():
         assert f"  {command} " in printed
+
+
+WITHOUT_THE_REST = """
+import sys
+sys.argv = ["taskiq-sa-pg", "{option}"]
+from taskiq_sa_pg.__main__ import main
+try:
+    main()
+finally:
+    slow = {{"alembic", "asyncpg", "sqlalchemy", "taskiq"}} & sys.modules.keys()
+    assert not slow, slow
+"""
+
+
+def test_help_imports_nothing_that_is_slow() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_REST.format(option="--help")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_the_package_is_a_command_too() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "taskiq_sa_pg", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout == f"taskiq-sa-pg {taskiq_sa_pg.__version__}\n"
+
+
+def test_a_number_that_postgresql_cannot_hold_is_refused(cli: Cli) -> None:
+    for command in ("running", "prune", "queue", "parked"):
+        result = cli.run(command, "--limit", "2147483648")
+        assert result.exit_code == 2
+        assert "Invalid value for '--limit'" in result.stderr

@@ -78,16 +78,16 @@ def test_lists_are_filtered(stored: Cli, options: tuple[str, ...], found: list[s
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--label", "user"), "--label user: write it as KEY=VALUE"),
-        (("--label", "=42"), "--label =42: write it as KEY=VALUE"),
-        (("--arg", "x", "--arg", "y"), "--arg x: write it as KEY=VALUE"),
-        (("--arg", "0=1", "--arg", "0=2"), "--arg 0=2: 0 has a value already"),
-        (("--label", "a=1", "--label", "a=2"), "--label a=2: a has a value already"),
+        (("--label", "user"), "--label user: use KEY=VALUE"),
+        (("--label", "=42"), "--label =42: use KEY=VALUE"),
+        (("--arg", "x", "--arg", "y"), "--arg x: use KEY=VALUE"),
+        (("--arg", "0=1", "--arg", "0=2"), "--arg 0=2: 0 was given already"),
+        (("--label", "a=1", "--label", "a=2"), "--label a=2: a was given already"),
         (("--after", "x"), "after must be the `next` of a page"),
         (("--json", "--csv"), "choose one"),
         (("--follow", "--json"), "try --jsonl"),
         (("--follow", "--after", "x"), "try --jsonl"),
-        (("--since", "yesterday"), "say 30s"),
+        (("--since", "yesterday"), "use 30s"),
     ],
 )
 def test_what_cannot_be_is_refused(cli: Cli, options: tuple[str, ...], said: str) -> None:

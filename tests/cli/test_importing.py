@@ -50,7 +50,7 @@ async def test_everything_comes_over_once(
         rows = len({*with_result, *with_progress})
         assert await asyncio.to_thread(cli.ok, *arguments, "--batch-size", "7") == (
             f"{rows:,} rows read: {results:,} results and {progress:,} progress imported, "
-            "0 were there already, 0 could not be read\n"
+            "0 already in the tables, 0 skipped\n"
         )
         await assert_same(old, ours, with_result, with_progress)
         again = await asyncio.to_thread(cli.json, *arguments)
@@ -80,11 +80,33 @@ def test_what_cannot_be_read_is_told_and_stays_for_another_run(
     left_out = tmp_path / "left out.jsonl"
     result = cli.run(*IMPORT, "--serializer", "json", "--errors-to", str(left_out))
     assert (result.exit_code, result.stderr) == (1, "")
-    assert result.stdout.endswith("3 could not be read\n")
+    assert result.stdout.endswith("3 skipped\n")
     assert [json.loads(line) for line in left_out.read_text("utf-8").splitlines()] == told
 
     assert cli.json(*IMPORT, "--errors-to", str(left_out)) == report(3, results=3)
     assert left_out.read_text() == ""
+
+
+def test_many_rows_that_cannot_be_read_for_one_reason_stop_it(
+    cli: Cli, database: Database, tmp_path: Path
+) -> None:
+    cli.ok("upgrade")
+    in_old(database.dsn, lambda old: fill_plainly(old, 25))
+    left_out = tmp_path / "left out.jsonl"
+    arguments = (*IMPORT, "--serializer", "json", "--errors-to", str(left_out))
+    line = cli.fails(*arguments)
+    assert "stopped: 20 rows could not be read for the same reason" in line
+    assert "Is json the --serializer of the old table?" in line
+    assert "--skip-all" in line
+    assert len(left_out.read_text("utf-8").splitlines()) == 20
+
+    result = cli.run(*arguments, "--skip-all", "--json")
+    assert (result.exit_code, json.loads(result.stdout)) == (1, report(25, unreadable=25))
+    assert len(left_out.read_text("utf-8").splitlines()) == 25
+
+    cli.fails("import-results", "--from-table", "none", "--errors-to", str(left_out))
+    assert len(left_out.read_text("utf-8").splitlines()) == 25, "it has not even started"
+    assert cli.json(*IMPORT) == report(25, results=25)
 
 
 async def test_from_another_database_and_schema(
@@ -122,9 +144,9 @@ def test_errors_name_the_thing_and_the_remedy(cli: Cli, database: Database, tmp_
     no_tables = cli.fails(*IMPORT)
     assert "upgrade" in no_tables
     cli.ok("upgrade")
-    assert "table old does not exist: give the old table's name" in cli.fails(*IMPORT)
+    assert "table old does not exist: pass the exact name" in cli.fails(*IMPORT)
     ours = cli.fails("import-results", "--from-table", "taskiq_results")
-    assert "is not one of taskiq-postgres" in ours
+    assert "is not a table of taskiq-postgres" in ours
     in_old(database.dsn, lambda old: fill_plainly(old, 1))
     for option in ("--serializer", "--to-serializer"):
         assert f": {option} yaml: " in cli.fails(*IMPORT, option, "yaml", status=2)

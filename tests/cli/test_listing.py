@@ -279,7 +279,7 @@ def test_a_time_is_an_age_or_a_date() -> None:
 
 @pytest.mark.parametrize("text", ["", "yesterday", "3x", "99999999999w", "-1h"])
 def test_other_times_are_refused(cli: Cli, text: str) -> None:
-    assert "say 30s" in cli.fails("list", f"--since={text}", status=2)
+    assert "use 30s" in cli.fails("list", f"--since={text}", status=2)
 
 
 def test_tables_are_counted_and_measured(stored: Cli) -> None:

@@ -51,7 +51,7 @@ def partition(cli: Cli, env: dict[str, str] | None = None) -> None:
 
 
 def test_without_a_table_or_its_partitions_the_remedy_is_told(cli: Cli) -> None:
-    assert "does not exist; make it with `alembic upgrade head`" in cli.fails("partitions")
+    assert "does not exist; create it with `alembic upgrade head`" in cli.fails("partitions")
     cli.ok("upgrade")
     assert "table taskiq_results is not partitioned. As its owner, run `BEGIN; " in cli.fails(
         "partitions"
@@ -61,18 +61,18 @@ def test_without_a_table_or_its_partitions_the_remedy_is_told(cli: Cli) -> None:
         "CREATE TABLE taskiq_results (LIKE other) PARTITION BY HASH (task_id)"
     )
     line = cli.fails("partitions")
-    assert "is partitioned by HASH (task_id), and partitions of a time need RANGE (task_id)" in line
+    assert "is partitioned by HASH (task_id), but partitions by time need RANGE (task_id)" in line
 
 
 @pytest.mark.parametrize("env", [{}, TEXTS, ODD_NAMES], ids=["varchar", "text", "odd uuid"])
 def test_partitions_are_made_where_results_belong(cli: Cli, env: dict[str, str]) -> None:
     """Those of other ids stay in the default partition, which is the old table."""
     partition(cli, env)
-    assert "would be made: " in cli.ok("partitions", "--dry-run", env=env)
+    assert "would be created: " in cli.ok("partitions", "--dry-run", env=env)
     assert len(partitions_of(cli)) == 1
     lines = cli.ok("partitions", "--ahead", "2d", env=env).splitlines()
     name = env.get("TASKIQ_SA_PG_TABLE_NAME", "taskiq_results")
-    names = [re.fullmatch(r"made: (.+), [\d: -]+ to [\d: -]+ UTC", line) for line in lines]
+    names = [re.fullmatch(r"created: (.+), [\d: -]+ to [\d: -]+ UTC", line) for line in lines]
     made = [match[1] for match in names if match]
     assert all(each.startswith(f"{name}_p20") for each in made)
     # One more where midnight has passed in between.
@@ -152,7 +152,7 @@ def test_results_in_the_way_are_moved_if_they_are_few(cli: Cli) -> None:
     partition(cli)
     result = cli.run("partitions", "--ahead", "1d", "--move-at-most", "1")
     assert (result.exit_code, len(result.stdout.splitlines())) == (1, 1)
-    assert "more than 1 results of the default partition belong into" in result.stderr
+    assert "more than 1 results of the default partition belong to" in result.stderr
     assert "with a larger --move-at-most at a quiet time" in result.stderr
     result = cli.run("partitions", "--ahead", "1d", "--move-at-most", "1", "--dry-run")
     assert result.exit_code == 1
@@ -160,7 +160,7 @@ def test_results_in_the_way_are_moved_if_they_are_few(cli: Cli) -> None:
     assert "needs --move-at-most=2" in result.stderr
     in_default = "SELECT count(*) FROM taskiq_results_default"
     assert [*fetch(cli, in_default)[0]] == [3]
-    moves = " UTC, with 2 that were in the default partition\n"
+    moves = " UTC, with 2 results of the default partition\n"
     assert cli.ok("partitions", "--ahead", "1d", "--dry-run").endswith(moves)
     assert cli.ok("partitions", "--ahead", "1d").endswith(moves)
     assert [*fetch(cli, in_default)[0]] == [1]
@@ -172,19 +172,19 @@ def test_what_cannot_be_made_is_told_with_the_remedy(cli: Cli) -> None:
     partition(cli)
     [first, *_] = cli.json("partitions", "--dry-run")["made"]
     cli.execute(f"CREATE TABLE {first['name']} ()")
-    assert "a table of this name is there, and it is no partition" in cli.fails("partitions")
+    assert "a table of this name exists and is not a partition" in cli.fails("partitions")
     cli.execute(
         "CREATE TABLE old PARTITION OF taskiq_results "
         "FOR VALUES FROM ('015a00000000') TO ('015b00000000')"
     )
     result = cli.run("partitions", "--keep", "30d", "--json")
-    assert (result.exit_code, "it is no partition" in result.stderr) == (1, True)
+    assert (result.exit_code, "is not a partition" in result.stderr) == (1, True)
     assert made_and_dropped(json.loads(result.stdout))[1] == ["old"]
     cli.execute(
         f"DROP TABLE {first['name']}; CREATE TABLE rest PARTITION OF taskiq_results "
         f"FOR VALUES FROM ('{make_task_id()}') TO (MAXVALUE)"
     )
-    assert 'would overlap partition "rest"; partitions whose bounds' in cli.fails("partitions")
+    assert 'would overlap partition "rest"; the bounds of an existing' in cli.fails("partitions")
 
 
 def test_results_that_others_refer_to_are_not_moved(cli: Cli) -> None:
@@ -202,10 +202,12 @@ def test_results_that_others_refer_to_are_not_moved(cli: Cli) -> None:
     )
     result = cli.run("partitions", "--ahead", "1d")
     assert (result.exit_code, len(result.stdout.splitlines())) == (1, 1)
-    assert "foreign keys or triggers would act as if they were deleted" in result.stderr
+    assert (
+        "moving them would fire foreign keys or triggers as if they were deleted" in result.stderr
+    )
     assert len(fetch(cli, "SELECT FROM orders")) == 1
     cli.execute("ALTER TABLE orders DROP CONSTRAINT orders_task_id_fkey")
-    assert "with 1 that were" in cli.ok("partitions", "--ahead", "1d")
+    assert "with 1 result of the default partition" in cli.ok("partitions", "--ahead", "1d")
 
 
 def test_results_that_others_refer_to_are_kept(cli: Cli) -> None:
@@ -229,8 +231,8 @@ def test_without_a_default_partition_there_is_a_warning(cli: Cli) -> None:
     partition(cli)
     cli.execute("DROP TABLE taskiq_results_default")
     result = cli.run("partitions", "--ahead", "1h")
-    assert (result.exit_code, result.stdout[:6]) == (0, "made: ")
-    assert "there is no default partition: a result whose id" in result.stderr
+    assert (result.exit_code, result.stdout[:9]) == (0, "created: ")
+    assert "there is no default partition: a result is lost" in result.stderr
 
 
 SORTS_HEX = {"C": True, "en-US-x-icu": True, "da-x-icu": False, "cy-x-icu": False}
@@ -251,7 +253,7 @@ def test_the_collation_has_to_sort_hex_digits(cli: Cli) -> None:
             line = cli.fails("partitions", env=env)
             assert "does not sort hex digits as numbers" in line
             cli.execute(statements)
-            assert "make it again from a table whose" in cli.fails("partitions", env=env)
+            assert "create it again from a table whose" in cli.fails("partitions", env=env)
             cli.execute(f"DROP TABLE results_{number}")
             cli.ok("upgrade", env=env)
             cli.execute(f"ALTER TABLE results_{number} {of_column}")
@@ -264,5 +266,5 @@ def test_the_collation_has_to_sort_hex_digits(cli: Cli) -> None:
 def test_what_is_no_duration_is_refused(cli: Cli, option: str) -> None:
     for text in ("", "0d", "7", "-1d", "7x", "2026-11-30", "99999999999999w"):
         line = cli.fails("partitions", f"{option}={text}", status=2)
-        expected = f"{option} {text}: say 30s, 15m, 2h, 7d or 1w; more than 0, at most 36500d"
+        expected = f"{option} {text}: use 30s, 15m, 2h, 7d or 1w; more than 0, at most 36500d"
         assert line.endswith(expected)

@@ -16,9 +16,11 @@ def test_tables_are_made_and_dropped(cli: Cli) -> None:
     assert cli.ok("upgrade") == "table taskiq_results: none -> 0001\n"
     assert cli.json("current") == {"current": "0001", "latest": "0001"}
     assert cli.json("check") == {"is_fit": True, "reason": None}
-    assert cli.ok("upgrade") == "table taskiq_results: is at 0001\n"
+    assert cli.ok("upgrade") == "table taskiq_results: already at 0001\n"
     assert cli.ok("downgrade", "base") == "table taskiq_results: 0001 -> none\n"
-    assert "taskiq_results and those that go with it do not exist" in cli.fails("check")
+    assert "taskiq_results and the other tables of the result backend do not exist" in cli.fails(
+        "check"
+    )
 
 
 @pytest.mark.parametrize("env", [{}, ODD_NAMES], ids=["usual", "odd"])
@@ -31,9 +33,9 @@ def test_tables_that_were_dropped_are_made_again(cli: Cli, env: dict[str, str]) 
     )
     assert "`taskiq-sa-pg upgrade" in cli.fails("check", env=env)
     assert cli.ok("upgrade", env=env).splitlines() == [
-        f"{name}_version records version 0001, and there was no table {name}, "
-        f"{name}_progress, {name}_status, {name}_workers: made again, empty",
-        f"table {name}: is at 0001",
+        f"{name}_version records version 0001, but tables were missing and were created again, "
+        f"empty: {name}, {name}_progress, {name}_status, {name}_workers",
+        f"table {name}: already at 0001",
     ]
     assert cli.json("check", env=env)["is_fit"]
 
@@ -41,7 +43,7 @@ def test_tables_that_were_dropped_are_made_again(cli: Cli, env: dict[str, str]) 
 def test_names_and_types_come_from_the_environment(cli: Cli) -> None:
     cli.ok("upgrade", env=ODD_NAMES)
     assert cli.json("check", env=ODD_NAMES)["is_fit"]
-    assert "is uuid and should be character varying" in cli.fails(
+    assert "is uuid and must be character varying" in cli.fails(
         "check", "--field-for-task-id", "VarChar", env=ODD_NAMES
     )
     assert "do not exist" in cli.fails("check")
@@ -104,7 +106,7 @@ def test_where_there_is_nothing_to_do_the_sql_says_so(cli: Cli, ends: tuple[str,
 
 def test_tables_of_others_are_left_alone(cli: Cli) -> None:
     cli.execute("CREATE TABLE taskiq_results (kept text)")
-    assert "exists already and was left untouched" in cli.fails("upgrade")
+    assert "exists already and was not changed" in cli.fails("upgrade")
     assert cli.json("current")["current"] is None
 
 
@@ -134,8 +136,8 @@ def test_the_tables_of_the_broker_are_made_and_dropped_too(cli: Cli) -> None:
         "latest": "0001",
     }
     assert cli.ok("check", "--queue").splitlines() == [
-        f"{RESULTS_TABLE} is as it should be",
-        f"{QUEUE_TABLE} is as it should be",
+        f"{RESULTS_TABLE}: OK",
+        f"{QUEUE_TABLE}: OK",
     ]
     assert cli.ok("downgrade", "base", "--queue").splitlines() == [
         f"{RESULTS_TABLE}: 0001 -> none",
@@ -147,16 +149,16 @@ def test_either_family_is_made_and_dropped_alone(cli: Cli) -> None:
     assert cli.ok("upgrade", "--queue-only") == f"{QUEUE_TABLE}: none -> 0001\n"
     assert cli.json("current") == {"current": None, "latest": "0001"}
     assert cli.json("current", "--queue-only") == {"queue": "0001", "latest": "0001"}
-    assert cli.ok("check", "--queue-only") == f"{QUEUE_TABLE} is as it should be\n"
+    assert cli.ok("check", "--queue-only") == f"{QUEUE_TABLE}: OK\n"
     unfit = cli.run("check", "--queue")
-    assert (unfit.exit_code, unfit.stdout) == (1, f"{QUEUE_TABLE} is as it should be\n")
-    assert "taskiq_results and those that go with it do not exist" in unfit.stderr
+    assert (unfit.exit_code, unfit.stdout) == (1, f"{QUEUE_TABLE}: OK\n")
+    assert "taskiq_results and the other tables of the result backend do not exist" in unfit.stderr
     cli.ok("upgrade")
     assert cli.ok("downgrade", "base", "--queue-only") == f"{QUEUE_TABLE}: 0001 -> none\n"
     assert cli.json("check")["is_fit"]
     result = cli.run("check", "--queue", "--json")
     assert result.exit_code == 1
-    assert "make them with `alembic -x queue=true upgrade head`" in result.stdout
+    assert "create them with `alembic -x queue=true upgrade head`" in result.stdout
     cli.ok("upgrade", "--queue-only")
     cli.ok("downgrade", "base")
     assert cli.json("check", "--queue-only")["is_fit"]
@@ -168,7 +170,7 @@ def test_the_sql_makes_and_drops_the_tables_of_the_broker_too(
 ) -> None:
     script = cli.ok("sql", "--queue", env=names)
     titles = [line for line in script.splitlines() if line.startswith("-- Tables")]
-    assert titles == ["-- Tables of the results backend", "-- Tables of the broker"]
+    assert titles == ["-- Tables of the result backend", "-- Tables of the broker"]
     cli.execute(script)
     assert cli.json("check", "--queue", env=names)["is_fit"]
     assert cli.json("current", "--queue-only", env=names)["queue"] == "0001"
@@ -190,7 +192,7 @@ def test_a_choice_of_families_that_cannot_be_is_refused(cli: Cli) -> None:
     arguments = {"upgrade": (), "downgrade": ("base",), "current": (), "check": (), "sql": ()}
     for command, given in arguments.items():
         line = cli.fails(command, *given, "--queue", "--queue-only", status=2)
-        assert line.endswith("--queue and --queue-only exclude each other: pass one of them")
+        assert line.endswith("--queue and --queue-only exclude each other: choose one")
         line = cli.fails(command, *given, env={"TASKIQ_SA_PG_QUEUE": "yes"}, status=2)
         assert line.endswith(
             'TASKIQ_SA_PG_QUEUE: queue must be one of "false", "true", "only", not \'yes\''

@@ -30,7 +30,7 @@ def expired(cli: Cli) -> Cli:
 
 def test_what_has_expired_is_counted_and_deleted(expired: Cli) -> None:
     assert expired.ok("prune", "--dry-run") == (
-        "3 expired results, 0 stale progress and 0 stale statuses would be deleted\n"
+        "3 expired results, 0 stale progress and 0 stale status rows would be deleted\n"
     )
     assert expired.json("prune", "--dry-run", "--progress-ttl", "60") == {
         "results": 3,
@@ -41,19 +41,20 @@ def test_what_has_expired_is_counted_and_deleted(expired: Cli) -> None:
     }
     assert expired.json("stats")["expired"] == 3
     assert (
-        expired.ok("prune") == "3 expired results, 0 stale progress and 0 stale statuses deleted\n"
+        expired.ok("prune")
+        == "3 expired results, 0 stale progress and 0 stale status rows deleted\n"
     )
     shown = expired.json("stats")
     assert (shown["results"], shown["expired"], shown["progress"]) == (1, 0, 2)
     assert expired.ok("prune", env={"TASKIQ_SA_PG_PROGRESS_TTL": "60"}) == (
-        "0 expired results, 1 stale progress and 0 stale statuses deleted\n"
+        "0 expired results, 1 stale progress and 0 stale status rows deleted\n"
     )
 
 
 def test_a_limit_leaves_some(expired: Cli) -> None:
     assert expired.ok("prune", "--limit", "2") == (
-        "2 expired results, 0 stale progress and 0 stale statuses deleted\n"
-        "something may be left: run it again\n"
+        "2 expired results, 0 stale progress and 0 stale status rows deleted\n"
+        "there may be more: run the command again\n"
     )
     pruned = expired.json("prune", "--time-budget", "60")
     assert (pruned["results"], pruned["is_dry_run"]) == (1, False)

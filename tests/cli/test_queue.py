@@ -25,8 +25,8 @@ from tests.commands import only_variables
 from tests.conftest import Database
 
 NO_QUEUE = (
-    "taskiq-sa-pg: table taskiq_results_queue does not exist: make it with `taskiq-sa-pg upgrade "
-    "--queue`, or name its results table by --table-name and --schema"
+    "taskiq-sa-pg: table taskiq_results_queue does not exist: create it with `taskiq-sa-pg upgrade "
+    "--queue`, or pass --table-name and --schema of its results table"
 )
 
 WAITS, PARKED = "now() - interval '90 seconds'", "'infinity'"
@@ -212,7 +212,7 @@ def test_what_is_not_parked_is_named(
     result = queue.cli.run(command, runs, named, unknown)
     assert (result.exit_code, result.stdout) == (
         1,
-        f"1 parked tasks {DONE[command]}\n",
+        f"1 parked task {DONE[command]}\n",
     )
     assert result.stderr.splitlines() == [
         f"taskiq-sa-pg: task {runs} is not parked",
@@ -243,7 +243,7 @@ def test_all_may_be_of_a_queue_and_of_a_task(queue: Queue, command: list[str]) -
 
     queue.cli.ok(*command, "--all", "--queue-name", "mail", "--task-name", "odd")
     assert parked() == {"0", "1", "2", "3"}
-    assert queue.cli.ok(*command, "--all", "--queue-name", "mail").startswith("1 parked tasks")
+    assert queue.cli.ok(*command, "--all", "--queue-name", "mail").startswith("1 parked task ")
     assert parked() == {"0", "1", "3"}
     queue.cli.ok(*command, "--all", "--task-name", "odd")
     assert parked() == {"0"}
@@ -286,7 +286,7 @@ async def test_workers_are_told_of_what_is_released(database: Database, cli: Cli
     assert await told.get() == '["default"]'
     await database.fetch("UPDATE taskiq_results_queue SET available_at = 'infinity', deliveries=2")
     tasks = broker.listen()
-    assert await asyncio.to_thread(cli.ok, "release", "x") == "1 parked tasks released\n"
+    assert await asyncio.to_thread(cli.ok, "release", "x") == "1 parked task released\n"
     assert await told.get() == '["default"]'
     delivered = await anext(tasks)
     assert delivered.data == b"{}"
@@ -302,7 +302,9 @@ def test_discarding_all_asks(
 ) -> None:
     queue.put("0", "1", "2")
     line = queue.cli.fails("discard", "--all", status=2)
-    assert line == "taskiq-sa-pg: discard --all asks first: without a terminal, add --yes"
+    assert (
+        line == "taskiq-sa-pg: discard --all asks for confirmation: without a terminal, add --yes"
+    )
     for answer, is_left in ((b"n\n", True), (b"y\n", False)):
         controller, terminal = pty.openpty()
         os.write(controller, answer)
@@ -311,7 +313,7 @@ def test_discarding_all_asks(
             monkeypatch.setattr(sys, "stdin", stdin)
             app(["discard", "--all", "--task-name", "odd"], standalone_mode=False)
         os.close(controller)
-        assert capsys.readouterr().err == "Delete 1 parked tasks? [y/N]:"
+        assert capsys.readouterr().err == "Delete 1 parked task? [y/N]:"
         assert queue.rows().keys() == ({"0", "1", "2"} if is_left else {"0", "2"})
 
 
@@ -326,10 +328,10 @@ def test_a_discarded_task_keeps_its_result(queue: Queue) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("", "which tasks? Name their ids, or say --all"),
-        ("x --all", "which tasks? Name their ids, or say --all"),
-        ("x --task-name t", "--queue-name and --task-name choose among --all"),
-        ("x --queue-name q", "--queue-name and --task-name choose among --all"),
+        ("", "pass either task ids or --all"),
+        ("x --all", "pass either task ids or --all"),
+        ("x --task-name t", "--queue-name and --task-name need --all"),
+        ("x --queue-name q", "--queue-name and --task-name need --all"),
     ],
 )
 def test_which_tasks_has_to_be_clear(cli: Cli, command: str, arguments: str, reason: str) -> None:
@@ -375,8 +377,10 @@ def test_tasks_of_taskiq_postgres_are_moved(new_queue: NewQueue, driver: str) ->
     assert result.exit_code == 1
     told, processing = result.stdout.splitlines()
     assert told.startswith("3 tasks read, sent since ")
-    assert told.endswith(": 2 moved, 0 were there already, 0 were sent again later, 1 left out")
-    assert processing == "1 are left that a worker had taken: --processing moves them, too"
+    assert told.endswith(": 2 moved, 0 already in the queue, 0 sent again later, 1 skipped")
+    assert (
+        processing == "1 task taken by a worker left in the old table: --processing moves them, too"
+    )
     rows = queue.rows()
     assert {task_id: row["queue_name"] for task_id, row in rows.items()} == {
         "a": "new",
@@ -386,8 +390,8 @@ def test_tasks_of_taskiq_postgres_are_moved(new_queue: NewQueue, driver: str) ->
 
     queue.execute("UPDATE old SET labels = '{}' WHERE task_id = 'c'")
     assert queue.cli.ok(*command, "--processing", "--keep").endswith(
-        ": 2 copied, 1 were there already, 0 were sent again later, 0 left out\n"
-        "1 are left that a worker had taken: --processing moves them, too\n"
+        ": 2 copied, 1 already in the queue, 0 sent again later, 0 skipped\n"
+        "1 task taken by a worker left in the old table: --processing moves them, too\n"
     )
 
 
@@ -395,7 +399,7 @@ def test_without_the_old_table_or_ours_nothing_is_imported(cli: Cli, queue: Queu
     assert "table old does not exist" in cli.fails("import-queue", "--from-table", "old")
     queue.execute("CREATE TABLE old (id INTEGER)")
     line = cli.fails("import-queue", "--from-table", "old")
-    assert "table old is not one of taskiq-postgres' broker" in line
+    assert "table old is not a table of taskiq-postgres' broker" in line
     cli.execute("DROP TABLE old, taskiq_results_queue;" + OLD)
     assert cli.fails("import-queue", "--from-table", "old") == NO_QUEUE
     assert len(queue.execute("SELECT FROM old")) == 5

@@ -1,15 +1,17 @@
 """docs/reference/cli.md names every command and every option, and no others."""
 
 import re
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from taskiq_sa_pg.cli.app import app
+from taskiq_sa_pg.cli.app import COMMANDS as PLACES
+from taskiq_sa_pg.cli.app import app, load
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text("utf-8")
-COMMANDS: dict[str, Any] = typer.main.get_group(app).commands
+COMMANDS: dict[str, Any] = {name: load(name) for name in PLACES}
 
 
 def options_of(command: Any) -> set[str]:
@@ -33,10 +35,39 @@ def test_every_option_is_listed() -> None:
         assert options_of(command) == expected, name
 
 
+def test_every_whole_number_is_bounded() -> None:
+    """As by PostgreSQL, whose error for a larger one would not name the option."""
+    numbers = {
+        (command, name): option
+        for command, (place, _) in PLACES.items()
+        for name, hint in hints_of(place).items()
+        for kinds, option in [(get_args(hint)[0], get_args(hint)[-1])]
+        if kinds is int or int in get_args(kinds)
+    }
+    assert len(numbers) == 8
+    for option in numbers.values():
+        assert option.max <= 2_147_483_647
+
+
+def hints_of(place: str) -> dict[str, Any]:
+    """What the options of a command are annotated with."""
+    module, function = place.split(":")
+    found = getattr(import_module(f"taskiq_sa_pg.cli.{module}"), function)
+    hints = get_type_hints(found, include_extras=True)
+    return {name: hint for name, hint in hints.items() if get_origin(hint) is Annotated}
+
+
+def test_the_list_of_commands_has_the_first_sentence_of_each_help() -> None:
+    assert list(typer.main.get_group(app).commands) == list(PLACES)
+    for name, (_, sentence) in PLACES.items():
+        assert COMMANDS[name].help.splitlines()[0] == sentence
+        assert len(sentence) <= 50, name
+
+
 def documented_options() -> tuple[set[str], dict[str, set[str]], set[str]]:
-    tables, single = (
+    tables, single, output = (
         PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-        for heading in ("Which tables", "Options of single commands")
+        for heading in ("Which tables", "Options of single commands", "Output")
     )
     shared = set(re.findall(r"^\| `(--[a-z-]+)` \|", tables, re.MULTILINE))
     own: dict[str, set[str]] = {}
@@ -46,5 +77,5 @@ def documented_options() -> tuple[set[str], dict[str, set[str]], set[str]]:
     ):
         command = named or command
         own.setdefault(command, set()).update(re.findall(r"--[a-z-]+", options))
-    [sentence] = re.findall(r"^(.+) have `--json`", single, re.MULTILINE)
+    [sentence] = re.findall(r"^(.+) have `--json`", output, re.MULTILINE)
     return shared, own, set(re.findall(r"`([a-z-]+)`", sentence))

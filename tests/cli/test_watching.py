@@ -12,7 +12,7 @@ import pytest
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
-from taskiq_sa_pg.cli.watching import fraction_of
+from taskiq_sa_pg.cli.watching import fraction_of, message_of
 from tests.cli.conftest import Cli, failure, success
 from tests.conftest import Database
 
@@ -80,7 +80,9 @@ def test_what_cannot_be_read_back_is_told(cli: Cli) -> None:
 
 async def test_a_terminal_shows_bars(cli: Cli, start_backend: StartBackend) -> None:
     backend = await start_backend()
-    await backend.set_progress("half", TaskProgress(state="STARTED", meta={"percent": 50}))
+    await backend.set_progress(
+        "half", TaskProgress(state="STARTED", meta={"percent": 50, "message": "packing"})
+    )
     controller, terminal = pty.openpty()
     process = cli.start("watch", "half", "bad", stdout=terminal)
     os.close(terminal)
@@ -95,8 +97,24 @@ async def test_a_terminal_shows_bars(cli: Cli, start_backend: StartBackend) -> N
     os.close(controller)
     assert process.communicate(timeout=30)[1] == ""
     assert process.returncode == 1
+    assert "waiting" in screen, "from the start, each task has a row"
     assert "100%" in screen
+    assert "packing" in screen
     assert "no luck" in screen
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"message": "packing", "percent": 50}, "packing"),
+        ("packing", "packing"),
+        ({"message": 5}, ""),
+        ({"percent": 50}, ""),
+        (None, ""),
+    ],
+)
+def test_metadata_has_a_message(meta: Any, message: str) -> None:
+    assert message_of(meta) == message
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ async def test_asyncpg_s_own_limit_counts_where_it_is_the_shorter(
     await asyncio.to_thread(server.freeze)
 
     async def is_noticed() -> bool:
-        return "no answer in time; trying again" in caplog.text
+        return "no answer in time; retrying" in caplog.text
 
     try:
         storing = asyncio.create_task(backend.set_result("task", result_of(2)))
@@ -225,7 +225,7 @@ async def test_calls_that_pile_up_in_an_outage_stay_bounded(
     calls = [asyncio.ensure_future(backend.set_result(new_id(), result_of(i))) for i in range(5000)]
 
     async def are_tried_again() -> bool:
-        return "trying again" in caplog.text
+        return "retrying" in caplog.text
 
     await eventually(are_tried_again)
     assert backend.stats().operations["set_result"].pending == 5000

@@ -124,8 +124,8 @@ async def test_a_replica_alone_is_looked_at_and_one_warning_says_what_it_is(
     assert (await waiting[0]).return_value == 1
     [warning] = warnings_of(caplog)
     assert "is a read replica (a hot standby), which has no notifications" in warning
-    assert "looked for ten times a second" in warning
-    assert "give listen_dsn= with the primary's address" in warning
+    assert "polled ten times a second" in warning
+    assert "set listen_dsn= to the primary's address" in warning
     assert reader.stats().retries == 0
     await pair.promote()
     await until_it_is(reader, "listening")

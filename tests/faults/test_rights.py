@@ -89,5 +89,6 @@ async def test_a_password_that_was_replaced_is_asked_for_again(
     await backend.set_result("task", result_of(1))
     assert (await backend.get_result("task")).return_value == 1
     assert backend.stats().retries == 2
-    with pytest.raises(StorageError, match="password authentication failed"):
+    refused = rf"password authentication failed .*\(at 127.0.0.1:{server.port}\); correct the user"
+    with pytest.raises(StorageError, match=refused):
         await start(dsn.replace(PASSWORD, "outdated"), driver=driver)

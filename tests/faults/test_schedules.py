@@ -65,7 +65,7 @@ async def test_a_tick_that_could_not_be_sent_is_sent_by_a_later_look(
         await each.look(NOON)
     assert isinstance(caught.value.__cause__, StorageError)
     await each.update()  # of which nothing comes
-    assert "the schedules are those of before" in caplog.text
+    assert "the schedules that were read before stay in use" in caplog.text
     later = NOON + 7 * SECOND
     schedulers.set_now(NOON + 2 * MINUTE)  # when the cron expression is long over
     with pytest.raises(SendTaskError):

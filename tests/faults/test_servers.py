@@ -38,7 +38,7 @@ async def test_startup_waits_for_a_server_that_starts(
     server: Server, driver: str, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def has_failed() -> bool:
-        return "trying again for up to 30 s" in caplog.text
+        return "retrying for up to 30 s" in caplog.text
 
     await asyncio.to_thread(server.stop)
     starting = asyncio.create_task(start(server.dsn, driver=driver, run_migrations=True))

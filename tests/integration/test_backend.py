@@ -160,7 +160,9 @@ async def test_results_that_are_not_stored_are_told(
     assert await told_of(1, ids) == []
     [text] = await told_of(0, ids[:1])
     assert text.startswith("1 results")
-    assert text.endswith(f"is there: {uuid.UUID(ids[0]) if uuids_in(backend) else ids[0]}")
+    assert text.endswith(
+        f"later attempt or message: {uuid.UUID(ids[0]) if uuids_in(backend) else ids[0]}"
+    )
     texts = await told_of(0, ids)
     assert sum(int(text.partition(" ")[0]) for text in texts) == 9
     assert texts[-1].endswith(", ...")

@@ -123,7 +123,7 @@ async def test_what_cannot_be_asked_for_is_refused(brokers: Brokers) -> None:
     for change in (broker.release_parked, broker.discard_parked):
         with pytest.raises(TypeError, match=r"_parked\(\) takes several tasks, not one str"):
             await change("a")
-        with pytest.raises(ConfigurationError, match="leave task_ids out"):
+        with pytest.raises(ConfigurationError, match="do not pass task_ids as"):
             await change(["a"], task_name="task")
         with pytest.raises(InvalidTaskIdError):
             await change(["a\x00"])

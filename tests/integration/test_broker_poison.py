@@ -124,7 +124,7 @@ async def test_it_is_not_parked_before_its_waiter_is_told(
         async with asyncio.timeout(SOON):
             await backend.has_failed.wait()
     assert len(broker.runtime.claims) == 0
-    assert "that it is given up cannot be stored" in caplog.text
+    assert "its error result cannot be stored, retrying" in caplog.text
     assert 0 < await each_pair.seconds_until_due(task_id) < 600
     backend.is_mended = True
     await each_pair.expire()

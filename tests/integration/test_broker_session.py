@@ -158,7 +158,7 @@ async def test_a_session_has_an_engine_for_each_model(shop: Shop) -> None:
         await session.commit()
     assert await shop.queued() == [task.task_id]
     async with AsyncSession(binds={Base: shop.engine()}) as session:
-        with pytest.raises(ConfigurationError, match="no engine for shop_queue: give it one"):
+        with pytest.raises(ConfigurationError, match="no engine for shop_queue: create it with"):
             broker.in_session(session)
 
 
@@ -321,14 +321,14 @@ Refused = dict[str, tuple[Callable[[AsyncEngine], Any], str]]
 REFUSED: Refused = {
     "no session": (lambda engine: engine, "a Session or an AsyncSession, not AsyncEngine"),
     "the class": (lambda _: AsyncSession, "a Session or an AsyncSession, not AsyncSession"),
-    "unbound": (lambda _: AsyncSession(), "no engine for shop_queue: give it one"),
+    "unbound": (lambda _: AsyncSession(), "no engine for shop_queue: create it with"),
     "not begun": (
         lambda engine: AsyncSession(engine, autobegin=False),
-        "no transaction: begin\\(\\) one",
+        "no transaction: call begin\\(\\)",
     ),
     "AUTOCOMMIT": (
         lambda engine: AsyncSession(engine.execution_options(isolation_level="AUTOCOMMIT")),
-        "is in AUTOCOMMIT, .* send it with its own kiq",
+        "is in AUTOCOMMIT, .* use the task's own kiq",
     ),
 }
 

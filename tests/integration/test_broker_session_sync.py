@@ -111,15 +111,15 @@ REFUSED: Refused = {
         lambda engine: Session(
             create_engine(engine.url.set(host="10.0.0.9", query={}, database="other"))
         ),
-        "the session is one of .*, where table shop_queue of the broker is not: .* Give both",
+        "the session is connected to .*, but table shop_queue of the broker is .* Use the same",
     ),
     "another name": (
         lambda engine: Session(create_engine(engine.url.set(database="other"))),
-        "where table shop_queue of the broker is not",
+        "but table shop_queue of the broker is in another database",
     ),
     "another dialect": (
         lambda _: Session(create_engine("sqlite://")),
-        "the session is one of sqlite://, where table shop_queue of the broker is not",
+        "the session is connected to sqlite://, but table shop_queue of the broker is in another",
     ),
     "AUTOCOMMIT": (
         lambda engine: Session(engine.execution_options(isolation_level="autocommit")),
@@ -222,9 +222,9 @@ async def test_middlewares_of_a_sync_session(shop: Shop) -> None:
 @pytest.mark.parametrize(
     ("middleware", "reason"),
     [
-        (Awaited(), r"cannot await Awaited.pre_send\(\): make it a plain method"),
-        (AwaitedAfter(), r"cannot await AwaitedAfter.post_send\(\): make it a plain method$"),
-        (Hidden(), "cannot wait for what a middleware awaits"),
+        (Awaited(), r"cannot await Awaited.pre_send\(\): make it a synchronous method"),
+        (AwaitedAfter(), r"cannot await AwaitedAfter.post_send\(\): make it a synchronous method$"),
+        (Hidden(), "does not support a middleware that awaits"),
     ],
 )
 async def test_what_can_only_be_awaited_is_refused_by_name(

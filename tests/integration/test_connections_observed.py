@@ -173,7 +173,7 @@ async def test_who_handles_errors_hears_of_them(
     event.listen(engine.sync_engine, "handle_error", heard.append)
     backend: Backend = await start_backend(engine=engine)
     await database.fetch("DROP TABLE taskiq_results")
-    with pytest.raises(StorageError, match="make the tables"):
+    with pytest.raises(StorageError, match="create the tables"):
         await backend.set_result("1", result_of(1))
     assert len(heard) == 1
 

@@ -129,13 +129,13 @@ async def test_columns_of_two_results_are_refused(backend: Backend, engine: Asyn
     tables = [backend.models.results_table.alias() for _ in range(2)]
     labels = [*tables[0].c, tables[1].c.labels]
     both = {
-        "the row holds 2 results": pairs,
-        "the row has several columns labels": (
+        "the row has 2 results": pairs,
+        "the row has several columns named labels": (
             sa.select(*labels)
             .set_label_style(sa.LABEL_STYLE_NONE)
             .where(tables[0].c.task_id == tables[1].c.task_id)
         ),
-        "the row has several columns is_err": (
+        "the row has several columns named is_err": (
             sa.select(*[each.c.is_err for each in tables])
             .set_label_style(sa.LABEL_STYLE_NONE)
             .where(tables[0].c.task_id == tables[1].c.task_id)
@@ -212,7 +212,7 @@ async def test_an_outer_join_without_a_result_says_so(
     outer = sa.select(one.c.id, Result).outerjoin(Result, Result.task_id == one.c.id)
     async with AsyncSession(engine) as session:
         row = (await session.execute(outer)).one()
-        with pytest.raises(MissingColumnsError, match="where there is no result"):
+        with pytest.raises(MissingColumnsError, match="if there is no result"):
             backend.decode(row)
 
 

@@ -373,8 +373,8 @@ def test_who_gets_a_shell_is_told_what_it_is_and_how_it_ends(
         [*MODULE, *command], input="true\n", capture_output=True, text=True, check=True
     )
     greeting = (
-        "TASKIQ_SA_PG_DSN is the address of a throwaway PostgreSQL. It ends, and its data with it, "
-        "when you `exit` this shell.\n"
+        "TASKIQ_SA_PG_DSN is the address of a throwaway PostgreSQL. The server and its data are "
+        "deleted when you `exit` this shell.\n"
     )
     assert result.stderr == (greeting if is_greeted else "")
 

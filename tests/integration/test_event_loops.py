@@ -71,7 +71,7 @@ def test_every_method_refuses_another_event_loop_at_once(database: Database) -> 
     assert set(said) == set(CALLS)
     for text in said.values():
         assert repr(first) in text
-        assert "call `await startup()` on the one that uses it" in text
+        assert "call `await startup()` on this one" in text
     # The remedy: the other loop has ended its run.
     asyncio.run(use_again(backend))
     first.close()
@@ -98,7 +98,7 @@ async def test_a_thread_s_event_loop_is_refused_and_cannot_take_the_backend_over
     async def elsewhere() -> None:
         outcome.append(await refusals(backend))
         with pytest.raises(
-            NotStartedError, match=r"still runs.*make a broker or result backend for each"
+            NotStartedError, match=r"still runs.*create a broker or result backend for each"
         ):
             await backend.startup()
 

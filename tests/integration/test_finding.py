@@ -353,7 +353,7 @@ async def test_what_is_no_condition_is_refused() -> None:
     with pytest.raises(TypeError, match=r"where takes .* not True"):
         await Backend("postgresql://nowhere").find(True)  # type: ignore[arg-type]
     other = Backend("postgresql://nowhere").models.Result
-    with pytest.raises(ConfigurationError, match=r"where .* must be about backend\.models"):
+    with pytest.raises(ConfigurationError, match=r"where .* must refer to backend\.models"):
         await Backend("postgresql://nowhere").find(other.is_err)
 
 

@@ -88,7 +88,7 @@ async def test_a_wrong_address_is_tried_once(
     ours: Backend = await start_backend()
     nowhere = make_engine(f"postgresql+{driver}://me:secret@127.0.0.1:1/old")
     for work in (import_results, count_rows):
-        with pytest.raises(StorageError, match="look at table old"):
+        with pytest.raises(StorageError, match="check table old"):
             await work(ours, "old", from_engine=nowhere)
     assert [record.getMessage() for record in caplog.records if "again" in record.message] == []
     await nowhere.dispose()

@@ -299,7 +299,7 @@ async def test_what_our_queue_cannot_hold_stays_and_is_named(
         no_uuid, no_priority, no_labels = importer.left_out.values()
         assert "is not a UUID" in no_uuid
         assert no_priority.startswith("the label priority must be a whole number")
-        assert no_labels == "its labels are no JSON object"
+        assert no_labels == "its labels are not a JSON object"
 
 
 async def test_only_a_table_of_their_broker_is_read(
@@ -307,7 +307,9 @@ async def test_only_a_table_of_their_broker_is_read(
 ) -> None:
     with pytest.raises(SchemaError, match="table elsewhere does not exist"):
         await importer.run("elsewhere")
-    with pytest.raises(SchemaError, match="taskiq_results_queue is not one of taskiq-postgres'"):
+    with pytest.raises(
+        SchemaError, match="taskiq_results_queue is not a table of taskiq-postgres'"
+    ):
         await importer.run(OURS)
     await send(old, "a")
     await other_database.fetch(f"CREATE TABLE moved (LIKE {importer.schema.schema}.{TABLE})")

@@ -167,11 +167,13 @@ async def test_a_table_of_another_kind_is_refused(
     ):
         await database.fetch(f'CREATE TABLE "Other" ({columns})')
         for call in (import_results, count_rows):
-            with pytest.raises(SchemaError, match="Other is not one of taskiq-postgres") as raised:
+            with pytest.raises(
+                SchemaError, match="Other is not a table of taskiq-postgres"
+            ) as raised:
                 await call(ours, "Other")
             assert told in str(raised.value)
         await database.fetch('DROP TABLE "Other"')
-    with pytest.raises(SchemaError, match="is not one of taskiq-postgres"):
+    with pytest.raises(SchemaError, match="is not a table of taskiq-postgres"):
         await import_results(ours, "taskiq_results")
 
 

@@ -132,7 +132,7 @@ async def test_an_exception_that_is_too_large_leaves_its_name(
 async def test_progress_that_is_too_large_is_refused(start_backend: BackendFactory) -> None:
     backend = await start_backend(max_payload_bytes=100)
     await backend.set_progress("task", progress_of("before"))
-    with pytest.raises(PayloadTooLargeError, match="the progress's meta"):
+    with pytest.raises(PayloadTooLargeError, match="the progress metadata"):
         await backend.set_progress("task", progress_of("x" * 100))
     assert (await backend.get_progress("task")).meta == "before"
 

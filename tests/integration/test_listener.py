@@ -405,7 +405,7 @@ def test_a_listen_dsn_that_cannot_work_is_refused(listen_dsn: Any, said: str, no
     if notify and said is None:
         Backend(UNREACHABLE, listen_dsn=listen_dsn)
         return
-    match = said if notify else "listen_dsn is for notify=True"
+    match = said if notify else "listen_dsn needs notify=True"
     with pytest.raises(ConfigurationError, match=match) as caught:
         Backend(UNREACHABLE, listen_dsn=listen_dsn, notify=notify)
     assert "hunter2" not in str(caught.value)

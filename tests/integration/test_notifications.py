@@ -209,7 +209,10 @@ async def test_failing_to_tell_is_warned_of_and_no_error_of_the_caller(
         patch.setattr("taskiq_sa_pg.waiting.notifier.pack", lambda _: ["x" * 8_000])
         await backend.set_result("untold", result_of(1))
         await backend.runtime.notifier.close()
-    assert "waiters will notice 1 results or tasks late: cannot send notifications" in caplog.text
+    assert (
+        "waiting clients will find 1 results or tasks later, by polling: cannot send notifications"
+        in caplog.text
+    )
     async with overheard(each_driver.database, channel_of(each_driver.database)) as heard:
         await backend.set_result("told", result_of(1))
         assert await until_heard(heard, 1) == ["told"]
@@ -225,7 +228,7 @@ async def test_what_cannot_be_told_does_not_pile_up(
     for _ in range(100):
         notifier.announce(channel, [new_id() for _ in range(6)])
     await notifier.close()
-    assert "waiters will notice 12 results or tasks late" in caplog.text
+    assert "waiting clients will find 12 results or tasks later, by polling" in caplog.text
 
 
 GARBAGE = {

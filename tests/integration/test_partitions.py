@@ -221,9 +221,9 @@ async def test_whoever_reads_for_long_is_not_waited_for_for_long(
         [made, missing, *_] = found.missing(2 * DAY, DAY)
         assert await make_partition(database, CONFIG, made, 0) == 0
         async with reading(partitioned):
-            with pytest.raises(SchemaError, match=r"let them end .* and run it again"):
+            with pytest.raises(SchemaError, match=r"wait until they end .* and run it again"):
                 await drop_partition(database, CONFIG, made, IMPATIENT)
-            with pytest.raises(SchemaError, match=r"let them end .* and run it again"):
+            with pytest.raises(SchemaError, match=r"wait until they end .* and run it again"):
                 await make_partition(database, CONFIG, missing, 0, IMPATIENT)
             await backend.set_result(make_task_id(), result_of(1))
         assert (await find_partitions(database, CONFIG)).partitions == (made,)

@@ -19,8 +19,8 @@ from tests.tasks import progress_of, result_of
 Backend = SQLAlchemyResultBackend[Any]
 
 ALL_ARE_HELD = (
-    r"all 2 connections of your engine's pool are checked out.*end the session first, give the "
-    r"pool more places, or give the backend, or the broker, a dsn="
+    r"all 2 connections of your engine's pool are checked out.*close the session first, enlarge "
+    r"the pool, or pass dsn= instead of engine= to the backend or broker"
 )
 
 # Far longer than anything here may take.

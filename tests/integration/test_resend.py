@@ -211,7 +211,7 @@ async def test_a_broker_that_cannot_send_says_so(backend: Backend) -> None:
     sent = await broker_of(backend).register_task(fail, "fail").kiq()
     with pytest.raises(SendTaskError):
         await backend.resend(Down(), sent.task_id)
-    with pytest.raises(ConfigurationError, match="broker must be a broker of taskiq, not 'broker'"):
+    with pytest.raises(ConfigurationError, match="broker must be a taskiq broker, not 'broker'"):
         await backend.resend("broker", sent.task_id)  # type: ignore[arg-type]  # that is the point
 
 

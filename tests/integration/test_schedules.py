@@ -215,7 +215,7 @@ async def test_what_cannot_work_is_refused_as_it_is_added(schedulers: Schedulers
     refused = {
         "NUL": schedule("a\0", interval=1),
         "longer than the 2692 bytes": schedule("a" * 2693, interval=1),
-        "must be a str that is not empty": schedule("", interval=1),
+        "must be a non-empty str": schedule("", interval=1),
         "one of cron, interval and time": schedule(interval=1, time=NOON),
         "cron expression '\\* \\*'": schedule(cron="* *"),
         "No time zone found": schedule(cron="* * * * *", cron_offset="Mars/Base"),
@@ -241,7 +241,7 @@ async def test_an_unknown_schedule_is_deleted_without_an_error(
     source = (await schedulers.start()).source
     with caplog.at_level(logging.INFO, "taskiq_sa_pg"):
         await source.delete_schedule("nobody's")
-    assert "schedule nobody's is not there: it was sent or deleted before" in caplog.messages
+    assert "schedule nobody's does not exist: it was sent or deleted before" in caplog.messages
 
 
 @pytest.mark.parametrize("schedulers", ["asyncpg"], indirect=True)

@@ -59,7 +59,7 @@ async def test_a_scheduler_with_another_broker_is_told(schedulers: Schedulers) -
 
     await each.source.add_schedule(schedule(time=NOON))
     [task] = await each.source.get_schedules()
-    with pytest.raises(ConfigurationError, match="give TaskiqScheduler the source's broker"):
+    with pytest.raises(ConfigurationError, match="create TaskiqScheduler with the source's broker"):
         await TaskiqScheduler(other, [each.source]).on_ready(each.source, task)
 
 

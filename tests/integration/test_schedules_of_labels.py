@@ -116,7 +116,7 @@ async def test_tasks_of_views_have_schedules_and_those_of_other_brokers_have_not
     finally:
         del async_shared_broker.global_task_registry[shared.task_name]
     assert [row["task_name"] for row in (await schedulers.stored()).values()] == ["viewed"]
-    assert "labels of task shared are left out: its broker is another" in caplog.text
+    assert "labels of task shared are ignored: it has another broker" in caplog.text
 
 
 @pytest.mark.parametrize("schedulers", ["asyncpg"], indirect=True)
@@ -124,7 +124,7 @@ async def test_a_label_that_cannot_work_ends_the_startup(schedulers: Schedulers)
     refused = {
         "cron expression 'never'": [{"cron": "never"}],
         "Interval must be at least 1 second": [{"interval": 0}],
-        "must have one of|has to have one of": [
+        "must have one of|must have exactly one of": [
             {"interval": 1, "time": datetime.now().astimezone()}
         ],
         "two schedules in labels have the schedule_id 'a'": [{**CRON, "schedule_id": "a"}] * 2,

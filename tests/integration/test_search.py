@@ -162,14 +162,19 @@ UNFIT: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "a str": (lambda r: "is_err", (), TypeError, "where takes .* not 'is_err'"),
     "a class": (lambda r: r, (), TypeError, "where takes .* not <class"),
     "an order that is a str": (lambda r: (), "is_err", TypeError, "order_by takes .* not 'is_err'"),
-    "another class": (lambda r: foreign().is_err, (), ConfigurationError, "about taskiq_results: "),
-    "an alias": (lambda r: aliased(r).is_err, (), ConfigurationError, "must be about backend.mod"),
+    "another class": (
+        lambda r: foreign().is_err,
+        (),
+        ConfigurationError,
+        "not to taskiq_results: ",
+    ),
+    "an alias": (lambda r: aliased(r).is_err, (), ConfigurationError, "must refer to backend.mod"),
     "another table": (
         lambda r: sa.column("x", _selectable=sa.table("orders")) == r.task_id,  # type: ignore[call-arg]
-        *((), ConfigurationError, r"not about orders: .* subquery"),
+        *((), ConfigurationError, r"not to orders: .* subquery"),
     ),
     "an order by another class": (
-        *(lambda r: r.is_err, foreign().task_id.desc(), ConfigurationError, "not about taskiq_res"),
+        *(lambda r: r.is_err, foreign().task_id.desc(), ConfigurationError, "not to taskiq_res"),
     ),
 }
 

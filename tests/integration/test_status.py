@@ -300,7 +300,7 @@ async def test_the_longest_running_come_first_and_not_too_many(backend: Backend)
 
 async def test_only_what_no_result_says_can_be_set(backend: Backend) -> None:
     for state in ("succeeded", "failed", "expired", "odd"):
-        with pytest.raises(ConfigurationError, match="the others come from results"):
+        with pytest.raises(ConfigurationError, match="only stored results have the others"):
             await backend.set_status(TaskStatus(new_id(), state))  # type: ignore[arg-type]  # that is the point
 
 

@@ -322,7 +322,7 @@ async def test_a_status_that_cannot_be_stored_in_time_stops_no_task(
     await execution
     assert (await backend.get_result(sent.task_id)).return_value == 42
     assert said()[:2] == [
-        f"that it is {state} is not recorded: PostgreSQL did not answer within 0.1 s"
+        f"status {state} is not recorded: PostgreSQL did not answer within 0.1 s"
         for state in ("queued", "started")
     ]
 
@@ -352,7 +352,7 @@ async def test_a_sender_that_was_not_started_sends(
 
     await broker.register_task(nothing).kiq()
     assert len(broker.held) == 1
-    assert "that it is queued is not recorded: the result backend is not started" in caplog.text
+    assert "status queued is not recorded: the result backend is not started" in caplog.text
 
 
 async def test_nothing_is_written_without_track(
@@ -365,7 +365,7 @@ async def test_nothing_is_written_without_track(
     assert await state_of(backend, sent.task_id) == "unknown"
     await broker.deliver()
     assert await state_of(backend, sent.task_id) == "succeeded"
-    with pytest.raises(ConfigurationError, match='for backends with track="started"'):
+    with pytest.raises(ConfigurationError, match='needs a backend with track="started"'):
         await backend.set_status(TaskStatus("1", "started"))
 
 

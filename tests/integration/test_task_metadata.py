@@ -300,7 +300,7 @@ async def test_a_label_that_is_no_time_is_left_out(
     row = await run(database, broker_of(backend, TaskMetadataMiddleware(), Spoil()))
     assert row["queued_at"] is None
     assert row["labels"] == {}
-    assert "is no time" in caplog.text
+    assert "is not a time" in caplog.text
 
 
 async def test_with_another_result_backend_it_does_nothing_and_says_so_once(
@@ -390,16 +390,16 @@ async def test_a_message_that_another_middleware_makes_anew_keeps_its_name(
 def test_one_for_each_broker() -> None:
     middleware = TaskMetadataMiddleware()
     InMemoryBroker().add_middlewares(middleware)
-    with pytest.raises(ConfigurationError, match="make one for each"):
+    with pytest.raises(ConfigurationError, match="create one for each broker"):
         InMemoryBroker().add_middlewares(middleware)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"redact": refuse}, "redact is for record_args=True"),
+        ({"redact": refuse}, "redact needs record_args=True"),
         ({"redact": 7, "record_args": True}, "redact must be a callable"),
-        ({"worker": "w", "record_worker": False}, "worker is for record_worker=True"),
+        ({"worker": "w", "record_worker": False}, "worker needs record_worker=True"),
         ({"max_args_bytes": 0}, "max_args_bytes must be a whole number of 1 or more, not 0"),
         ({"max_args_bytes": "9"}, "max_args_bytes must be a whole number of 1 or more, not '9'"),
         ({"record_args": "no"}, "record_args must be True or False, not 'no'"),

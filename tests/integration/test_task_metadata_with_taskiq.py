@@ -187,7 +187,7 @@ async def test_an_annotation_alone_makes_no_column_of_your_own(
     [row] = await rows_of(database, sent.task_id)
     assert row["worker"] == "us"
     await database.fetch("ALTER TABLE taskiq_results ALTER worker TYPE integer USING 7")
-    with pytest.raises(SchemaError, match="worker is integer and should be text"):
+    with pytest.raises(SchemaError, match="worker is integer and must be text"):
         await start_backend(models=models, run_migrations=False)
 
 

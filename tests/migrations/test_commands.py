@@ -12,6 +12,7 @@ from alembic.config import CommandLine
 from alembic.util import CommandError
 
 from taskiq_sa_pg import TableConfig
+from taskiq_sa_pg.database import parse_dsn
 from taskiq_sa_pg.schema.migrate import script_location
 from taskiq_sa_pg.schema.partitions import statements_to_partition
 from tests.commands import run_alembic
@@ -132,7 +133,7 @@ async def test_an_option_that_cannot_work_is_named() -> None:
         f"table_name={'x' * 64}": "64 bytes long",
         "dsn=": "which database?",
         f"postgresql://u:{PASSWORD}@h/db?a=b": "unknown option -x postgresql;",
-        f"dsn=postgresql://u:{PASSWORD}@h:port/db": "dsn is not an address",
+        f"dsn=postgresql://u:{PASSWORD}@h:port/db": "dsn cannot be parsed",
         f"dsn=mysql://u:{PASSWORD}@h/db": "use postgresql://",
     }
     for option, message in messages.items():
@@ -182,9 +183,11 @@ async def upgrade_error(dsn: str, *options: str) -> str:
 async def test_a_missing_database_or_schema_is_to_be_created(database: Database) -> None:
     name = f"absent_{uuid.uuid4().hex}"
     no_database = await upgrade_error(with_password(database.dsn, database=name))
-    assert f'"{name}" does not exist; create the database first (`createdb' in no_database
+    [(host, port)] = parse_dsn(database.dsn).hosts
+    place = f'"{name}" does not exist (at {host}:{port or 5432}); create the database'
+    assert f"{place} first (`createdb" in no_database
     no_database = await upgrade_error(with_password(database.psycopg_dsn, database=name))
-    assert f'"{name}" does not exist' in no_database
+    assert f"{place}, or correct" in no_database
     no_schema = await upgrade_error(with_password(database.dsn), "-x", f"schema={name}")
     assert f'"{name}" does not exist; create the schema first' in no_schema
 
@@ -255,11 +258,11 @@ async def test_an_upgrade_makes_tables_again_that_were_dropped(database: Databas
     await database.fetch(f"DROP TABLE {NAME}, {NAME}_status")
     assert "0001 (head)" in await alembic("current", **environment)
     message = await alembic_error("downgrade", "base", **environment)
-    assert "make what is missing again first, with `alembic upgrade head`" in message
+    assert "create the missing tables first with `alembic upgrade head`" in message
     assert await tables(database) == [f"{NAME}_progress", f"{NAME}_version", f"{NAME}_workers"]
     assert await alembic("upgrade", "head", **environment) == (
-        f"{NAME}_version records version 0001, and there was no table {NAME}, {NAME}_status: made "
-        "again, empty\n"
+        f"{NAME}_version records version 0001, but tables were missing and were created "
+        f"again, empty: {NAME}, {NAME}_status\n"
     )
     assert await catalogue(database) == before
     assert await alembic("upgrade", "head", **environment) == ""

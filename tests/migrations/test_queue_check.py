@@ -48,7 +48,7 @@ async def refusal(dsn: str, models: Models = MODELS, **options: Any) -> str:
 
 async def test_absent_tables_are_named_with_what_makes_them(database: Database) -> None:
     assert await refusal(database.dsn) == (
-        f"table {NAME}_queue and those that go with it do not exist; make them with "
+        f"table {NAME}_queue and the other tables of the broker do not exist; create them with "
         "`alembic -x queue=true upgrade head`, `taskiq-sa-pg upgrade --queue` or "
         "run_migrations=True"
     )
@@ -106,11 +106,11 @@ DIFFERENCES: dict[str, tuple[list[str], list[str]]] = {
             "ALTER TABLE {0}_schedules ALTER time TYPE timestamp",
         ],
         [
-            "column {0}_queue.task_id is uuid and should be character varying",
-            "column {0}_queue.priority is integer and should be smallint",
-            "column {0}_queue.message is text and should be bytea",
-            "column {0}_schedules.interval is text and should be interval",
-            "column {0}_schedules.time is timestamp without time zone and should be timestamp with "
+            "column {0}_queue.task_id is uuid and must be character varying",
+            "column {0}_queue.priority is integer and must be smallint",
+            "column {0}_queue.message is text and must be bytea",
+            "column {0}_schedules.interval is text and must be interval",
+            "column {0}_schedules.time is timestamp without time zone and must be timestamp with "
             "time zone",
         ],
     ),
@@ -140,7 +140,7 @@ async def test_each_difference_is_named_with_what_mends_it(database: Database, k
     await execute_script(database, "; ".join(changes).format(NAME))
     message = await refusal(database.dsn)
     told = "; ".join(differences).format(NAME)
-    assert message.startswith(f"the broker cannot use its tables: {told}. Make them, or ")
+    assert message.startswith(f"the broker cannot use its tables: {told}. Create or upgrade ")
     assert "`alembic -x queue=true upgrade head`" in message
     assert "`taskiq-sa-pg upgrade --queue`" in message
     assert "(`taskiq-sa-pg current --queue-only`)" in message
@@ -151,8 +151,8 @@ async def test_what_an_upgrade_cannot_mend_is_told_with_what_can(database: Datab
     await make(database)
     await database.fetch(f"ALTER TABLE {NAME}_queue DROP claim")
     message = await refusal(database.dsn, is_provisioned=True)
-    assert f"column {NAME}_queue.claim is missing. They are of the latest version" in message
-    assert "`taskiq-sa-pg sql --queue-only` prints what they should be" in message
+    assert f"column {NAME}_queue.claim is missing. They have the latest version" in message
+    assert "`taskiq-sa-pg sql --queue-only` prints their definition" in message
     assert "run_migrations" not in message
 
 
@@ -202,14 +202,14 @@ async def test_a_role_without_rights_is_told_what_to_grant(database: Database, r
     message = await refusal(dsn)
     places = f"{database.schema}.{NAME}_queue, {database.schema}.{NAME}_schedules"
     grant = f"GRANT SELECT, INSERT, UPDATE, DELETE ON {places} TO {role}"
-    assert f"role {role} lacks rights that the broker needs on table {NAME}_queue" in message
+    assert f"role {role} lacks privileges that the broker needs on table {NAME}_queue" in message
     assert message.split("`")[1] == grant
     await database.fetch(grant)
     await check(dsn)
     await database.fetch(f"REVOKE INSERT, DELETE ON {NAME}_queue FROM {role}")
     message = await refusal(dsn)
     assert f"`GRANT INSERT, DELETE ON {database.schema}.{NAME}_queue TO {role}`" in message
-    assert "only asks for results" not in message
+    assert "only reads results" not in message
 
 
 async def test_a_role_that_may_not_see_the_schema_is_told_what_to_grant(
@@ -226,7 +226,7 @@ async def test_a_role_that_may_not_create_tables_is_told_what_to_grant(
     database: Database, role: str
 ) -> None:
     async with opened(with_password(database.dsn, username=role)) as ours:
-        with pytest.raises(SchemaError, match=f"bring table {NAME}_queue up to date") as caught:
+        with pytest.raises(SchemaError, match=f"upgrade table {NAME}_queue") as caught:
             await provision(ours, MODELS.config, family=QUEUE)
     assert "GRANT USAGE, CREATE ON SCHEMA" in str(caught.value)
 
@@ -248,10 +248,10 @@ async def test_columns_of_your_own_are_compared(database: Database) -> None:
     models = Models(Result, Progress, Queue=Queue)
     message = await refusal(database.dsn, models)
     assert message.startswith(f"the broker cannot use its tables: column {NAME}_queue.tenant is ")
-    assert message.endswith("missing (one of your model's own, for a migration of your own)")
+    assert message.endswith("missing (your model adds it: create it in your own migration)")
     await database.fetch(f"ALTER TABLE {NAME}_queue ADD tenant text NOT NULL")
     message = await refusal(database.dsn, models)
     assert f"column {NAME}_queue.tenant is NOT NULL without a default" in message
-    assert message.endswith("(a server_default would fill it)")
+    assert message.endswith("(add a server_default)")
     await database.fetch(f"ALTER TABLE {NAME}_queue ALTER tenant SET DEFAULT 'none'")
     await check(database.dsn, models)

@@ -148,7 +148,8 @@ async def test_tables_that_are_gone_can_be_made_again_as_the_message_says(
     await database.fetch(f"DROP TABLE {NAME}_queue")
     message = await alembic_error(*ONLY, "downgrade", "base", **dsn)
     program, *arguments = shlex.split(message.split("`")[position])
-    told = f"{QUEUE_VERSION} records version 0001, and there was no table {NAME}_queue: made again"
+    told = f"{QUEUE_VERSION} records version 0001, but tables were missing and were created again"
+    told = f"{told}, empty: {NAME}_queue"
     if program == "alembic":
         assert told in await alembic(*arguments, **dsn)
     else:
@@ -187,9 +188,9 @@ async def test_startup_provisions_the_broker_s_tables_alone(
         await database.fetch(f"DROP TABLE {NAME}_queue, {NAME}_schedules")
         await provision(opened_database, config, family=QUEUE)
     assert [record.getMessage() for record in caplog.records] == [
-        f"table {NAME}_queue: brought to version 0001",
-        f"{QUEUE_VERSION} records version 0001, and there was no table {NAME}_queue, "
-        f"{NAME}_schedules: made again, empty",
+        f"table {NAME}_queue: upgraded to version 0001",
+        f"{QUEUE_VERSION} records version 0001, but tables were missing and were created again, "
+        f"empty: {NAME}_queue, {NAME}_schedules",
     ]
     assert await catalogue(database, NAME, QUEUE) == made
     dsn = {"TASKIQ_SA_PG_DSN": database.dsn}

@@ -39,8 +39,8 @@ async def refusal(start_backend: BackendFactory, **options: Any) -> str:
 
 async def test_absent_tables_are_named_with_what_makes_them(start_backend: BackendFactory) -> None:
     assert await refusal(start_backend) == (
-        "table taskiq_results and those that go with it do not exist; make them with "
-        "`alembic upgrade head`, `taskiq-sa-pg upgrade` or run_migrations=True"
+        "table taskiq_results and the other tables of the result backend do not exist; create "
+        "them with `alembic upgrade head`, `taskiq-sa-pg upgrade` or run_migrations=True"
     )
 
 
@@ -82,15 +82,15 @@ async def test_the_command_that_is_printed_makes_the_tables(
         ("ALTER TABLE {0}_status DROP COLUMN worker", "column {0}_status.worker is missing"),
         (
             "ALTER TABLE {0} ALTER error TYPE text",
-            "column {0}.error is text and should be bytea",
+            "column {0}.error is text and must be bytea",
         ),
         (
             "ALTER TABLE {0} ALTER worker TYPE varchar(9)",
-            "column {0}.worker is character varying and should be text",
+            "column {0}.worker is character varying and must be text",
         ),
         (
             "ALTER TABLE {0} ALTER expires_at TYPE timestamp",
-            "is timestamp without time zone and should be timestamp with time zone",
+            "is timestamp without time zone and must be timestamp with time zone",
         ),
         (
             "ALTER TABLE {0} DROP CONSTRAINT {0}_pkey",
@@ -122,8 +122,8 @@ async def test_what_an_upgrade_cannot_mend_is_told_with_what_can(
     await start_backend(run_migrations=True)
     await database.fetch(f"ALTER TABLE {NAME} DROP COLUMN log")
     message = await refusal(start_backend, run_migrations=True)
-    assert f"column {NAME}.log is missing. They are of the latest version" in message
-    assert "`taskiq-sa-pg sql` prints what they should be" in message
+    assert f"column {NAME}.log is missing. They have the latest version" in message
+    assert "`taskiq-sa-pg sql` prints their definition" in message
     assert "run_migrations" not in message
     assert "upgrade" not in message
 
@@ -308,7 +308,7 @@ async def test_a_table_of_taskiq_postgres_is_told_with_the_commands_that_switch(
     async with old_backend(database.dsn, table_name=NAME) as old:
         await fill_plainly(old, 2)
     message = await refusal(start_backend, run_migrations=run_migrations)
-    assert "it is one of taskiq-postgres" in message
+    assert "it is a table of taskiq-postgres" in message
     assert 'table_name="results"' in message
     assert "stamp" not in message
     upgrade, copy = message.split("`")[1::2]
@@ -340,7 +340,8 @@ async def test_tables_that_were_dropped_are_made_again(
     assert await catalogue(database) == before
     assert await again.is_result_ready("1") == ("" not in dropped)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{NAME}_version records version 0001, and there was no table {names}: made again, empty"
+        f"{NAME}_version records version 0001, but tables were missing and were "
+        f"created again, empty: {names}"
     ]
 
 
@@ -351,7 +352,7 @@ async def test_the_log_has_one_line_of_tables_that_are_made_and_none_of_others(
         await start_backend(run_migrations=True)
         await start_backend(run_migrations=True)
     assert [record.getMessage() for record in caplog.records] == [
-        f"table {NAME}: brought to version 0001"
+        f"table {NAME}: upgraded to version 0001"
     ]
 
 
@@ -368,7 +369,7 @@ def test_alembic_says_nothing_where_it_is_imported_by_startup(database: Database
     )
     command = [sys.executable, "-c", code, database.dsn]
     outcome = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert outcome.stderr == f"table {NAME}: brought to version 0001\n"
+    assert outcome.stderr == f"table {NAME}: upgraded to version 0001\n"
 
 
 async def test_a_role_that_may_not_create_tables_is_told_what_to_grant(
@@ -431,8 +432,8 @@ async def test_a_column_of_your_own_that_nothing_fills_is_refused(
     await create(database, models)
     message = await refusal(start_backend, models=models)
     assert f"column {NAME}.tenant is NOT NULL without a default" in message
-    assert message.endswith("in the results table extra_values can)")
+    assert message.endswith("in the results table, fill it with extra_values)")
     await database.fetch(f"ALTER TABLE {NAME} DROP COLUMN tenant")
     message = await refusal(start_backend, models=models)
     assert f"column {NAME}.tenant is missing" in message
-    assert message.endswith("(one of your model's own, for a migration of your own)")
+    assert message.endswith("(your model adds it: create it in your own migration)")

@@ -1,6 +1,6 @@
 """Checked by the type checker and never run: the public API as its users write it."""
 
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from datetime import timedelta
 from typing import Any, assert_type
 from uuid import UUID, uuid4
@@ -39,6 +39,7 @@ from taskiq_sa_pg import (
 )
 from taskiq_sa_pg.fastapi import task_router
 from taskiq_sa_pg.starlette import task_routes
+from taskiq_sa_pg.sync import SyncResults
 from taskiq_sa_pg.testing import InProcessBroker
 
 
@@ -242,3 +243,33 @@ def serving(backend: SQLAlchemyResultBackend[int]) -> None:
     task_router(broker)  # type: ignore[arg-type]
     task_router(backend, unknown="404")  # type: ignore[arg-type]
     task_routes(backend, may_see=lambda task_id: True)  # type: ignore[arg-type, misc]
+
+
+def synchronously(backend: SQLAlchemyResultBackend[int], task: AsyncTaskiqTask[str]) -> None:
+    assert_type(SyncResults(broker), SyncResults[Any])
+    with SyncResults(backend) as results:
+        assert_type(results, SyncResults[int])
+    assert_type(results.kiq(pack, 1, fast=True), AsyncTaskiqTask[str])
+    assert_type(results.kiq(count.kicker().with_labels(priority=9), [1]), AsyncTaskiqTask[int])
+    results.kiq(pack, "one")  # type: ignore[call-overload]
+    results.kiq(count)  # type: ignore[call-overload]
+    assert_type(results.get_result("id"), TaskiqResult[int])
+    assert_type(results.get_result(uuid4(), return_type=str), TaskiqResult[str])
+    assert_type(results.get_results([uuid4()]), dict[UUID, TaskiqResult[int]])
+    assert_type(results.wait_result("id", timeout=1), TaskiqResult[int])
+    assert_type(results.wait_result(task), TaskiqResult[str])
+    assert_type(results.wait_results([task], 1), list[TaskiqResult[str]])
+    assert_type(results.wait_results([task, "id"]), list[TaskiqResult[Any]])
+    for one, result in results.as_completed([task]):
+        assert_type(one, AsyncTaskiqTask[str])
+        assert_type(result, TaskiqResult[str])
+    for progress in results.watch_progress(task, timeout=1):
+        assert_type(progress, TaskProgress[Any])
+    with closing(results.watch_progress("id")), closing(results.as_completed(["id"])):
+        pass
+    assert_type(results.get_status("id"), TaskStatus)
+    assert_type(results.find(label={"user": 42}), Page)
+    assert_type(results.get_details("id"), TaskDetails)
+    assert_type(results.call(backend.prune, limit=10), Pruned)
+    results.call(backend.prune, limits=10)  # type: ignore[call-arg]
+    SyncResults("postgresql://")  # type: ignore[call-overload]

@@ -123,7 +123,7 @@ async def test_parked_tasks_are_found_by_queue_and_task(
     assert page.index(">p1<") < page.index(">p3<"), "the first that was sent first"
     assert "p1" in await text_of(onlooker, "parked?queue=mail&task=shop:send")
     for query in ("queue=other", "task=shop:pay", "queue=mail&task=shop"):
-        assert "No such task is parked" in await text_of(onlooker, f"parked?{query}")
+        assert "No parked task matches the filter" in await text_of(onlooker, f"parked?{query}")
 
 
 async def test_one_is_released_after_a_question(

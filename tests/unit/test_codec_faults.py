@@ -135,7 +135,7 @@ def test_a_value_without_a_text_becomes_an_error_result(codec: Codec) -> None:
 
 @every_codec
 def test_progress_that_cannot_be_stored_is_refused(codec: Codec) -> None:
-    with pytest.raises(ResultSerializationError, match="the progress's meta of type function"):
+    with pytest.raises(ResultSerializationError, match="the progress metadata of type function"):
         codec.encode_progress("t1", TaskProgress(state="x", meta=lambda: None))
 
 

@@ -336,14 +336,18 @@ def test_a_table_that_the_configuration_does_not_name_is_refused() -> None:
     class OwnProgress(ProgressMixin, Base):
         pass
 
-    with pytest.raises(ConfigurationError, match="leave __tablename__ to the mixin"):
+    with pytest.raises(ConfigurationError, match="do not set __tablename__"):
         Models(OwnResult, OwnProgress)
 
 
 @pytest.mark.parametrize(
     ("attribute", "column", "reason"),
     [
-        ("labels", mapped_column("own_labels", sa.JSON), "has no column labels: leave the columns"),
+        (
+            "labels",
+            mapped_column("own_labels", sa.JSON),
+            "has no column labels: do not change the columns",
+        ),
         ("log", None, "has no column log"),
         ("return_value", mapped_column(sa.Text), r"return_value is Text\(\) and must be Large"),
         ("error", mapped_column(sa.PickleType), "error is PickleType.* and must be LargeBinary"),
@@ -424,7 +428,7 @@ def test_a_schema_that_only_the_base_knows_is_refused() -> None:
     class OwnProgress(ProgressMixin, Base):
         pass
 
-    with pytest.raises(ConfigurationError, match="give __table_config__ the schema"):
+    with pytest.raises(ConfigurationError, match="set the schema in __table_config__"):
         Models(OwnResult, OwnProgress)
 
 

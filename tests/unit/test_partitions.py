@@ -101,7 +101,7 @@ def test_a_gap_behind_the_last_partition_is_missing_too() -> None:
 def test_too_many_are_refused() -> None:
     assert len(table().missing(999 * DAY, DAY)) == 1_000
     with pytest.raises(
-        ConfigurationError, match=r"more than 1,000 partitions.* --ahead, .* --every"
+        ConfigurationError, match=r"more than 1,000 partitions.* --ahead or .* --every"
     ):
         table().missing(1_000 * DAY, DAY)
 

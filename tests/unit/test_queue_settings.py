@@ -53,10 +53,13 @@ def test_an_argument_that_cannot_work_is_named(argument: str, value: Any) -> Non
         ({}, "give either dsn= .* or engine="),
         ({"dsn": DSN, "queue_names": "q"}, "no argument queue_names: did you mean queue_name?"),
         ({"dsn": DSN, "max_delivery": 3}, "Invalid argument.*max_delivery"),
-        ({"dsn": DSN, "notify": False, "listen_dsn": DSN}, "listen_dsn is for notify=True"),
+        ({"dsn": DSN, "notify": False, "listen_dsn": DSN}, "listen_dsn needs notify=True"),
         ({"dsn": DSN, "models": build_models("other")}, "needs the model of its queue"),
         ({"dsn": DSN, "models": "models"}, "models must be a Models, not str"),
-        ({"dsn": DSN, "models": MODELS, "table_name": "t"}, "give names and types to the models"),
+        (
+            {"dsn": DSN, "models": MODELS, "table_name": "t"},
+            "pass names and types only to the models",
+        ),
         (
             {"engine": create_async_engine(DSN.replace(":", "+asyncpg:", 1)), "pool_size": 2},
             "pool_size",
@@ -131,6 +134,6 @@ def test_an_abandoned_task_says_how_often_it_was_delivered() -> None:
 def test_no_secret_of_a_session_is_told() -> None:
     url = "postgresql+psycopg://u:s3cret@/other?host=elsewhere&password=s3cret&sslpassword=s3cret"
     session = Session(create_engine(url))
-    with pytest.raises(ConfigurationError, match=r"u:\*\*\*@/other\?host=elsewhere, where") as info:
+    with pytest.raises(ConfigurationError, match=r"u:\*\*\*@/other\?host=elsewhere, but") as info:
         SQLAlchemyBroker(DSN, models=MODELS).in_session(session)
     assert "s3cret" not in str(info.value)

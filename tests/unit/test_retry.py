@@ -151,7 +151,7 @@ async def test_the_log_tells_when_trouble_begins_and_ends(caplog: pytest.LogCapt
     levels = [record.levelname for record in caplog.records]
     assert levels == ["WARNING", "INFO"]
     begun, ended = [record.getMessage() for record in caplog.records]
-    assert begun == "PostgreSQL: by peer; trying again for up to 60 s"
+    assert begun == "PostgreSQL: by peer; retrying for up to 60 s"
     assert ended.startswith("PostgreSQL: recovered after ")
 
 

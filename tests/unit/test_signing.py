@@ -84,7 +84,7 @@ def forgeries() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", forgeries())
 def test_what_was_not_signed_is_refused_unread(name: str) -> None:
     with pytest.raises(
-        ValueError, match="not signed with one of the keys, or was altered"
+        ValueError, match="not signed with one of the keys, or was changed"
     ) as caught:
         signed(NEW).loadb(forgeries()[name])
     assert caught.value.__cause__ is None

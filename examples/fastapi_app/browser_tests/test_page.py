@@ -55,7 +55,7 @@ def chromium() -> str:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def page(chromium: str, client: httpx.AsyncClient) -> AsyncIterator[Page]:
-    """The shop's page; nothing may complain on the browser's console."""
+    """The shop's page; the browser's console must stay empty."""
     complaints: list[str] = []
     async with new_page(chromium) as page:
         page.on("pageerror", lambda error: complaints.append(str(error)))

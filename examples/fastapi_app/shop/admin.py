@@ -9,20 +9,20 @@ from fastapi import HTTPException, Request
 from shop.tasks import backend, broker
 from taskiq_sa_pg.ui import Permission, dashboard
 
-# run.py makes one up if there is none.
+# run.py generates one if it is not set.
 PASSWORD = os.environ.get("ADMIN_PASSWORD")
 
 
 def permission_of(request: Request) -> Permission:
-    """What the user of a request may do. In your application, ask your own login instead."""
+    """What the user of a request may do. In your application, use your own login instead."""
     if not PASSWORD:
         raise HTTPException(403, "Set ADMIN_PASSWORD for the web server, and start it again.")
     expected = b"Basic " + b64encode(f"admin:{PASSWORD}".encode())
     if compare_digest(request.headers.get("Authorization", "").encode(), expected):
         return "write"
-    # Has the browser ask for it.
+    # Makes the browser ask for the password.
     challenge = {"WWW-Authenticate": 'Basic realm="Shop", charset="UTF-8"'}
-    raise HTTPException(401, "The user is admin, the password that of ADMIN_PASSWORD.", challenge)
+    raise HTTPException(401, "Log in as admin, with the password in ADMIN_PASSWORD.", challenge)
 
 
 admin = dashboard(backend, authorize=permission_of, broker=broker, title="Shop tasks")

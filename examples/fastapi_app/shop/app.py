@@ -56,7 +56,7 @@ class OrderStatus(BaseModel):
 
 
 async def is_of_an_order(request: Request, task_id: str) -> bool:
-    # The place to ask whose order it is. The session is closed before an event stream begins.
+    # Check here whose order it is. The session is closed before an event stream begins.
     async with Session() as session:
         order = select(Order.id).where(Order.task_id == UUID(task_id))
         return await session.scalar(order) is not None
@@ -77,7 +77,7 @@ async def place_order(
 ) -> Accepted:
     order = Order(task_id=uuid4(), customer=new.customer, quantity=new.quantity)
     session.add(order)
-    await session.flush()  # which gives the order its id
+    await session.flush()  # sets order.id
     packing = pack.kicker().with_task_id(str(order.task_id))
     await broker.in_session(session).kiq(packing, order.id)
     await session.commit()  # the order and its task, or neither

@@ -1,4 +1,4 @@
-"""The application's engine and its sessions, for the web process and the worker alike."""
+"""The application's engine and sessions, for the web process and the worker."""
 
 import os
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""All tables of the application, on one metadata: Alembic knows them all."""
+"""All tables of the application, in one metadata, so that Alembic knows them all."""
 
 from datetime import datetime
 from uuid import UUID
@@ -29,8 +29,7 @@ class Order(Base):
     ordered_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=func.now())
 
 
-# The results of the tasks and their progress, as JSON: to be read by the browser, and in SQL. And
-# the queue of the broker.
+# The tables of results, progress and the queue. Values are JSON, for the browser and for SQL.
 task_models = build_models(
     field_for_task_id="Uuid", field_for_payload="Jsonb", metadata=Base.metadata, queue=True
 )

@@ -1,4 +1,4 @@
-"""The work that takes its time. `taskiq worker shop.tasks:broker` does it."""
+"""The slow work, which `taskiq worker shop.tasks:broker` runs."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ broker = (
 
 @broker.on_event(TaskiqEvents.WORKER_STARTUP)
 async def set_up_log(state: TaskiqState) -> None:
-    # As taskiq does, except for workers that are not forked, as Python 3.14's.
+    # taskiq does this only for forked workers, which those of Python 3.14 are not.
     logging.basicConfig(level=logging.INFO)
 
 

@@ -1,4 +1,4 @@
-"""The dashboard of the shop, as an administrator's browser asks for it; no worker runs."""
+"""The shop's dashboard, with the requests of an administrator's browser; no worker runs."""
 
 import importlib
 import re
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shop(server_dsn: str) -> AsyncIterator[ModuleType]:
-    """The module `shop.app`, started on a database of its own."""
+    """The module `shop.app`, started on a new database."""
     async with empty_database(server_dsn) as dsn:
         await alembic(dsn, "upgrade", "head")
         with project(dsn):
@@ -42,7 +42,7 @@ async def client(shop: ModuleType) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 def admin(client: httpx.AsyncClient) -> httpx.AsyncClient:
-    """The same client, with the password, and as a page of the shop sends."""
+    """The same client, with the password and the headers of the shop's pages."""
     client.auth = httpx.BasicAuth("admin", ADMIN_PASSWORD)
     client.headers["Origin"] = "http://shop"
     return client

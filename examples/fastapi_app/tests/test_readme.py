@@ -1,4 +1,4 @@
-"""The commands of README.md, as they stand there, all but the installation."""
+"""The commands of README.md, except the installation."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def port() -> int:
 
 @pytest.fixture
 def shell(tmp_path: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    """A shell into which the commands are typed; their traces would be in an empty TMPDIR."""
+    """A shell for the commands, with an empty TMPDIR in which leftover files would be found."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TASKIQ_SA_PG_")}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -1,4 +1,4 @@
-"""The shop's tasks, as a client of its web server sees them."""
+"""The shop's tasks, through its web server."""
 
 import asyncio
 import signal
@@ -225,7 +225,7 @@ async def test_the_page_is_served(client: httpx.AsyncClient) -> None:
 async def test_a_task_is_followed_across_the_end_of_a_web_server(
     client: httpx.AsyncClient, dsn: str
 ) -> None:
-    """By one that is another process, so that nothing is left of the first."""
+    """By a server in another process, which knows nothing of the first."""
     (port,) = free_ports(1)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as first_client:
         with web_process(port) as process:

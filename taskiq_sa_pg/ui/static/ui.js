@@ -1,7 +1,7 @@
-// What htmx does not do by itself: when a page is refreshed, and what happens if that fails.
+// Adds to htmx: when a page is refreshed, and what happens if that fails.
 //
-// A part with data-refresh is asked for again after so many seconds, while the page is looked at;
-// one with data-events at once when its stream says so. The server draws everything.
+// A part with data-refresh is requested again after that many seconds, while the page is visible;
+// a part with data-events when its stream sends an event. The server renders everything.
 "use strict";
 (() => {
   const minimumPause = 1000; // at most one refresh a second
@@ -9,12 +9,12 @@
 
   const live = () => document.getElementById("live");
   const isBusy = () => {
-    // Whoever fills in a form, or has chosen some text, must not lose it.
+    // A refresh must not discard form input or selected text.
     const chosen = document.getSelection();
     const part = live();
     return part !== null && (
       (chosen !== null && !chosen.isCollapsed && part.contains(chosen.anchorNode)) ||
-      // Nor must a row move away from under the pointer of whoever is about to click.
+      // Nor move a row under the pointer before a click.
       part.matches(":has(input:focus, select:focus, tbody a:hover)"));
   };
 
@@ -41,7 +41,7 @@
 
   function follow() {
     const url = live()?.dataset.events;
-    // A stream that was refused, as by a server that could not answer, is not opened again by itself.
+    // A browser does not reopen a stream that the server has refused.
     if (stream && (!url || document.hidden || stream.readyState === EventSource.CLOSED)) {
       stream.close();
       stream = undefined;
@@ -69,7 +69,7 @@
     note.textContent = text;
   }
 
-  // Times in the reader's own zone, beside UTC, when they are pointed at.
+  // Adds the local time to the tooltips of times in UTC.
   function localize(root) {
     for (const time of root.querySelectorAll("time[datetime]")) {
       const local = new Date(time.dateTime).toLocaleString(undefined, {
@@ -80,29 +80,29 @@
   }
 
   function keep(event, text) {
-    event.preventDefault(); // what is shown stays
+    event.preventDefault(); // keeps the shown content
     failures += 1;
     tell(text);
     plan();
   }
 
-  const loggedOut = "You are not logged in any more: reload the page.";
+  const loggedOut = "You are no longer logged in. Reload the page.";
   document.addEventListener("htmx:before:response", (event) => {
     const { raw, status } = event.detail.ctx.response;
     if (status >= 400) {
-      const texts = { 401: loggedOut, 403: loggedOut, 404: "There is no such task any more." };
-      keep(event, texts[status] ?? "The server cannot answer. Trying again…");
+      const texts = { 401: loggedOut, 403: loggedOut, 404: "This task no longer exists." };
+      keep(event, texts[status] ?? "The server does not answer. Trying again…");
     } else if (raw.redirected) {
       keep(event, loggedOut);
     }
   });
   document.addEventListener("htmx:after:request", (event) => {
-    // Such as a login form.
+    // For example a login form.
     if (!event.detail.ctx.text.includes('id="live"')) keep(event, loggedOut);
   });
   document.addEventListener("htmx:error", () => {
     failures += 1;
-    tell("The server cannot be reached. Trying again…");
+    tell("The server is unreachable. Trying again…");
     plan();
   });
   document.addEventListener("htmx:after:swap", () => {
@@ -117,11 +117,11 @@
     if (document.hidden) clearTimeout(timer);
     else soon();
   });
-  // Empty fields of a filter make long URLs.
+  // Without the empty fields of a filter, URLs are shorter.
   document.addEventListener("submit", (event) => {
     const form = event.target;
     if (form.method !== "get") {
-      // A second click must not do it twice.
+      // A second click must not repeat the change.
       if ("sent" in form.dataset) event.preventDefault();
       form.dataset.sent = "";
       return;

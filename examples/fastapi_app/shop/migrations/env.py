@@ -1,4 +1,4 @@
-"""Alembic's environment, as `alembic init -t async` makes it, on the application's engine."""
+"""Alembic's environment, from `alembic init -t async`, with the application's engine."""
 
 import asyncio
 from logging.config import fileConfig
