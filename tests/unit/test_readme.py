@@ -16,10 +16,11 @@ from taskiq_sa_pg.exceptions import TaskiqSaPgError
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 REFERENCE = ROOT / "docs" / "reference"
+BACKEND = (REFERENCE / "backend.md").read_text()
 
 
 def test_every_constructor_argument_has_its_row_in_this_order() -> None:
-    section = README.partition("## Customization")[2].partition("\n## ")[0]
+    section = BACKEND.partition("## Constructor")[2].partition("\n## ")[0]
     documented = re.findall(r"^\| `(\**\w+)` \|", section, re.MULTILINE)
     parameters = inspect.signature(SQLAlchemyResultBackend.__init__).parameters
     real = [str(p).partition(":")[0] for name, p in parameters.items() if name != "self"]
@@ -30,13 +31,13 @@ def test_every_simple_default_is_the_real_one() -> None:
     parameters = inspect.signature(SQLAlchemyResultBackend.__init__).parameters
     for name, parameter in parameters.items():
         if parameter.default is not inspect.Parameter.empty:
-            row = re.search(rf"^\| `{name}` \|.*?\| `([^`|]+)` \|", README, re.MULTILINE)
+            row = re.search(rf"^\| `{name}` \|.*?\| `([^`|]+)` \|", BACKEND, re.MULTILINE)
             assert row is not None, name
             assert ast.literal_eval(row[1]) == parameter.default
 
 
 def test_the_longest_table_name_is_as_long_as_it_says() -> None:
-    stated = re.search(r"at most (\d+) bytes in UTF-8", README)
+    stated = re.search(r"at most (\d+) bytes in UTF-8", BACKEND)
     assert stated is not None
     longest = int(stated[1])
     TableConfig("x" * longest)
@@ -79,11 +80,10 @@ def _variables(code: str) -> set[str]:
     return set(re.findall(r"\bTASKIQ_SA_PG_[A-Z_]*[A-Z]\b", code)) - {"TASKIQ_SA_PG_NAME"}
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/reference/compatibility.md"])
-def test_there_is_a_place_for_the_versions_that_were_seen_to_pass(name: str) -> None:
+def test_there_is_a_place_for_the_versions_that_were_seen_to_pass() -> None:
     marked = re.findall(
         r"^<!-- matrix -->\n.+\n<!-- /matrix -->$",
-        (ROOT / name).read_text(),
+        (REFERENCE / "compatibility.md").read_text(),
         re.MULTILINE | re.DOTALL,
     )
     assert len(marked) == 1
@@ -98,4 +98,13 @@ def test_every_link_of_the_readme_leads_to_a_file_or_a_heading() -> None:
         if target.startswith("#"):
             assert target[1:] in headings
         elif not target.startswith("https://"):
-            assert (ROOT / target).is_file(), target
+            assert (ROOT / target.partition("#")[0]).is_file(), target
+
+
+def test_the_readme_is_for_the_first_five_minutes() -> None:
+    lines = README.splitlines()
+    assert lines.index("```python") < 25
+    assert len([line for line in lines if line.startswith("| ") and "---" not in line]) - 2 <= 10
+    assert len(re.findall(r"!\[", README)) == 1
+    prose = re.sub(r"```.*?```|<!--.*?-->|\]\([^)]*\)", " ", README, flags=re.DOTALL)
+    assert len(re.findall(r"\w[\w'-]*", prose)) <= 900
