@@ -391,13 +391,13 @@ async def test_a_backend_works_on_one_event_loop_at_a_time(
     await asyncio.to_thread(results.get_results, ["a"])
     with pytest.raises(NotStartedError, match="on another event loop"):
         await backend.get_results(["a"])
-    with pytest.raises(NotStartedError, match="make a broker or result backend for each"):
+    with pytest.raises(NotStartedError, match="create a broker or result backend for each"):
         await backend.startup()
     await asyncio.to_thread(results.close)
     await backend.startup()
     broker = InMemoryBroker().with_result_backend(backend)
     for other in (results, SyncResults(broker)):
-        with pytest.raises(NotStartedError, match="make a broker or result backend for each"):
+        with pytest.raises(NotStartedError, match="create a broker or result backend for each"):
             await asyncio.to_thread(other.get_results, ["a"])
     assert await backend.get_results(["a"]) == {}  # nobody has ended it
     await backend.shutdown()
