@@ -43,7 +43,7 @@ from taskiq_sa_pg.models import Models, build_models
 try:
     from pytest_asyncio import fixture as asyncio_fixture
 except ImportError:  # the tests are run by anyio's plugin
-    asyncio_fixture = pytest.fixture  # type: ignore[assignment]
+    asyncio_fixture = pytest.fixture  # type: ignore[assignment]  # its decorator has other overloads
 
 __all__ = ["RunTasks"]
 
