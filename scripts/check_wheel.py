@@ -6,13 +6,14 @@ checkout's own (`make wheel`). Start it with `python -I`, or the checkout shadow
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import tomllib
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 from taskiq import TaskiqResult
@@ -70,6 +71,24 @@ def check_version() -> None:
     check(actual == expected, f"its version is {actual}, and pyproject.toml says {expected}")
 
 
+def check_links() -> None:
+    # A package index shows the README alone, so its links are absolute: to the release's files.
+    project = metadata("taskiq-sa-pg")
+    urls = dict(url.split(", ") for url in project.get_all("Project-URL", []))
+    checkout = Path(__file__).parent.parent
+    readme = checkout.joinpath("README.md").read_text("utf-8")
+    description = project["Description"]
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    check(len(links) == len(re.findall(r"\]\(", readme)), "its description is not README.md")
+    for link in links:
+        check(link.startswith("https://"), f"a link of its description is relative: {link}")
+        repository = urls["Homepage"].removeprefix("https://github.com/")
+        _, ours, file = link.partition(f"/{repository}/")
+        if ours:
+            path = re.sub(rf"^(blob/)?v{version('taskiq-sa-pg')}/|#.*", "", file)
+            check((checkout / path).is_file(), f"a link of its description leads nowhere: {link}")
+
+
 def check_command() -> None:
     # Without the extra it has to say what is missing.
     program = Path(sysconfig.get_path("scripts")) / "taskiq-sa-pg"
@@ -106,6 +125,7 @@ def main() -> None:
     check_ui()
     check_names()
     check_version()
+    check_links()
     check_command()
     with postgres() as server:
         migrate(server.dsn)
