@@ -118,15 +118,13 @@ if not TYPE_CHECKING:  # or any name would pass the type checker
             # Here, because it is slow to import, too.
             from importlib.metadata import version  # noqa: PLC0415
 
-            value = version("taskiq-sa-pg")
-        elif name in _modules:
-            value = getattr(import_module(f"{__name__}.{_modules[name]}"), name)
-        elif name in _NAMES:
+            return globals().setdefault(name, version("taskiq-sa-pg"))
+        if name in _modules:
+            # Not kept: while a test patches the module, it is a mock.
+            return getattr(import_module(f"{__name__}.{_modules[name]}"), name)
+        if name in _NAMES:
             return import_module(f"{__name__}.{name}")
-        else:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value
-        return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__, "__version__"})

@@ -9,7 +9,7 @@ PYTEST_DONT_REWRITE: a conftest.py may import the types of this module before py
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import cache
@@ -35,7 +35,8 @@ from taskiq.receiver import Receiver
 from taskiq.utils import maybe_awaitable
 
 from taskiq_sa_pg.backend import SQLAlchemyResultBackend
-from taskiq_sa_pg.broker import SQLAlchemyBroker
+from taskiq_sa_pg.background import end_task
+from taskiq_sa_pg.broker import InProcessBroker, SQLAlchemyBroker
 from taskiq_sa_pg.database import Database, make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError
 from taskiq_sa_pg.models import Models, build_models
@@ -48,8 +49,10 @@ except ImportError:  # the tests are run by anyio's plugin
 __all__ = ["RunTasks"]
 
 AnyMetaData = MetaData | Sequence[MetaData]
+_Connect = Callable[[str | URL], "_Server | ConfigurationError"]
 
 _DSN_VARIABLE: Final = "TASKIQ_SA_PG_TEST_DSN"
+_DSN_OF_SERVER: Final = f"{_DSN_VARIABLE} (or your fixture taskiq_sa_pg_server_dsn)"
 _REMEDIES: Final = (
     "taskiq_sa_pg.pytest_plugin needs a PostgreSQL server. Do one of these:\n"
     f"- set the environment variable {_DSN_VARIABLE} to the DSN of a test database\n"
@@ -109,39 +112,43 @@ class RunTasks:
         return [stored.get(task_id, result) for task_id, result in found]
 
     def sync(self, *, delayed: bool = False) -> list[TaskiqResult[Any]]:
-        """The same for tests that are not asynchronous, with a SQLAlchemyBroker."""
-        loop = _checked(self._broker).runtime.loop
+        """The same for tests that are not asynchronous.
+
+        Raises:
+            ConfigurationError: The test is asynchronous.
+        """
+        parts = _parts_of(self._broker)
+        if not parts:  # so nothing depends on the event loop of the fixture
+            return asyncio.run(self(delayed=delayed))
+        loop = parts[0].runtime.loop
+        if loop.is_running():
+            raise ConfigurationError("in an asynchronous test, use `await run_tasks()`")
         return loop.run_until_complete(self(delayed=delayed))
 
 
 class _Server:
     """Creates and drops schemas, from fixtures that have no event loop."""
 
-    def __init__(self, dsn: str, portal: BlockingPortal) -> None:
-        self.dsn = dsn
-        self._portal = portal
-        self._engine = make_engine(dsn, "taskiq_sa_pg_server_dsn", pool_size=1)
+    def __init__(self, dsn: str | URL, portal: BlockingPortal) -> None:
+        self.dsn = dsn.render_as_string(hide_password=False) if isinstance(dsn, URL) else dsn
+        self.portal = portal
+        self._engine = make_engine(self.dsn, _DSN_OF_SERVER, pool_size=1)
         self._schemas: set[str] = set()
-
-    def connect(self) -> None:
         try:
-            self._portal.call(self._execute)
+            self.portal.call(self._execute)
         except Exception as exc:
-            raise ConfigurationError(
-                f"cannot connect to the server for tests: {exc!r}. Its DSN is that of "
-                f"{_DSN_VARIABLE} or of your fixture taskiq_sa_pg_server_dsn"
-            ) from exc
+            raise ConfigurationError(f"cannot connect to {_DSN_OF_SERVER}: {exc!r}") from exc
 
     def create(self) -> str:
         schema = f"taskiq_sa_pg_test_{uuid4().hex}"
-        self._portal.call(self._execute, CreateSchema(schema))
+        self.portal.call(self._execute, CreateSchema(schema))
         self._schemas.add(schema)
         return schema
 
     def drop(self, schema: str) -> None:
         limit = select(func.set_config("lock_timeout", _LOCK_TIMEOUT, True))
         try:
-            self._portal.call(self._execute, limit, DropSchema(schema, cascade=True))
+            self.portal.call(self._execute, limit, DropSchema(schema, cascade=True))
         except DBAPIError as exc:
             pytest.fail(
                 f"the schema {schema} cannot be dropped: {exc.orig}. If a transaction of the test "
@@ -150,15 +157,11 @@ class _Server:
             )
         self._schemas.discard(schema)
 
-    def create_tables(self, dsn: str, metadata: Sequence[MetaData]) -> None:
-        self._portal.call(_create_tables, dsn, metadata)
-
     def close(self) -> None:
-        try:
-            for schema in list(self._schemas):
-                self.drop(schema)
-        finally:
-            self._portal.call(self._engine.dispose)
+        with ExitStack() as stack:
+            stack.callback(lambda: self.portal.call(self._engine.dispose))
+            for schema in self._schemas.copy():
+                stack.callback(self.drop, schema)
 
     async def _execute(self, *statements: Executable) -> None:
         async with self._engine.begin() as connection:
@@ -169,8 +172,7 @@ class _Server:
 @pytest.fixture(scope="session")
 def taskiq_sa_pg_server_dsn() -> Iterator[str]:
     """DSN of the server: TASKIQ_SA_PG_TEST_DSN, else an embedded server. Override it for yours."""
-    given = os.environ.get(_DSN_VARIABLE)
-    if given:
+    if given := os.environ.get(_DSN_VARIABLE):
         yield given
         return
     with ExitStack() as stack:
@@ -191,30 +193,37 @@ def taskiq_sa_pg_metadata() -> AnyMetaData:
 
 
 @pytest.fixture(scope="session")
-def _taskiq_sa_pg_server(taskiq_sa_pg_server_dsn: str | URL) -> Iterator[_Server]:
-    dsn = taskiq_sa_pg_server_dsn
-    if isinstance(dsn, URL):
-        dsn = dsn.render_as_string(hide_password=False)
-    with start_blocking_portal() as portal:
-        server = _Server(dsn, portal)
-        try:
-            server.connect()
-            yield server
-        finally:
-            server.close()
+def _taskiq_sa_pg_servers(taskiq_sa_pg_server_dsn: object) -> Iterator[_Connect]:
+    # The argument makes pytest refuse an override of a smaller scope: connections would outlive it.
+    with start_blocking_portal() as portal, ExitStack() as stack:
+
+        @cache  # pytest would keep one server, but each folder or class may override its DSN
+        def connect(dsn: str | URL) -> _Server | ConfigurationError:
+            try:
+                server = _Server(dsn, portal)
+            except ConfigurationError as exc:
+                return exc
+            stack.callback(server.close)
+            return server
+
+        yield connect
 
 
 @pytest.fixture
 def taskiq_sa_pg_dsn(
-    _taskiq_sa_pg_server: _Server, taskiq_sa_pg_metadata: AnyMetaData
+    taskiq_sa_pg_server_dsn: str | URL,
+    _taskiq_sa_pg_servers: _Connect,
+    taskiq_sa_pg_metadata: AnyMetaData,
 ) -> Iterator[str]:
-    """DSN of a new schema, the first in the search_path of its connections, dropped at the end."""
-    server = _taskiq_sa_pg_server
+    """DSN of a new schema, the search_path of its connections; dropped at the end."""
+    server = _taskiq_sa_pg_servers(taskiq_sa_pg_server_dsn)
+    if isinstance(server, ConfigurationError):
+        raise server
     schema = server.create()
     try:
         dsn = _in_schema(server.dsn, schema)
         if metadata := _listed(taskiq_sa_pg_metadata):
-            server.create_tables(dsn, metadata)
+            server.portal.call(_create_tables, dsn, metadata)
         yield dsn
     finally:
         server.drop(schema)
@@ -293,7 +302,12 @@ async def _run_queues(broker: SQLAlchemyBroker, delayed: bool) -> None:
         async with aclosing(broker.listening_to(*names).listen()) as messages:
             message = await anext(messages)
             # As in a worker, context variables end with the task.
-            await asyncio.create_task(receiver.callback(message, raise_err=True))
+            running = asyncio.create_task(receiver.callback(message, raise_err=True))
+            try:
+                # For taskiq, a cancellation is the task's error: it would not end the test.
+                await asyncio.shield(running)
+            finally:
+                await end_task(running)
 
 
 async def _waiting(broker: SQLAlchemyBroker, delayed: bool) -> set[str]:
@@ -335,6 +349,8 @@ async def _started(broker: AsyncBroker, dsn: str) -> AsyncIterator[None]:
     with ExitStack() as stack:
         for part in _parts_of(broker):
             stack.enter_context(_moved(part, dsn, changes))
+        if isinstance(broker, InProcessBroker):
+            stack.enter_context(broker.checking(dsn))
         await broker.startup()
         try:
             if not in_memory:

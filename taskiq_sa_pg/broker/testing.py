@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from sqlalchemy.exc import MissingGreenlet
@@ -31,7 +33,7 @@ class InProcessBroker(InMemoryBroker):
 
     Args:
         dsn: Address of the database that sessions must have; None allows any.
-        engine: The same as an engine.
+        engine: The same, as an AsyncEngine.
         models: The models of the broker that it replaces, if you pass them there.
         field_for_task_id: Type of the task-id column.
         queue_name: The queue of tasks without a label `queue_name`.
@@ -102,6 +104,17 @@ class InProcessBroker(InMemoryBroker):
         self._note_loop()
         transaction = join(session, self.settings, self._database, None, self._run_committed)
         return _InProcessSession(self, transaction)
+
+    @contextmanager
+    def checking(self, dsn: DsnSource) -> Iterator[None]:
+        """Compares sessions with another database for a while; for the pytest plugin."""
+        before = self._database
+        if before is not None:
+            self._database = Database(dsn)
+        try:
+            yield
+        finally:
+            self._database = before
 
     def listening_to(self, *queue_names: str) -> "InProcessBroker":
         """The broker itself: it runs the tasks of all queues.

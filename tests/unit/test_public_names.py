@@ -4,6 +4,7 @@ import ast
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_modules_are_there_without_being_imported() -> None:
     for module in {*imports_for_the_type_checker().values(), "taskiq_sa_pg.schema"}:
         name = module.removeprefix("taskiq_sa_pg.")
         assert taskiq_sa_pg.__getattr__(name) is import_module(module)
+
+
+@pytest.mark.parametrize("target", ["taskiq_sa_pg.Page", "taskiq_sa_pg.results.Page"])
+def test_a_name_that_was_patched_is_itself_again(target: str) -> None:
+    with mock.patch(target) as patched:
+        assert taskiq_sa_pg.Page is patched
+    assert taskiq_sa_pg.Page is import_module("taskiq_sa_pg.results").Page
 
 
 def test_the_version_is_that_of_the_distribution() -> None:

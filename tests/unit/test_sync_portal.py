@@ -2,14 +2,17 @@
 
 import asyncio
 import gc
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from taskiq_sa_pg import NotStartedError
+from taskiq_sa_pg.sync import portal as portal_module
 from taskiq_sa_pg.sync.portal import Portal, Portals, Steps
 
 # What does not come fails its test after this.
@@ -195,6 +198,61 @@ def test_after_a_start_that_failed_there_is_nothing_to_close() -> None:
     portals.close()
     assert lifespan.ends == 0
     assert no_threads()
+
+
+def interrupted_at(line: int, function: Callable[[], Any]) -> bool:
+    """Whether KeyboardInterrupt came at this line, counted in those of the module that ran."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename == portal_module.__file__ and event == "line":
+            lines += 1
+            if lines == line:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_ctrl_c_at_any_line_leaves_nothing_that_is_in_the_way() -> None:
+    line = 1
+
+    def use() -> None:
+        assert portals.get().call(one) == 1
+        portals.close()
+
+    while True:
+        portals = Portals(lifespan := Lifespan())
+        if not interrupted_at(line, use):
+            break
+        use()
+        assert no_threads(), line
+        assert lifespan.starts - lifespan.ends in {0, 1}  # one may have been cancelled
+        line += 1
+    assert line > 30
+
+
+def test_a_call_that_ends_the_event_loop_is_the_last_on_it() -> None:
+    portals = Portals(lifespan := Lifespan())
+
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        portals.get().call(leave)
+    assert no_threads()
+    assert portals.get().call(one) == 1
+    portals.close()
+    assert lifespan.starts == 2
 
 
 async def count(ended: threading.Event) -> Any:
