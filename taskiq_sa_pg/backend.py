@@ -69,8 +69,8 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
         keep_results: False deletes a result and its progress in the transaction that reads it,
             so exactly one reader receives it. If that reader is cancelled at the last moment,
             the result is stored again.
-        table_name: Name of the results table, without its schema. The progress table is named
-            `<table_name>_progress`.
+        table_name: Name of the results table, without its schema. The other tables are named
+            `<table_name>_progress`, `<table_name>_status` and `<table_name>_workers`.
         field_for_task_id: Type of the task-id columns. "Uuid" accepts UUIDs only.
         serializer: Converts values to bytes. None is PickleSerializer, or JSONSerializer with
             "Jsonb".
@@ -104,9 +104,9 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             the progress and status of a task that has no result. None keeps them for ever.
         prune_interval: Seconds, or a timedelta, between background runs of prune() in every
             process that stores results; one process at a time prunes. None disables them.
-        track: "started" stores the status of unfinished tasks in a third table, for get_status()
-            and get_running(). The broker needs TaskMetadataMiddleware, which writes the status
-            before a task is sent and before it is started. None stores no status.
+        track: "started" stores the status of unfinished tasks, for get_status(), get_running() and
+            get_workers(). The broker needs TaskMetadataMiddleware, which writes the status before a
+            task is sent and before it is started. None stores no status.
         max_payload_bytes: Maximum size in bytes of a serialized return value, exception or
             progress metadata. A larger result is stored as an error result, so that waiting
             clients get an answer. None leaves only PostgreSQL's own limit.

@@ -5,7 +5,8 @@ from any PostgreSQL 14 or newer; see `postgres()`.
 
 `python -m taskiq_sa_pg.embedded [command [argument...]]` runs a command with the server's DSN in
 the environment variable `TASKIQ_SA_PG_DSN` and exits with its status. Without a command it prints
-a line that sets the variable in another shell, and waits for an interrupt.
+a line that sets the variable in another shell, and waits for an interrupt. SIGTERM is passed on to
+the command alone, so a script that starts a worker uses `exec`.
 """
 
 import argparse

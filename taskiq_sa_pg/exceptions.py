@@ -49,7 +49,10 @@ class ConfigurationError(TaskiqSaPgError, ValueError):
 
 
 class NotStartedError(TaskiqSaPgError, RuntimeError):
-    """The broker or the result backend was used before `startup()` or after `shutdown()`."""
+    """The broker or the result backend was used before `startup()` or after `shutdown()`.
+
+    Also raised on another event loop, and by calls that wait when the backend is shut down.
+    """
 
 
 class InvalidTaskIdError(TaskiqSaPgError, ValueError):
@@ -96,7 +99,7 @@ class StorageError(TaskiqSaPgError):
 
     @property
     def sqlstate(self) -> str | None:
-        """PostgreSQL's five-character error code; None if no server answered."""
+        """PostgreSQL's five-character error code; None if there is none, as without an answer."""
         sqlstate = self.args[1] if len(self.args) > 1 else None
         return None if sqlstate is None else str(sqlstate)
 
@@ -158,8 +161,8 @@ class PayloadTooLargeError(TaskiqSaPgError, ResultSetError):
 class ResultSerializationError(TaskiqSaPgError, ResultSetError):
     """A value cannot be serialized, not even in its JSON-able form.
 
-    This error is stored as the task's result if its return value cannot be serialized. Its args:
-    the value's role, the name of its type, the reason.
+    This error is stored as the task's result if its return value cannot be serialized, or its
+    exception is too large. Its args: the value's role, the name of its type, the reason.
     """
 
     _text = (

@@ -84,8 +84,8 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
 
     Labels of a task: `queue_name`; `priority`, from 0 to 9 (highest); `delay`, in seconds.
 
-    With a SQLAlchemyResultBackend of the same DSN or engine (and the same listen_dsn, if the broker
-    has one), the broker uses the backend's connections.
+    The broker uses the connections of its SQLAlchemyResultBackend if both have the same DSN or
+    engine and, if the broker has a listen_dsn or engine arguments, these are the same, too.
 
     Args:
         dsn: Address of the database, as for SQLAlchemyResultBackend.
@@ -93,14 +93,14 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
         models: Models of the tables, with the queue: from build_models(queue=True), or your own.
             None builds them from the names and types given here.
         table_name: The results table; the queue's table is `<table_name>_queue`.
-        field_for_task_id: Type of the task-id column. "Uuid" accepts only UUIDs.
+        field_for_task_id: Type of the task-id column. "Uuid" accepts UUIDs only.
         schema: PostgreSQL schema of the tables; None uses the search_path.
         queue_name: The queue of tasks without a label `queue_name`, and of workers.
         lease: Seconds for which a worker claims a task. It is renewed after each third of it until
-            the task is acknowledged, so tasks may run longer. It bounds how late the tasks of a
-            dead worker are delivered again.
-        max_deliveries: The most deliveries of a task. Then it is parked, and an error result with a
-            TaskAbandonedError is stored.
+            the task is acknowledged, so tasks may run longer. If a worker dies, its tasks are due
+            again after this time at the latest.
+        max_deliveries: Maximum number of deliveries of a task. Then it is parked, and a
+            TaskAbandonedError is stored as its result.
         check_schema: What startup() does if tables are missing or do not match: "error" raises
             SchemaError, "warn" logs it, "off" does not check.
         run_migrations: True creates or upgrades the tables at startup(), under a lock; the role
@@ -109,7 +109,8 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
             poll once a second.
         listen_dsn: Address for the LISTEN connection, if dsn goes through a transaction pooler.
             None uses dsn or engine.
-        max_connections: The most connections in use at once, without the LISTEN connection.
+        max_connections: Maximum number of connections in use at once, without the LISTEN
+            connection.
         retry_timeout: Seconds for which a statement is retried after transient errors.
         command_timeout: Seconds that one attempt may take.
         startup_timeout: Seconds for which startup() retries if PostgreSQL cannot be reached.

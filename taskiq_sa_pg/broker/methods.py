@@ -48,7 +48,7 @@ class QueueMethods(ABC):
         Args:
             queue_name: Only tasks in this queue.
             task_name: Only tasks of this name.
-            limit: The most tasks to return.
+            limit: Maximum number of tasks to return.
 
         Raises:
             ConfigurationError: limit is not a whole number above 0, or a name is invalid.
@@ -104,7 +104,7 @@ class QueueMethods(ABC):
         """Lists the schedules of SQLAlchemyScheduleSource by task name, with their next tick.
 
         Args:
-            limit: The most schedules to return.
+            limit: Maximum number of schedules to return.
 
         Raises:
             ConfigurationError: limit is not a whole number above 0, or the models have no Schedule.

@@ -1,16 +1,12 @@
 """The command that deletes results by id."""
 
-from typing import Annotated
-
-import typer
-
 from taskiq_sa_pg.cli.output import JsonOption, plural, say, say_json
-from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.cli.target import Target, TaskIds
 
 
 async def forget(
     target: Target,
-    task_ids: Annotated[list[str], typer.Argument(help="Task ids.")],
+    task_ids: TaskIds,
     json: JsonOption = False,
 ) -> None:
     """Delete results by task id.

@@ -7,7 +7,7 @@ import typer
 from taskiq_sa_pg import statements as sql
 from taskiq_sa_pg.cli.output import JsonOption, say, say_json
 from taskiq_sa_pg.cli.tables import say_fields
-from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.cli.target import Target, TaskId
 from taskiq_sa_pg.exceptions import ResultDecodeError, ResultIsMissingError
 from taskiq_sa_pg.results import TaskDetails
 from taskiq_sa_pg.schema import has_citus, select_sizes
@@ -15,7 +15,7 @@ from taskiq_sa_pg.schema import has_citus, select_sizes
 
 async def show(
     target: Target,
-    task_id: Annotated[str, typer.Argument(help="The task.")],
+    task_id: TaskId,
     raw: Annotated[
         bool, typer.Option("--raw", help="Do not decode values: nothing is unpickled.")
     ] = False,

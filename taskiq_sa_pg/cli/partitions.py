@@ -88,7 +88,7 @@ class _Report:
 
     is_dry_run: bool
     is_json: bool
-    done: dict[str, list[Any]] = field(default_factory=lambda: {"made": [], "dropped": []})
+    done: dict[str, list[Any]] = field(default_factory=lambda: {"created": [], "dropped": []})
     is_refused: bool = False
 
     def refuse(self, reason: str) -> None:
@@ -111,8 +111,7 @@ class _Report:
         would_be = "would be " if self.is_dry_run else ""
         rows = f", with {plural(moved, 'result')} of the default partition" if moved else ""
         times = f"{start:%Y-%m-%d %H:%M:%S} to {end:%Y-%m-%d %H:%M:%S} UTC"
-        did = {"made": "created"}.get(done, done)
-        say(f"{would_be}{did}: {partition.name}, {times}{rows}")
+        say(f"{would_be}{done}: {partition.name}, {times}{rows}")
 
 
 async def _make(
@@ -129,6 +128,6 @@ async def _make(
         return
     if moved is None:
         return
-    report.note("made", partition, moved)
+    report.note("created", partition, moved)
     if report.is_dry_run and moved > most:
         report.refuse(f"{partition.name} needs --move-at-most={moved}: other processes will wait")

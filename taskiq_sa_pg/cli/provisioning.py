@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict
 from typing import Annotated, Final
 
+import sqlalchemy as sa
 import typer
 
 from taskiq_sa_pg.cli.output import JsonOption, complain, say, say_json
@@ -29,7 +30,9 @@ QueueOnlyOption = Annotated[
 
 def upgrade(
     target: Target,
-    revision: Annotated[str, typer.Argument(help="Revision: 0001 ... or head.")] = "head",
+    revision: Annotated[
+        str, typer.Argument(metavar="REVISION", help="Revision: 0001 ... or head.")
+    ] = "head",
     queue: QueueOption = False,
     queue_only: QueueOnlyOption = False,
 ) -> None:
@@ -44,7 +47,10 @@ def upgrade(
 def downgrade(
     target: Target,
     revision: Annotated[
-        str, typer.Argument(help="Revision: 0001 ... or base, which drops the tables.")
+        str,
+        typer.Argument(
+            metavar="REVISION", help="Revision: 0001 ... or base, which drops the tables."
+        ),
     ],
     queue: QueueOption = False,
     queue_only: QueueOnlyOption = False,
@@ -94,7 +100,7 @@ async def check(
     async with target.runtime() as runtime:
         for family in families:
             try:
-                await _check(runtime, family)
+                await _check(target, runtime, family)
             except SchemaError as exc:
                 wrong.append(str(exc))
             else:
@@ -110,9 +116,11 @@ async def check(
 
 def sql(
     target: Target,
-    start: Annotated[str, typer.Argument(help="Revision of the tables now.")] = "base",
+    start: Annotated[
+        str, typer.Argument(metavar="START", help="Revision of the tables now.")
+    ] = "base",
     end: Annotated[
-        str, typer.Argument(help="Target revision; an earlier one downgrades.")
+        str, typer.Argument(metavar="END", help="Target revision; an earlier one downgrades.")
     ] = "head",
     queue: QueueOption = False,
     queue_only: QueueOnlyOption = False,
@@ -145,12 +153,25 @@ def _families(queue: bool, queue_only: bool) -> tuple[Family, ...]:
         raise ConfigurationError(f"{_VARIABLE}: {exc}") from exc
 
 
-async def _check(runtime: Runtime, family: Family) -> None:
-    models = runtime.settings.models
-    if family is RESULTS:
-        await check_results(runtime.database, models)
-    else:
-        await check_queue(runtime.database, build_models(**asdict(models.config), queue=True))
+async def _check(target: Target, runtime: Runtime, family: Family) -> None:
+    if family is QUEUE:
+        await check_queue(runtime.database, build_models(**asdict(target.config), queue=True))
+        return
+    # The application's models may omit tables, but our revisions create them all.
+    models = target.models if await _has_version(target, runtime) else runtime.settings.models
+    await check_results(runtime.database, models)
+
+
+async def _has_version(target: Target, runtime: Runtime) -> bool:
+    """Whether the version table exists. It is not read: workers may lack the privilege."""
+    name, schema = target.config.version_table_name, target.config.schema
+
+    def look(connection: sa.Connection) -> bool:
+        return sa.inspect(connection).has_table(name, schema=schema)
+
+    return await runtime.database.transact(
+        lambda connection: connection.run_sync(look), f"look for table {name}"
+    )
 
 
 async def _current(target: Target, family: Family) -> str | None:

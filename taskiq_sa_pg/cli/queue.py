@@ -31,7 +31,9 @@ UNDEFINED_TABLE: Final = "42P01"
 
 _STATES: Final = ("waiting", "delayed", "running", "parked")
 
-_TaskIds = Annotated[list[str] | None, typer.Argument(help="Ids of parked tasks.")]
+_TaskIds = Annotated[
+    list[str] | None, typer.Argument(metavar="TASK_IDS", help="Ids of parked tasks.")
+]
 _All = Annotated[bool, typer.Option("--all", help="All parked tasks.")]
 _QueueName = Annotated[str | None, typer.Option(help="Only in this queue.")]
 _TaskName = Annotated[str | None, typer.Option(help="Only with this task name.")]
@@ -155,7 +157,8 @@ def discard(
             )
         # Not in an event loop, which would catch Ctrl-C.
         count = asyncio.run(_count(target, queue_name, task_name))
-        typer.confirm(f"Delete {plural(count, 'parked task')}?", abort=True, err=True)
+        if count:
+            typer.confirm(f"Delete {plural(count, 'parked task')}?", abort=True, err=True)
 
     async def run() -> set[Any]:
         async with _open(target) as broker:

@@ -42,6 +42,12 @@ _WRONG_COMMAND_LINE: Final = 2
 # As a shell reports SIGPIPE.
 _BROKEN_PIPE: Final = 141
 
+TaskId = Annotated[str, typer.Argument(metavar="TASK_ID", help="The task id.")]
+TaskIds = Annotated[list[str], typer.Argument(metavar="TASK_IDS", help="Task ids.")]
+TimeoutOption = Annotated[
+    float | None, typer.Option(min=0, help="Seconds to wait; by default for ever.")
+]
+
 
 class Target:
     """The database and the tables of a command, from the shared options."""

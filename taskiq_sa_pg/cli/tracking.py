@@ -8,14 +8,14 @@ import typer
 
 from taskiq_sa_pg.cli.output import MAX_INT, JsonOption, say_json
 from taskiq_sa_pg.cli.tables import Cell, say_fields, say_table
-from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.cli.target import Target, TaskId
 
 _HEADERS = ("started at", "seconds", "attempt", "state", "task", "worker", "task id")
 
 
 async def status(
     target: Target,
-    task_id: Annotated[str, typer.Argument(help="The task id.")],
+    task_id: TaskId,
     json: JsonOption = False,
 ) -> None:
     """Show a task's status.

@@ -1,13 +1,13 @@
 """The command that waits for results."""
 
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import typer
 from taskiq import TaskiqResult
 
 from taskiq_sa_pg.cli.outcomes import end_of_each, say_event, say_event_json, waiting_backend
 from taskiq_sa_pg.cli.output import JsonOption
-from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.cli.target import Target, TaskIds, TimeoutOption
 
 # As of the command `timeout`.
 _TIMED_OUT: Final = 124
@@ -15,10 +15,8 @@ _TIMED_OUT: Final = 124
 
 async def wait(
     target: Target,
-    task_ids: Annotated[list[str], typer.Argument(help="Task ids.")],
-    timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds to wait; by default for ever.")
-    ] = None,
+    task_ids: TaskIds,
+    timeout: TimeoutOption = None,
     json: JsonOption = False,
 ) -> None:
     """Wait for results and print them.

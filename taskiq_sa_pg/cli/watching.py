@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import isnan
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.progress import (
@@ -11,7 +11,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -30,7 +29,7 @@ from taskiq_sa_pg.cli.outcomes import (
 )
 from taskiq_sa_pg.cli.output import JsonOption, printable, repr_of
 from taskiq_sa_pg.cli.tables import console, is_terminal, styled
-from taskiq_sa_pg.cli.target import Target
+from taskiq_sa_pg.cli.target import Target, TaskIds, TimeoutOption
 
 # What a row shows at the end of a task.
 _ENDS = {"success": "succeeded", "failure": "failed", "timeout": "timed out", "trouble": "failed"}
@@ -41,10 +40,8 @@ _ESTIMATED_BY = 600
 
 async def watch(
     target: Target,
-    task_ids: Annotated[list[str], typer.Argument(help="Task ids.")],
-    timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds to wait; by default for ever.")
-    ] = None,
+    task_ids: TaskIds,
+    timeout: TimeoutOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show live progress of tasks.
@@ -56,7 +53,7 @@ async def watch(
     view: AbstractContextManager[Show] = (
         nullcontext(say_event_json)
         if json
-        else _rows(task_ids)
+        else rows_of(task_ids)
         if is_terminal()
         else nullcontext(say_event)
     )
@@ -89,12 +86,12 @@ class _Remaining(TimeRemainingColumn):
 
     def render(self, task: Task) -> Text:
         """What the row shows."""
-        is_known = task.time_remaining and not task.finished
+        is_known = task.time_remaining and not (task.finished or task.stop_time)
         return Text("ETA ").append(super().render(task)) if is_known else Text()
 
 
 @contextmanager
-def _rows(task_ids: Iterable[str]) -> Iterator[Show]:
+def rows_of(task_ids: Iterable[str]) -> Iterator[Show]:
     """A row for each task, live; above the rows, a line for each task that has ended."""
     shown = {task_id: printable(task_id) for task_id in task_ids}
     widest = max(map(len, shown.values()))
@@ -105,7 +102,7 @@ def _rows(task_ids: Iterable[str]) -> Iterator[Show]:
             table_column=Column("task", no_wrap=True, min_width=widest),
         ),
         BarColumn(10),
-        TaskProgressColumn(),
+        TextColumn("{task.fields[percentage]:>4}", style="progress.percentage"),
         TimeElapsedColumn(),
         _Remaining(compact=True),
         _State(Column("state", ratio=1, no_wrap=True, overflow="ellipsis")),
@@ -115,7 +112,7 @@ def _rows(task_ids: Iterable[str]) -> Iterator[Show]:
         *columns, console=drawing, expand=True, speed_estimate_period=_ESTIMATED_BY
     ) as progress:
         rows = {
-            task_id: progress.add_task(text, total=None, state="waiting")
+            task_id: progress.add_task(text, total=None, percentage="", state="waiting")
             for task_id, text in shown.items()
         }
 
@@ -126,12 +123,16 @@ def _rows(task_ids: Iterable[str]) -> Iterator[Show]:
                 fraction = fraction_of(meta)
                 state = message_of(meta) or (event.text if fraction is None else "")
                 state = state or event.fields["state"]
-                total = None if fraction is None else 1.0
-                progress.update(row, total=total, completed=fraction, state=printable(state))
+                if fraction is not None:
+                    text = f"{fraction:.0%}"
+                    progress.update(row, total=1.0, completed=fraction, percentage=text)
+                progress.update(row, state=printable(state))
                 return
             drawing.print(printable(f"{event.task_id}: {event.text}"), soft_wrap=True)
-            done = 1.0 if event.kind == "success" else progress.tasks[row].completed
-            progress.update(row, total=1.0, completed=done, state=_ENDS[event.kind])
+            # A task that has not succeeded keeps its last percentage.
+            full: dict[str, Any] = {"completed": 1.0, "percentage": "100%"}
+            ended = full if event.kind == "success" else {}
+            progress.update(row, total=1.0, state=_ENDS[event.kind], **ended)
             progress.stop_task(row)
 
         yield show

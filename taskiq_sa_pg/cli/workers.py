@@ -58,7 +58,9 @@ async def workers(
 
 async def retry(
     target: Target,
-    task_ids: Annotated[list[str], typer.Argument(help="Ids of finished tasks.")],
+    task_ids: Annotated[
+        list[str], typer.Argument(metavar="TASK_IDS", help="Ids of finished tasks.")
+    ],
     broker: Annotated[
         str, typer.Option(help="Your broker, as module:attribute; it sends the tasks.")
     ],

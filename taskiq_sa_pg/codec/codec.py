@@ -130,7 +130,9 @@ class Codec:
             return_value = self._encode_payload("the return value", None, is_limited=False)
         encoded_error = error_type = traceback = None
         if error is not None:
-            encoded_error = self._encode_exception(task_id, error, strict)
+            # A replacement is stored even above the limit, if need be without its causes.
+            stand_in = None if error is result.error else type(error)(*error.args)
+            encoded_error = self._encode_exception(task_id, error, strict, stand_in)
             error_type = storable_text(qualified_name(type(error)))
             traceback = storable_text(format_traceback(error))
         metadata = task_metadata_of(result)
@@ -303,17 +305,22 @@ class Codec:
         return self.serializer.loadb(stored if isinstance(stored, bytes) else from_jsonb(stored))
 
     def _encode_exception(
-        self, task_id: Any, exception: BaseException, strict: bool
+        self,
+        task_id: Any,
+        exception: BaseException,
+        strict: bool,
+        stand_in: BaseException | None,
     ) -> bytes | str:
         try:
             return self._encode_payload("the error", exception_to_document(exception, self))
         except Exception as exc:
             if strict:
                 raise
-            logger.exception("task %s: its exception cannot be stored completely", task_id)
-            stand_in = ResultSerializationError(
-                "the error", qualified_name(type(exception)), reason_of(exc)
-            )
+            if stand_in is None:
+                logger.exception("task %s: its exception cannot be stored completely", task_id)
+                stand_in = ResultSerializationError(
+                    "the error", qualified_name(type(exception)), reason_of(exc)
+                )
             document = exception_to_document(stand_in, self)
             return self._encode_payload("the error", document, is_limited=False)
 

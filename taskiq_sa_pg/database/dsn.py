@@ -205,6 +205,8 @@ def _parse(dsn: Dsn) -> Address:
         base, mark, query = dsn.partition("?")
         if _QUERY.match(query):
             dsn = base + mark + query.replace("@", "%40")
+        elif "@" in base and "@" in query:
+            raise ConfigurationError(_UNPARSABLE)  # a password with "@" and "?"
         several = _SEVERAL_HOSTS.fullmatch(dsn)
         if several:
             hosts = several["hosts"].split(",")

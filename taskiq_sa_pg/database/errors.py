@@ -15,8 +15,9 @@ READ_ONLY: Final = "25006"
 
 # The remedy for an SQLSTATE.
 _REMEDIES: Final[Mapping[str, str]] = {
-    "42P01": "create the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`; the "
-    "broker's with `alembic -x queue=true upgrade head` or `taskiq-sa-pg upgrade --queue`",
+    "42P01": "create the tables of this name and schema with `alembic upgrade head` or "
+    "`taskiq-sa-pg upgrade`; the broker's with `alembic -x queue=true upgrade head` or "
+    "`taskiq-sa-pg upgrade --queue`",
     "42703": "`taskiq-sa-pg check` (--queue for the broker's) reports which columns differ",
     "42804": "`taskiq-sa-pg check` (--queue for the broker's) reports which columns differ",
     "42501": "grant the role SELECT, INSERT, UPDATE and DELETE on the table, "

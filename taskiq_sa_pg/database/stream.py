@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
-from sqlalchemy import Select
+from sqlalchemy import Select, event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncResult
+from sqlalchemy.util import greenlet_spawn
 
 from taskiq_sa_pg.database.connections import MAX_SECONDS_TO_CLOSE, Connections
 from taskiq_sa_pg.database.direct import time_limit
@@ -35,15 +36,22 @@ class Stream:
 
         The time limit applies to connecting, and again to the statement.
         """
+        cursors: list[Any] = []
+
+        def note_cursor(_connection: Any, cursor: Any, *_: Any) -> None:
+            cursors.append(cursor)
+
         async with AsyncExitStack() as stack:
+            # Runs last, after the connection is closed.
+            stack.push_async_callback(_close, cursors)
             # Cursors need a transaction, and the engine's default may be AUTOCOMMIT.
             connection, _ = await stack.enter_async_context(
                 self._connections.detached("READ COMMITTED", seconds)
             )
+            event.listen(connection.sync_connection, "before_cursor_execute", note_cursor)
             async with time_limit(seconds):
                 options = {"yield_per": self._size}
                 result = await connection.stream(statement, execution_options=options)
-                stack.push_async_callback(_close, result)
                 rows: Sequence[Any] = await result.fetchmany(self._size)
             self._stack, self._result = stack.pop_all(), result
         return rows
@@ -67,9 +75,10 @@ class Stream:
             await self._stack.aclose()
 
 
-async def _close(result: AsyncResult[Any]) -> None:
-    # psycopg warns about cursors that stay open. Errors do not matter: the connection is closed
-    # next.
-    with suppress(SQLAlchemyError, OSError):
-        async with time_limit(MAX_SECONDS_TO_CLOSE):
-            await result.close()
+async def _close(cursors: Sequence[Any]) -> None:
+    # psycopg warns about those that stay open, and SQLAlchemy leaves that of a cancelled statement
+    # open. Errors do not matter: the connection is closed.
+    for cursor in cursors:
+        with suppress(SQLAlchemyError, OSError):
+            async with time_limit(MAX_SECONDS_TO_CLOSE):
+                await greenlet_spawn(cursor.close)

@@ -35,7 +35,7 @@ class FindingMethods(ABC):
         after: str | None = None,
         limit: int = DEFAULT_LIMIT,
     ) -> Page:
-        """Returns a page of finished tasks, latest first. It reads no payloads, deletes nothing.
+        """Returns a page of finished tasks, latest first, without their values; deletes nothing.
 
             page = await backend.find(outcome="failed", label={"user": 42}, window=86_400)
 

@@ -140,7 +140,7 @@ async def _run_locked(
         connection.execute(sa.select(sa.func.set_config("lock_timeout", limit, True)))
         work(connection)
 
-    purpose = f"upgrade table {family.place(config)}"
+    purpose = f"migrate table {family.place(config)}"
     try:
         # Without a limit: a step may build an index or wait for another process.
         await database.transact(

@@ -159,17 +159,18 @@ async def find_partitions(database: Database, config: TableConfig) -> Partitione
         SchemaError: It is not partitioned by RANGE (task_id), or its collation does not sort ids
             by time; names the remedy.
     """
-
-    async def find(connection: AsyncConnection) -> Partitioned:
-        found = await _find(connection, config)
-        if not (found.is_uuid or await _sorts_hex(connection, config, found.schema)):
-            raise SchemaError(
-                f"{_NOT_IN_ORDER % config.qualified_name}. PostgreSQL cannot change this column of "
-                'a partitioned table: create it again from a table whose task_id has COLLATE "C"'
-            )
-        return found
-
-    return await database.transact(find, f"find the partitions of table {config.qualified_name}")
+    purpose = f"find the partitions of table {config.qualified_name}"
+    found = await database.transact(lambda connection: _find(connection, config), purpose)
+    # In another transaction: to lock the table after its partitions may be a deadlock with
+    # processes that create some.
+    if not found.is_uuid and not await database.transact(
+        lambda connection: sorts_hex(connection, config, found.schema), purpose
+    ):
+        raise SchemaError(
+            f"{_NOT_IN_ORDER % config.qualified_name}. PostgreSQL cannot change this column of "
+            'a partitioned table: create it again from a table whose task_id has COLLATE "C"'
+        )
+    return found
 
 
 async def make_partition(
@@ -276,7 +277,7 @@ async def _find(connection: AsyncConnection, config: TableConfig) -> Partitioned
             f"{upgrade_commands(config, RESULTS)}"
         )
     if table.key is None:
-        if not (table.is_uuid or await _sorts_hex(connection, config, table.schema_name)):
+        if not (table.is_uuid or await sorts_hex(connection, config, table.schema_name)):
             name = _quote(config.schema, config.table_name)
             type_name = config.field_for_task_id.lower()
             raise SchemaError(
@@ -343,7 +344,8 @@ def statements_to_partition(config: TableConfig) -> list[str]:
     ]
 
 
-async def _sorts_hex(connection: AsyncConnection, config: TableConfig, schema: str) -> bool:
+async def sorts_hex(connection: AsyncConnection, config: TableConfig, schema: str) -> bool:
+    """Whether the collation of the task ids sorts hexadecimal digits by their values."""
     table = sa.table(config.table_name, sa.column("task_id"), schema=schema)
     digits = sa.func.unnest(sa.literal(_PAIRS, ARRAY(sa.Text)), type_=sa.Text)
     # The collation of a union is that of the column.

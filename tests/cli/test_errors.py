@@ -35,7 +35,8 @@ def test_no_password_is_shown(cli: Cli, command: str) -> None:
 @pytest.mark.parametrize("command", ["list", "stats", "show x", "watch x"])
 def test_tables_that_are_missing_are_named_with_the_remedy(cli: Cli, command: str) -> None:
     line = cli.fails(*command.split())
-    assert "create the tables with `alembic upgrade head` or `taskiq-sa-pg upgrade`; " in line
+    assert "create the tables of this name and schema with `alembic upgrade head` or " in line
+    assert " or `taskiq-sa-pg upgrade`; the broker's with " in line
     assert line.endswith("`alembic -x queue=true upgrade head` or `taskiq-sa-pg upgrade --queue`")
 
 

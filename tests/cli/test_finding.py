@@ -15,7 +15,7 @@ import pytest
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
 from tests.cli.conftest import Cli, failure, success
-from tests.conftest import Database, NewDatabase
+from tests.conftest import Database, NewDatabase, eventually
 
 StartBackend = Callable[..., Awaitable[SQLAlchemyResultBackend[Any]]]
 
@@ -195,12 +195,21 @@ async def test_new_results_are_followed(
     following.interrupt()
 
 
-async def test_only_what_is_sought_is_followed(cli: Cli, start_backend: StartBackend) -> None:
+async def test_only_what_is_sought_is_followed(
+    cli: Cli, database: Database, start_backend: StartBackend
+) -> None:
+    """With a listening connection to where --listen-dsn leads."""
     backend = await start_backend()
     await backend.set_result("other", success(1))
     await backend.set_result("first", success(1, labels={"user": 42}))
-    following = Following(cli, "--label", "user=42")
+    listen_dsn = f"{database.direct_dsn}&application_name=listening"
+    following = Following(cli, "--label", "user=42", "--listen-dsn", listen_dsn)
     assert await asyncio.to_thread(following.next) == "first"
+
+    async def is_listening() -> bool:
+        return await database.sessions("listening") != []
+
+    await eventually(is_listening)
     await backend.set_result("another", success(1))
     await backend.set_result("second", success(1, labels={"user": "42"}))
     assert await asyncio.to_thread(following.next) == "second"

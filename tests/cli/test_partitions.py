@@ -39,7 +39,7 @@ def partitions_of(cli: Cli) -> dict[str, str]:
 
 
 def made_and_dropped(report: dict[str, Any]) -> list[list[str]]:
-    return [[each["name"] for each in report[word]] for word in ("made", "dropped")]
+    return [[each["name"] for each in report[word]] for word in ("created", "dropped")]
 
 
 def partition(cli: Cli, env: dict[str, str] | None = None) -> None:
@@ -170,7 +170,7 @@ def test_results_in_the_way_are_moved_if_they_are_few(cli: Cli) -> None:
 
 def test_what_cannot_be_made_is_told_with_the_remedy(cli: Cli) -> None:
     partition(cli)
-    [first, *_] = cli.json("partitions", "--dry-run")["made"]
+    [first, *_] = cli.json("partitions", "--dry-run")["created"]
     cli.execute(f"CREATE TABLE {first['name']} ()")
     assert "a table of this name exists and is not a partition" in cli.fails("partitions")
     cli.execute(

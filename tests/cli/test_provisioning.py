@@ -40,6 +40,15 @@ def test_tables_that_were_dropped_are_made_again(cli: Cli, env: dict[str, str]) 
     assert cli.json("check", env=env)["is_fit"]
 
 
+@pytest.mark.parametrize("table", ["status", "workers"])
+def test_one_table_that_was_dropped_is_missed(cli: Cli, table: str) -> None:
+    cli.ok("upgrade")
+    cli.execute(f"DROP TABLE taskiq_results_{table}")
+    assert f"table taskiq_results_{table} does not exist" in cli.fails("check")
+    cli.execute("DROP TABLE taskiq_results_version")  # the application's own history
+    assert cli.json("check")["is_fit"]
+
+
 def test_names_and_types_come_from_the_environment(cli: Cli) -> None:
     cli.ok("upgrade", env=ODD_NAMES)
     assert cli.json("check", env=ODD_NAMES)["is_fit"]

@@ -25,6 +25,16 @@ def test_every_command_is_listed() -> None:
     assert listed == list(COMMANDS)
 
 
+def test_every_argument_is_named_as_in_the_list() -> None:
+    listed = re.findall(r"^\| `([a-z-]+) ?([^`]*)` \|", PAGE.partition("\n## ")[0], re.MULTILINE)
+    for name, arguments in listed:
+        command = COMMANDS[name]
+        _, *pieces = command.collect_usage_pieces(
+            command.make_context(name, [], resilient_parsing=True)
+        )
+        assert re.sub("[{}]", "", " ".join(pieces)) == arguments, name
+
+
 def test_every_option_is_listed() -> None:
     shared, own, with_json = documented_options()
     for name, command in COMMANDS.items():

@@ -2,16 +2,21 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import pty
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from rich.console import Console
 from taskiq.depends.progress_tracker import TaskProgress
 
 from taskiq_sa_pg import SQLAlchemyResultBackend
+from taskiq_sa_pg.cli import watching
+from taskiq_sa_pg.cli.outcomes import Event
 from taskiq_sa_pg.cli.watching import fraction_of, message_of
 from tests.cli.conftest import Cli, failure, success
 from tests.conftest import Database
@@ -101,6 +106,29 @@ async def test_a_terminal_shows_bars(cli: Cli, start_backend: StartBackend) -> N
     assert "100%" in screen
     assert "packing" in screen
     assert "no luck" in screen
+
+
+def test_a_failed_task_keeps_the_percentage_that_it_has_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If it has reported none, there is none, and no estimate in any case."""
+    printed = io.StringIO()
+    drawing = Console(file=printed, force_terminal=True, width=100)
+    monkeypatch.setattr(watching, "console", lambda: drawing)
+    with watching.rows_of(["half", "none", "whole"]) as show:
+        for percent in (25, 50):
+            fields = {"state": "STARTED", "meta": {"percent": percent}}
+            show(Event("half", "progress", "", fields))
+        for task_id, kind in (("half", "failure"), ("none", "timeout"), ("whole", "success")):
+            show(Event(task_id, kind, kind))
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", printed.getvalue())
+    rows = [line.split() for line in shown.splitlines()[-3:]]
+    # Without the bars and the elapsed times.
+    assert [[word for word in row if not re.search("[━:]", word)] for row in rows] == [
+        ["half", "50%", "failed"],
+        ["none", "timed", "out"],
+        ["whole", "100%", "succeeded"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,29 @@ async def test_an_exception_that_is_too_large_leaves_its_name(
     assert "the limit is 1000" in str(result.error)
 
 
+@pytest.mark.parametrize("payload", ["Bytea", "Jsonb"])
+async def test_the_error_for_a_result_may_exceed_the_limit(
+    payload: str, start_backend: BackendFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the one for a value that cannot be serialized, whose causes are long."""
+
+    class Unserializable:
+        def __reduce__(self) -> str:
+            raise TypeError("cannot be copied" + "x" * 5000)
+
+    backend = await start_backend(field_for_payload=payload, max_payload_bytes=100)
+    values = {"too large": "x" * 101, "unserializable": Unserializable()}
+    for task_id, value in values.items():
+        await backend.set_result(task_id, result_of(value))
+    results = await backend.get_results(values)
+    assert isinstance(results["too large"].error, PayloadTooLargeError)
+    assert "the return value takes" in str(results["too large"].error)
+    assert isinstance(results["unserializable"].error, ResultSerializationError)
+    assert "cannot serialize the return value" in str(results["unserializable"].error)
+    assert len(caplog.records) == 2
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 async def test_progress_that_is_too_large_is_refused(start_backend: BackendFactory) -> None:
     backend = await start_backend(max_payload_bytes=100)
     await backend.set_progress("task", progress_of("before"))

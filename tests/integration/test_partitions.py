@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from itertools import chain
+from typing import Any
 
 import asyncpg
 import pytest
@@ -162,6 +163,39 @@ async def test_any_number_may_make_and_drop_them_at_once(
             assert sorted(await asyncio.gather(*drops)) == [False, False, True]
 
 
+async def test_finding_them_deadlocks_with_nobody_who_makes_one(
+    dsn: str, partitioned: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no lock on a partition when it locks the table, to see how its ids are sorted."""
+    locked = []
+
+    async def sort(*_: Any) -> bool:
+        async with transaction(partitioned) as maker:
+            for table in ("ONLY taskiq_results", CONFIG.partition_name("default")):
+                await maker.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE NOWAIT")
+                locked.append(table)
+        return True
+
+    monkeypatch.setattr("taskiq_sa_pg.schema.partitions.sorts_hex", sort)
+    async with connected(dsn) as database:
+        assert (await find_partitions(database, CONFIG)).partitions == ()
+    assert len(locked) == 2
+
+
+async def until_waiting(database: Database, sessions: int) -> None:
+    """So many sessions wait for a lock on a table of the schema."""
+
+    async def is_so() -> bool:
+        query = (
+            "SELECT count(DISTINCT pid) FROM pg_locks JOIN pg_class c ON c.oid = relation "
+            "WHERE NOT granted AND relnamespace = $1::text::regnamespace"
+        )
+        [[count]] = await database.fetch(query, database.schema)
+        return bool(count == sessions)
+
+    await eventually(is_so)
+
+
 async def test_nobody_misses_results_that_are_moved(
     dsn: str, partitioned: Database, start_backend: BackendFactory
 ) -> None:
@@ -170,28 +204,14 @@ async def test_nobody_misses_results_that_are_moved(
     moved, new = make_task_id(), make_task_id()
     await backend.set_result(moved, result_of(1))
 
-    async def waiting_for_locks() -> int:
-        query = (
-            "SELECT count(DISTINCT pid) FROM pg_locks JOIN pg_class c ON c.oid = relation "
-            "WHERE NOT granted AND relnamespace = $1::text::regnamespace"
-        )
-        [[count]] = await partitioned.fetch(query, partitioned.schema)
-        return int(count)
-
-    async def comes_to(number: int) -> None:
-        async def is_so() -> bool:
-            return await waiting_for_locks() == number
-
-        await eventually(is_so)
-
     async with connected(dsn) as database, asyncio.TaskGroup() as tasks:
         [now, *_] = (await find_partitions(database, CONFIG)).missing(DAY, DAY)
         async with reading(partitioned):
             making = tasks.create_task(make_partition(database, CONFIG, now, 1))
-            await comes_to(1)
+            await until_waiting(partitioned, 1)
             getting = tasks.create_task(backend.get_result(moved))
             storing = tasks.create_task(backend.set_result(new, result_of(2)))
-            await comes_to(3)
+            await until_waiting(partitioned, 3)
         assert await making == 1
         assert (await getting).return_value == 1
         await storing
@@ -203,11 +223,17 @@ async def test_nobody_misses_results_that_are_moved(
 @asynccontextmanager
 async def reading(database: Database) -> AsyncIterator[None]:
     """A transaction that has read the table, and goes on."""
+    async with transaction(database) as connection:
+        await connection.execute("SELECT FROM taskiq_results")
+        yield
+
+
+@asynccontextmanager
+async def transaction(database: Database) -> AsyncIterator[Any]:
     connection = await asyncpg.connect(database.direct_dsn)
     try:
         async with connection.transaction():
-            await connection.execute("SELECT FROM taskiq_results")
-            yield
+            yield connection
     finally:
         await connection.close()
 

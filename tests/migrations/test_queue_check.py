@@ -226,7 +226,7 @@ async def test_a_role_that_may_not_create_tables_is_told_what_to_grant(
     database: Database, role: str
 ) -> None:
     async with opened(with_password(database.dsn, username=role)) as ours:
-        with pytest.raises(SchemaError, match=f"upgrade table {NAME}_queue") as caught:
+        with pytest.raises(SchemaError, match=f"migrate table {NAME}_queue") as caught:
             await provision(ours, MODELS.config, family=QUEUE)
     assert "GRANT USAGE, CREATE ON SCHEMA" in str(caught.value)
 

@@ -238,6 +238,8 @@ def test_a_connect_timeout_of_zero_is_no_limit_of_no_time() -> None:
         ("postgresql://u:hunter2,b/d", "invalid port number"),
         ("postgresql://u:pass@hunter2@h/d", "percent-encoded"),
         ("postgresql://u:pass@hunter2@a:1,b:2/d", "percent-encoded"),
+        ("postgresql://u:pass@hunter2?x@h/d", "percent-encoded"),
+        ("postgresql://u:pass@hunter2?x@h/d?sslmode=require", "percent-encoded"),
         ("postgresql://u:hunter2@h:port/d", "percent-encoded"),
         ("postgresql://u:hunter2@h:70000/d", "invalid port number"),
         ("postgresql://u:hunter2@h:0,b/d", "invalid port number"),

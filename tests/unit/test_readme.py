@@ -45,6 +45,16 @@ def test_the_longest_table_name_is_as_long_as_it_says() -> None:
         TableConfig("x" * (longest + 1))
 
 
+def test_the_longest_task_id_is_as_long_as_it_says() -> None:
+    page = (REFERENCE / "errors.md").read_text()
+    stated = re.search(r"`str` of at most ([\d,]+) bytes in UTF-8", page)
+    assert stated is not None
+    longest, config = int(stated[1].replace(",", "")), TableConfig()
+    config.to_column_task_id("x" * longest)
+    with pytest.raises(exceptions.InvalidTaskIdError, match="longer than"):
+        config.to_column_task_id("x" * (longest + 1))
+
+
 def test_every_error_is_in_the_table_and_described() -> None:
     errors = [
         name
