@@ -133,8 +133,10 @@ async def test_an_idle_worker_sends_two_statements_for_each_poll(start_broker: S
 
 async def test_what_is_told_of_another_queue_wakes_nobody(brokers: Brokers) -> None:
     broker = await brokers.start(timings=UNPOLLED)
+    assert broker.runtime.listener is not None
+    broker.runtime.listener.start()
+    await until_healthy(broker)  # before it looks: this wakes it, too
     async with waiting(broker):
-        await until_healthy(broker)
         channel = models_of().config.queue_channel
         async with overheard(brokers.database, channel) as heard:
             with counted_fetches() as purposes:

@@ -199,8 +199,8 @@ async def test_a_slow_user_of_as_completed_is_not_interrupted(backends: Backends
     steps = []
 
     async def iterate() -> None:
-        async for task, _ in backend.as_completed([there, missing], timeout=0.2):
-            await asyncio.sleep(0.4)
+        async for task, _ in backend.as_completed([there, missing], timeout=0.5):
+            await asyncio.sleep(0.7)
             steps.append(task)
 
     with pytest.raises(TaskiqResultTimeoutError):
