@@ -54,7 +54,7 @@ build/matrix/postgresql-%/bin/postgres:
 	touch $@
 
 .PHONY: demo
-demo: .venv/.demo  ## run the example on a PostgreSQL of its own
+demo: .venv/.demo  ## run the example with an embedded PostgreSQL
 	.venv/bin/python examples/demo.py
 
 .PHONY: test
@@ -171,7 +171,7 @@ wheel: .venv/.lint  ## build the wheel, install it into an empty venv and use it
 	build/venv/bin/python -I scripts/check_wheel.py
 
 .PHONY: format
-format: .venv/.lint  ## format the code and mend what ruff can mend
+format: .venv/.lint  ## format the code, and fix what ruff can fix
 	.venv/bin/ruff check --fix-only .
 	.venv/bin/ruff format .
 

@@ -306,24 +306,25 @@ async def measure_all(dsn: str, redis_url: str | None, plan: Plan) -> str:
         names = _at_hand(servers)
     return f"""# The broker
 
-`make bench-broker` wrote this report. The brokers took turns in each of {plan.rounds} rounds; the
-figures are medians, and a ratio is one of medians. Each has its own result backend and its default
-arguments; ours shares its connections with it. {PEER.name} took part twice: what sets the two
-apart is the noise. taskiq-redis is its RedisStreamBroker, in memory: a crash of Redis loses the
-tasks.
+`make bench-broker` wrote this report. The brokers took turns in each of {plan.rounds} rounds. The
+figures are medians; a ratio is one of two medians. Each broker has its own result backend and its
+default arguments; ours shares the connections of its backend. {PEER.name} was measured twice:
+the difference between the two is the noise. taskiq-redis is its RedisStreamBroker, in memory; a
+crash of Redis loses the tasks.
 
 {table(["", ""], environment)}
 
 ## Sending
 
-Coroutines of one process that send again as soon as their last task was taken; no worker runs.
+Senders are coroutines of one process. Each sends again as soon as its previous task was accepted.
+No worker runs.
 
 {table(["senders:", "broker", "tasks/s:", "ours / it:", "p50 ms:"], _senders(senders, names))}
 
 ## From end to end
 
-{plan.tasks:,} empty tasks from 100 senders to worker processes that are there: from the first that
-is sent to the last result that is stored.
+{plan.tasks:,} empty tasks from 100 senders to running worker processes, from sending the first task
+to storing the last result.
 
 {table(["processes:", "broker", "tasks/s:", "ours / it:"], _tasks(tasks, names))}
 
@@ -336,8 +337,8 @@ start of the task.
 
 ## What it costs the application
 
-Transactions of an application that insert an order; that insert a row as large as a task in another
-table, too; and that send a task with `in_session()`.
+Three transactions of an application: one inserts an order, one also inserts a row as large as a
+task into another table, and one inserts an order and sends a task with `in_session()`.
 
 {_costs(transactions)}
 """

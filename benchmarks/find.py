@@ -226,8 +226,8 @@ def report(
 
 `make bench-find` wrote this report. The rows finished at regular intervals in the last {DAYS} days;
 each has a value of 200 B, labels, arguments and times. A page has 50 tasks. The server's time is
-the sum of what `EXPLAIN (ANALYZE)` says of planning and execution of each statement that a call
-made; the figures are medians of {plan.rounds} rounds.
+the sum of the planning and execution times that `EXPLAIN (ANALYZE)` reports for each statement of a
+call. The figures are medians of {plan.rounds} rounds.
 
 {table(["", ""], environment)}
 
@@ -235,8 +235,8 @@ made; the figures are medians of {plan.rounds} rounds.
 
 {table(["page", *headers], [each.cells for each in pages])}
 
-A page without a bound has to read most of the table: of so rare a label there are
-{max(plan.rows // 10_000, 1):,} rows in all.
+The page without a bound reads most of the table, because only
+{max(plan.rows // 10_000, 1):,} rows have such a label.
 {others}"""
 
 

@@ -180,25 +180,25 @@ def report(plan: Plan, environment: Rows, calls: Rows, pruning: str, latencies: 
     return f"""# {plan.rows:,} results
 
 `make bench-large` wrote this report. The rows are copies of a result with a value of 200 B, each
-with a task id of its own.
+with its own task id.
 
 {table(["", ""], environment)}
 
 ## Calls
 
-Each call was measured on a table that began with {plan.rows:,} rows and on one that began each
-round with {FEW_ROWS:,}, by turns; the figures are medians of {plan.rounds} rounds. There was a
-checkpoint before each round. After a checkpoint the first change of a page writes the whole page to
-the WAL: in a large table nearly every random id changes a page of its own, while ids in order
-(UUIDs of version 7) share pages. Reads are of rows at random.
+Each call was measured, in turns, on a table that began with {plan.rows:,} rows and on one that
+began each round with {FEW_ROWS:,}. The figures are medians of {plan.rounds} rounds. A checkpoint
+ran before each round. After a checkpoint, the first change of a page writes the whole page to the
+WAL. In a large table nearly every random id changes another page, while ids in order (UUIDs of
+version 7) share pages. Reads are of random rows.
 
 {table(["call", "callers:", *latency, *rates], calls)}
 
 ## Pruning
 
-`prune()` ran on {plan.rows:,} rows of which every second one had expired, while {WRITERS} callers
-stored results, each {PAUSE * 1000:g} ms after its last. It worked for {plan.window:g} s and rested
-for {plan.window:g} s, by turns. {pruning}
+`prune()` ran on {plan.rows:,} rows, half of which had expired. Meanwhile {WRITERS} callers stored
+results, each {PAUSE * 1000:g} ms after its previous one. In turns, `prune()` worked for
+{plan.window:g} s and rested for {plan.window:g} s. {pruning}
 
 {table(["`set_result` while it", "p50 ms:", "p99 ms:"], latencies)}
 """

@@ -201,18 +201,18 @@ def processes_report(costs: Costs, rounds: int, seconds: float) -> str:
     ratio, inverse = f"{OURS.name} / {PEER.name}:", f"{PEER.name} / {OURS.name}:"
     return f"""## Several processes
 
-{counts} client processes with {CALLERS} callers each began at the same moment and went on for
-{seconds:g} s. All were connected before. `set_result` started with an empty table; `get_result`
-read what its process had stored. The backends took turns in each of {rounds} rounds; the figures
-are medians of the rounds. {PEER.name} took part twice: the noise is the difference
-between the two.
+{counts} client processes with {CALLERS} callers each began at the same time and ran for
+{seconds:g} s. They were connected before. `set_result` started with an empty table; `get_result`
+read the results that its process had stored. The backends took turns in each of {rounds} rounds;
+the figures are medians. {PEER.name} was measured twice: the noise is the
+difference between the two.
 
-Results a second of all processes together, which share the cores with the server:
+Results per second of all processes together, which share the cores with the server:
 
 {table(["call", "processes:", *names, ratio, "noise:"], rates)}
 
-CPU time a result, in microseconds: that of the client processes, and that of all processes of the
-server, with what works in the background. Ratio and noise are those of client and server together.
+CPU time per result in microseconds: of the client processes, and of all server processes, including
+background ones. Ratio and noise are those of client and server together.
 
 {table(["call", "processes:", *both, inverse, "noise:"], times)}
 """

@@ -16,7 +16,7 @@ from benchmarks.worker import TASKS as TASKS_SENT
 
 _REDIS: Final = """Redis keeps all results in memory: its append-only file is off, as by default,
 and snapshots are off, because they would disturb the others. A crash loses the results."""
-_NO_REDIS: Final = f"{REDIS_PEER.name} was left out, because redis-server was not installed."
+_NO_REDIS: Final = f"{REDIS_PEER.name} was not measured, because redis-server was not installed."
 
 
 def as_markdown(results: Results) -> str:
@@ -24,19 +24,19 @@ def as_markdown(results: Results) -> str:
     return f"""# Benchmark results
 
 `make bench` wrote this report. All backends ran with their default arguments, on one machine, in
-one run. They took turns in each of {results.plan.rounds} rounds; every figure is the median of the
-rounds, and a ratio is one of medians. Callers are coroutines of one process. Each calls again as
-soon as its last call has returned. `set_result` starts with an empty table and stores a new task
+one run. They took turns in each of {results.plan.rounds} rounds. Every figure is the median of the
+rounds; a ratio is one of two medians. Callers are coroutines of one process. Each calls again when
+its last call has returned. `set_result` starts with an empty table and stores a new task
 with each call; `is_result_ready` and `get_result` read such results, and `set_progress` updates the
 progress of {TASKS:,} tasks.
 
-Noise: {PEER.name} took part twice, as two backends with a table each. The noise beside a
-ratio is the difference between these two. A difference between other backends that is no larger
-means nothing.
+Noise: {PEER.name} was measured twice, as two backends with separate tables. The noise in
+the row of a ratio is the difference between these two. A difference between other backends that is
+not larger means nothing.
 
 PostgreSQL has its default settings: a stored result survives a crash.
 {_REDIS if REDIS_PEER in results.contenders else _NO_REDIS}
-Servers and clients share the machine and talk through Unix sockets.
+Servers and clients run on the same machine and are connected by Unix sockets.
 
 {table(["", ""], results.environment)}
 
@@ -57,23 +57,23 @@ p50 / p99 in ms; ratio and noise are those of p50.
 ## Waiting for a 10 ms task
 
 A second process runs a task that takes 10 ms, and stores its result. p50 / p99 in ms: from sending
-the task to having the result, and from the return of `set_result` in the second process to having
-the result. `task.wait_result()` is taskiq's own method. It asks every 200 ms, its default, and
-finds such a result when it asks for the second time.
+the task to receiving the result, and from the return of `set_result` in the second process to
+receiving the result. `task.wait_result()` is taskiq's own method. It polls every 200 ms, its
+default, and finds such a result with its second poll.
 
 {_waiting(results)}
 
 ## {WAITERS:,} waiters on unfinished tasks
 
-What {WAITERS:,} waiters in one process cost the server, over {results.plan.window:g} s. Every
-statement counts, also those that begin or end a transaction or reset a connection; for Redis, every
-command.
+Statements that the server executed for {WAITERS:,} waiters in one process, in
+{results.plan.window:g} s. All are counted, including those that begin or end a transaction or reset
+a connection. For Redis, commands are counted.
 
 {_waiters(results)}
 
 ## Connections
 
-The most connections that one process held.
+The maximum number of connections of one process.
 
 {_connections(results)}
 """
@@ -130,14 +130,14 @@ def _in_worker(results: Results) -> str:
     processes = [f"{count} process{'es' if count > 1 else ''}:" for count in PROCESSES]
     return f"""## Inside a worker
 
-Tasks a second of real `taskiq worker` processes. They empty a queue in Redis that was filled before
-with {TASKS_SENT:,} tasks that do nothing; medians of {results.plan.worker_rounds} rounds. Results a
-statement are those of {PROCESSES[-1]} processes.
+Tasks per second of real `taskiq worker` processes. They empty a queue in Redis, which was filled
+before with {TASKS_SENT:,} tasks that do nothing; medians of {results.plan.worker_rounds} rounds.
+Results a statement are those of {PROCESSES[-1]} processes.
 
 {table(["result backend", *processes, "results a statement:"], rows)}
 
 A client sends {TASKS_SENT:,} tasks to {PROCESSES[-1]} worker processes and waits for all results.
-Tasks a second, from sending the first to having the last result:
+Tasks per second, from sending the first task to receiving the last result:
 
 {table(["result backend", "waiting in", "tasks/s:"], awaited)}
 

@@ -29,6 +29,7 @@ smartquotes = False  # what is quoted is mostly code
 # The docstrings are Google's style, with single backticks for code.
 default_role = "code"
 napoleon_numpy_docstring = False
+toc_object_entries_show_parents = "hide"  # the menu says `get_result()` under its class
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"

@@ -28,7 +28,7 @@ STOP_TIMEOUT = 2
 
 
 def main() -> None:
-    # So that the `with` blocks below end as for Ctrl-C.
+    # So that the `with` blocks below end as after Ctrl-C.
     signal.signal(signal.SIGTERM, interrupt)
     with ExitStack() as stack:
         if "TASKIQ_SA_PG_DSN" not in os.environ:

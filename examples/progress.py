@@ -1,4 +1,4 @@
-"""A task that tells how far it is.
+"""A task that reports its progress.
 
 Start a worker with `taskiq worker quickstart:broker progress`, then run `python progress.py`.
 """
@@ -23,7 +23,7 @@ async def solve_slowly(tracker: ProgressTracker[dict[str, str]] = TaskiqDepends(
 
 
 async def wait_for_message(task: AsyncTaskiqTask[int], message: str) -> TaskProgress[Any]:
-    """Looks every 50 ms until the task has reported the message."""
+    """Polls every 50 ms until the task has reported the message."""
     while True:
         progress = await task.get_progress()
         if progress is not None and message in (progress.meta or {}):

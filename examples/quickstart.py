@@ -1,6 +1,6 @@
-"""A task whose result comes back through PostgreSQL.
+"""Sends a task and waits for its result.
 
-TASKIQ_SA_PG_DSN says which. Start a worker with `taskiq worker quickstart:broker`, then run
+TASKIQ_SA_PG_DSN names the database. Start a worker with `taskiq worker quickstart:broker`, then run
 `python quickstart.py`.
 """
 

@@ -1,4 +1,4 @@
-"""Results as ordinary rows: an ORM select with a filter."""
+"""Prints slow successes: queries results as rows, with the ORM."""
 
 import asyncio
 import os

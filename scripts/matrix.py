@@ -183,7 +183,7 @@ def describe(runs: Sequence[Run]) -> str:
         for python in pythons
     ]
     headers = ["", *(f"PostgreSQL {server}" for server in servers)]
-    return f"Seen on {datetime.now(UTC).date()}:\n\n{table(headers, rows)}"
+    return f"Tested on {datetime.now(UTC).date()}:\n\n{table(headers, rows)}"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main() -> None:
     if "TASKIQ_SA_PG_DSN" not in os.environ:
         sys.exit("which database? Set TASKIQ_SA_PG_DSN to postgresql://user:password@host/database")
     os.chdir(Path(__file__).parent)
-    # As for Ctrl-C, so that the workers are stopped as well.
+    # As after Ctrl-C, so that the workers are stopped as well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     subprocess.run([sys.executable, "-m", "alembic", "upgrade", "head"], check=True)
     port = int(os.environ.get("PORT", "8000"))

@@ -1,4 +1,4 @@
-"""The slow work, which `taskiq worker shop.tasks:broker` runs."""
+"""The shop's task: `taskiq worker shop.tasks:broker` runs it."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ broker = (
 
 @broker.on_event(TaskiqEvents.WORKER_STARTUP)
 async def set_up_log(state: TaskiqState) -> None:
-    # taskiq does this only for forked workers, which those of Python 3.14 are not.
+    # taskiq does this only for forked workers; with Python 3.14 they are not forked.
     logging.basicConfig(level=logging.INFO)
 
 
