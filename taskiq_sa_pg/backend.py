@@ -1,6 +1,5 @@
 """SQLAlchemyResultBackend: implements taskiq's contract; checks arguments and delegates."""
 
-from dataclasses import asdict
 from typing import Any, TypeVar, overload
 from uuid import UUID
 
@@ -32,7 +31,7 @@ from taskiq_sa_pg.models import (
     PayloadField,
     TableConfig,
     TaskIdField,
-    build_models,
+    choose_models,
 )
 from taskiq_sa_pg.results import (
     DEFAULT_GATHER_WINDOW,
@@ -76,8 +75,8 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
             "Jsonb".
         engine: Your AsyncEngine, instead of dsn. It is borrowed: the backend never disposes it
             and does not change it for its other users.
-        models: Models of the tables, from build_models() or your own. None builds them from the
-            names and types given here.
+        models: Models of the tables, from build_models() or your own. None uses those for the
+            names and types given here, which all backends with the same ones share.
         extra_values: Called with the task id and the TaskiqResult before set_result() stores it.
             Returns a dict of values for your own columns in models.Result, by attribute; they are
             stored in the same row and statement. None is NULL. A column without a key keeps its
@@ -169,7 +168,7 @@ class SQLAlchemyResultBackend(ResultMethods[_ReturnType], AsyncResultBackend[_Re
     ) -> None:
         super().__init__()
         config = TableConfig(table_name, field_for_task_id, field_for_payload, schema)
-        self.models = models = _choose_models(models, config)
+        self.models = models = choose_models(models, config)
         self._config = models.config
         retention = Retention(result_ttl, failure_ttl)
         self.settings = Settings(
@@ -398,16 +397,3 @@ def _for_listening(listen_dsn: DsnSource | None, notify: bool) -> DsnSource | No
     if listen_dsn is not None and not notify:
         raise ConfigurationError("listen_dsn needs notify=True: omit it, or set notify=True")
     return listen_dsn
-
-
-def _choose_models(models: Models | None, config: TableConfig) -> Models:
-    if models is None:
-        return build_models(**asdict(config))
-    if not isinstance(models, Models):
-        raise ConfigurationError(f"models must be a Models, not {type(models).__qualname__}")
-    if config not in {models.config, TableConfig()}:
-        raise ConfigurationError(
-            f"models were built for {models.config}, but the other arguments give {config}: pass "
-            "names and types to the models only"
-        )
-    return models

@@ -39,7 +39,6 @@ from taskiq_sa_pg.background import end_task
 from taskiq_sa_pg.broker import InProcessBroker, SQLAlchemyBroker
 from taskiq_sa_pg.database import Database, make_engine
 from taskiq_sa_pg.exceptions import ConfigurationError
-from taskiq_sa_pg.models import Models, build_models
 
 try:
     from pytest_asyncio import fixture as asyncio_fixture
@@ -242,9 +241,9 @@ def taskiq_sa_pg_engine(
 @pytest.fixture
 def taskiq_sa_pg_broker(taskiq_sa_pg_dsn: str) -> AsyncBroker:
     """The broker to test: a new SQLAlchemyBroker. Override it to return your application's."""
-    dsn, models = taskiq_sa_pg_dsn, _default_models()
-    results: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(dsn, models=models)
-    return SQLAlchemyBroker(dsn, models=models).with_result_backend(results)
+    dsn, broker = taskiq_sa_pg_dsn, SQLAlchemyBroker(taskiq_sa_pg_dsn)
+    results: SQLAlchemyResultBackend[Any] = SQLAlchemyResultBackend(dsn, models=broker.models)
+    return broker.with_result_backend(results)
 
 
 @pytest.fixture
@@ -414,11 +413,6 @@ def _checked(broker: AsyncBroker) -> SQLAlchemyBroker:
         "the pytest plugin works with a SQLAlchemyBroker or an InMemoryBroker, not with a "
         f"{type(broker).__name__}: have the fixture taskiq_sa_pg_broker return an InMemoryBroker"
     )
-
-
-@cache
-def _default_models() -> Models:
-    return build_models(queue=True)  # which takes longer than most tests
 
 
 def _listed(metadata: AnyMetaData) -> Sequence[MetaData]:

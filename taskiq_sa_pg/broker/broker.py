@@ -5,7 +5,6 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any, Protocol, cast
 
@@ -47,7 +46,7 @@ from taskiq_sa_pg.models import (
     Models,
     TableConfig,
     TaskIdField,
-    build_models,
+    choose_models,
 )
 from taskiq_sa_pg.schema import SchemaCheck
 from taskiq_sa_pg.statements import Claimed, QueueRow, Upsert, enqueue_tasks
@@ -91,7 +90,8 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
         dsn: Address of the database, as for SQLAlchemyResultBackend.
         engine: Your AsyncEngine, instead of dsn; it is never disposed.
         models: Models of the tables, with the queue: from build_models(queue=True), or your own.
-            None builds them from the names and types given here.
+            None uses those for the names and types given here, which all brokers with the same
+            ones share.
         table_name: The results table; the queue's table is `<table_name>_queue`.
         field_for_task_id: Type of the task-id column. "Uuid" accepts UUIDs only.
         schema: PostgreSQL schema of the tables; None uses the search_path.
@@ -151,7 +151,7 @@ class SQLAlchemyBroker(QueueMethods, AsyncBroker):
     ) -> None:
         super().__init__()
         config = TableConfig(table_name, field_for_task_id, schema=schema)
-        self.models = models = _choose_models(models, config)
+        self.models = models = choose_models(models, config, queue=True)
         self.settings = QueueSettings(
             models=models,
             queue_name=queue_name,
@@ -415,16 +415,3 @@ class _QueueView(SQLAlchemyBroker):
 
     def __repr__(self) -> str:
         return repr_at("SQLAlchemyBroker", self.settings.table, self.place)
-
-
-def _choose_models(models: Models | None, config: TableConfig) -> Models:
-    if models is None:
-        return build_models(**asdict(config), queue=True)
-    if not isinstance(models, Models):
-        raise ConfigurationError(f"models must be a Models, not {type(models).__qualname__}")
-    if config not in {models.config, TableConfig()}:
-        raise ConfigurationError(
-            f"models were built for {models.config}, but the other arguments are {config}: pass "
-            "names and types only to the models"
-        )
-    return models

@@ -16,7 +16,13 @@ from taskiq_sa_pg.broker.sender import row_of
 from taskiq_sa_pg.broker.session import AnySession, SessionBroker, join
 from taskiq_sa_pg.broker.settings import QueueSettings, check_queue_names
 from taskiq_sa_pg.database import Database, DsnSource
-from taskiq_sa_pg.models import DEFAULT_QUEUE, Models, TaskIdField, build_models
+from taskiq_sa_pg.models import (
+    DEFAULT_QUEUE,
+    Models,
+    TableConfig,
+    TaskIdField,
+    choose_models,
+)
 from taskiq_sa_pg.statements import QueueRow
 
 
@@ -57,8 +63,8 @@ class InProcessBroker(InMemoryBroker):
         **in_memory: Any,
     ) -> None:
         super().__init__(await_inplace=await_inplace, **in_memory)
-        models = models or build_models(field_for_task_id=field_for_task_id, queue=True)
-        self.models = models
+        config = TableConfig(field_for_task_id=field_for_task_id)
+        self.models = models = choose_models(models, config, queue=True)
         self.settings: Final = QueueSettings(models=models, queue_name=queue_name)
         has_place = dsn is not None or engine is not None
         self._database = Database(dsn, engine=engine) if has_place else None

@@ -2,6 +2,7 @@
 
 from taskiq_sa_pg.models.build import Models as Models
 from taskiq_sa_pg.models.build import build_models as build_models
+from taskiq_sa_pg.models.build import choose_models as choose_models
 from taskiq_sa_pg.models.config import DEFAULT_TABLE_NAME as DEFAULT_TABLE_NAME
 from taskiq_sa_pg.models.config import PayloadField as PayloadField
 from taskiq_sa_pg.models.config import TableConfig as TableConfig

@@ -1,7 +1,8 @@
 """The declarative models of one configuration, and build_models(), which builds them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Column, MetaData, Table, inspect
@@ -224,6 +225,32 @@ def build_models(
         Queue=_map("Queue", QueueMixin, config, mapper_registry) if queue else None,
         Schedule=_map("Schedule", ScheduleMixin, config, mapper_registry) if queue else None,
     )
+
+
+def choose_models(models: Models | None, config: TableConfig, *, queue: bool = False) -> Models:
+    """Returns the models of a backend or a broker: those given, or those that config describes.
+
+    Those of one config are built once: building takes longer than all the rest of a backend, and
+    conditions on the models of one backend are of use for another one.
+
+    Raises:
+        ConfigurationError: models are no Models, or were built for another config.
+    """
+    if models is None:
+        return _build_once(config, queue)
+    if not isinstance(models, Models):
+        raise ConfigurationError(f"models must be a Models, not {type(models).__qualname__}")
+    if config not in {models.config, TableConfig()}:
+        raise ConfigurationError(
+            f"models were built for {models.config}, but the other arguments give {config}: pass "
+            "names and types to the models only"
+        )
+    return models
+
+
+@lru_cache
+def _build_once(config: TableConfig, queue: bool) -> Models:
+    return build_models(**asdict(config), queue=queue)
 
 
 def _map(name: str, mixin: type[Any], config: TableConfig, mapper_registry: registry) -> type[Any]:

@@ -19,6 +19,7 @@ from taskiq_sa_pg import (
     SQLAlchemyResultBackend,
     StorageError,
     TaskRecord,
+    build_models,
 )
 from tests.conftest import BackendFactory, Database
 from tests.integration.databases import address
@@ -352,7 +353,7 @@ async def test_a_cursor_of_other_ids_is_refused() -> None:
 async def test_what_is_no_condition_is_refused() -> None:
     with pytest.raises(TypeError, match=r"where takes .* not True"):
         await Backend("postgresql://nowhere").find(True)  # type: ignore[arg-type]
-    other = Backend("postgresql://nowhere").models.Result
+    other = build_models().Result
     with pytest.raises(ConfigurationError, match=r"where .* must refer to backend\.models"):
         await Backend("postgresql://nowhere").find(other.is_err)
 

@@ -217,6 +217,14 @@ def test_models_may_be_repeated_in_the_other_arguments() -> None:
     assert Backend(DSN, models=models).models is models
 
 
+def test_backends_of_the_same_tables_share_their_models() -> None:
+    one, other = Backend(DSN, table_name="t"), Backend("postgresql://other/d", table_name="t")
+    assert one.models is other.models
+    assert one.models.Queue is None
+    assert Backend(DSN).models is not one.models
+    assert Backend(DSN, table_name="t", field_for_task_id="Uuid").models is not one.models
+
+
 @pytest.mark.parametrize("dsn", [DSN, make_url(DSN), "postgresql+psycopg://h/d", None])
 def test_nothing_connects_at_construction(dsn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:

@@ -58,7 +58,7 @@ def test_an_argument_that_cannot_work_is_named(argument: str, value: Any) -> Non
         ({"dsn": DSN, "models": "models"}, "models must be a Models, not str"),
         (
             {"dsn": DSN, "models": MODELS, "table_name": "t"},
-            "pass names and types only to the models",
+            "pass names and types to the models only",
         ),
         (
             {"engine": create_async_engine(DSN.replace(":", "+asyncpg:", 1)), "pool_size": 2},
@@ -77,6 +77,8 @@ def test_models_are_built_from_names_and_types() -> None:
     assert broker.models.queue_table is not None
     assert broker.models.queue_table.fullname == "s.t_queue"
     assert broker.models.config.field_for_task_id == "Uuid"
+    again = SQLAlchemyBroker(DSN, table_name="t", field_for_task_id="Uuid", schema="s")
+    assert again.models is broker.models
 
 
 @pytest.mark.parametrize("names", [(), ("",), ("mail", 5), ("a\x00b",)], ids=repr)
