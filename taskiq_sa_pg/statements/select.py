@@ -10,6 +10,7 @@ from sqlalchemy import (
     JSON,
     FromClause,
     Select,
+    String,
     Table,
     Text,
     any_,
@@ -121,4 +122,6 @@ def is_over(results: FromClause, status: FromClause) -> ColumnElement[bool]:
 def is_asked_for(source: Table) -> ColumnElement[bool]:
     """Whether a row has one of the `task_ids`, a list of column values."""
     task_id = source.c.task_id
-    return task_id == any_(bindparam("task_ids", type_=ARRAY(task_id.type)))
+    # asyncpg knows text[]. For varchar[] each connection would first ask the server what it is.
+    sent = Text() if isinstance(task_id.type, String) else task_id.type
+    return task_id == any_(bindparam("task_ids", type_=ARRAY(sent)))

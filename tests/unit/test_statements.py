@@ -140,6 +140,15 @@ def test_no_statement_locks_rows_first() -> None:
     assert not [text for text in texts(build_models()) if "FOR UPDATE" in text]
 
 
+@pytest.mark.parametrize(
+    ("field", "sent"), [("VarChar", "TEXT"), ("Text", "TEXT"), ("Uuid", "UUID")]
+)
+def test_ids_are_sent_in_an_array_that_drivers_know(field: Any, sent: str) -> None:
+    """asyncpg looks up varchar[] in another statement, on each connection."""
+    text = compiled(sql.select_results(build_models(field_for_task_id=field)))
+    assert f"task_id = ANY ($1::{sent}[])" in text
+
+
 def test_what_is_overwritten_comes_from_excluded_alone() -> None:
     """Citus refuses now() on the right of ON CONFLICT DO UPDATE."""
     overwriting = 0
