@@ -59,6 +59,7 @@ NOT_IN_TRANSACTION_MODE: Final[Mapping[str, str]] = {
 }
 NOT_IN_SESSION_MODE: Final[Mapping[str, str]] = {
     "tests/pgbouncer/": "is about transaction mode, or starts a PgBouncer for each mode",
+    "test_a_connection_that_falls_silent": "tells connections apart by the server's session",
 }
 # How drivers' prepared statements are turned on and off.
 PREPARED: Final[Mapping[str, tuple[str, Any]]] = {
