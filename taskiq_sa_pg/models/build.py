@@ -230,11 +230,11 @@ def build_models(
 def choose_models(models: Models | None, config: TableConfig, *, queue: bool = False) -> Models:
     """Returns the models of a backend or a broker: those given, or those that config describes.
 
-    Those of one config are built once: building takes longer than all the rest of a backend, and
-    conditions on the models of one backend are of use for another one.
+    The models of one config are built once, because that takes longer than the rest of a backend.
+    So find() accepts conditions on the models of another backend of the same tables.
 
     Raises:
-        ConfigurationError: models are no Models, or were built for another config.
+        ConfigurationError: models is not a Models, or was built for another config.
     """
     if models is None:
         return _build_once(config, queue)

@@ -290,6 +290,13 @@ async def double(number: int) -> int:
     return number * 2
 
 
+def send(broker, dsn):
+    engine = create_engine(dsn.replace("postgresql:", "postgresql+psycopg:"))
+    with Session(engine) as session, session.begin():
+        broker.in_session(session).kiq_sync(double, 21)
+    engine.dispose()
+
+
 class TestInProcess:
     @pytest.fixture
     def taskiq_sa_pg_broker(self):
@@ -306,10 +313,7 @@ class TestInProcess:
 
     @pytest.mark.filterwarnings("ignore:.*is marked with")
     def test_without_an_event_loop(self, run_tasks, taskiq_sa_pg_dsn):
-        engine = create_engine(taskiq_sa_pg_dsn.replace("postgresql:", "postgresql+psycopg:"))
-        with Session(engine) as session, session.begin():
-            IN_PROCESS.in_session(session).kiq_sync(double, 21)
-        engine.dispose()
+        send(IN_PROCESS, taskiq_sa_pg_dsn)
         [result] = run_tasks.sync()
         assert result.return_value == 42
 
@@ -323,10 +327,7 @@ class TestWithoutABackend:
 
     @pytest.mark.filterwarnings("ignore:.*is marked with")
     def test_without_an_event_loop(self, broker, run_tasks, taskiq_sa_pg_dsn):
-        engine = create_engine(taskiq_sa_pg_dsn.replace("postgresql:", "postgresql+psycopg:"))
-        with Session(engine) as session, session.begin():
-            broker.in_session(session).kiq_sync(double, 21)
-        engine.dispose()
+        send(broker, taskiq_sa_pg_dsn)
         [result] = run_tasks.sync()
         assert result.return_value == 42
 """
