@@ -22,6 +22,7 @@ from tests.conftest import (
     engine_of,
     eventually,
 )
+from tests.integration.databases import assert_disconnected
 from tests.integration.test_search import assert_only_idle, fill, open_sessions
 from tests.tasks import result_of
 
@@ -71,7 +72,11 @@ async def test_at_the_end_the_session_is_gone(backend: Backend, database: Databa
         if found == 1:
             assert await open_sessions(database) == ["idle in transaction"]
             assert backend.runtime.database.streams == 1
-    assert len(await database.sessions("ours")) <= 1
+
+    async def is_closed() -> bool:
+        return len(await database.sessions("ours")) <= 1
+
+    await eventually(is_closed)
 
 
 async def test_an_iteration_that_is_left_leaves_nothing(
@@ -84,7 +89,7 @@ async def test_an_iteration_that_is_left_leaves_nothing(
     await assert_only_idle(database)
     async with aclosing(backend.iter_results(batch_size=10)) as results:
         await anext(results)
-    assert await open_sessions(database) == []
+    await assert_only_idle(database)
 
 
 async def test_a_consumer_that_raises_leaves_nothing(backend: Backend, database: Database) -> None:
@@ -95,7 +100,7 @@ async def test_a_consumer_that_raises_leaves_nothing(backend: Backend, database:
 
     with pytest.raises(KeyError):
         await consume()
-    assert await open_sessions(database) == []
+    await assert_only_idle(database)
 
 
 async def test_one_that_is_never_begun_opens_nothing(
@@ -181,7 +186,7 @@ async def test_shutdown_ends_it(backend: Backend, database: Database) -> None:
     for _ in range(10):
         await anext(results)
     await backend.shutdown()
-    assert await database.sessions("ours") == []
+    await assert_disconnected(database)
     with pytest.raises(NotStartedError, match="was shut down while results were read"):
         await anext(results)
     with pytest.raises(NotStartedError, match="not started"):
@@ -215,14 +220,14 @@ async def test_shutdown_waits_for_the_batch_that_is_under_way(
     task_id, _ = await fetching
     assert task_id == "task 51"
     await closing
-    assert await database.sessions("ours") == []
+    await assert_disconnected(database)
     await results.aclose()
     await backend.startup()
 
 
 @pytest.mark.parametrize("owner", ["owned", "borrowed"])
 async def test_slow_consumers_keep_nobody_waiting(
-    dsn: str, database: Database, start_backend: BackendFactory, owner: str
+    dsn: str, database: Database, start_backend: BackendFactory, opened: list[Stream], owner: str
 ) -> None:
     """More of them than there are connections for statements."""
     await start_backend()  # makes the tables
@@ -247,7 +252,7 @@ async def test_slow_consumers_keep_nobody_waiting(
             await anext(slow[number])
     for results in slow:
         await results.aclose()
-    assert await open_sessions(database) == []
+    await assert_only_idle(database)
     if engine is not None:
         await backend.shutdown()
         await engine.dispose()
