@@ -186,16 +186,20 @@ async def test_a_connection_whose_statement_was_cancelled_is_not_used_again(
     opened: Connected, database: Database
 ) -> None:
     """Nobody knows what of its answer is still to come."""
-    session = await session_of(opened)
     call = asyncio.create_task(opened.fetch(sa.select(sa.func.pg_sleep(60)), {}, "sleep"))
+    asleep: list[Any] = []
 
     async def is_asleep() -> bool:
-        return await database.sessions("ours") == ["active"]
+        asleep[:] = await database.fetch(
+            "SELECT pid FROM pg_stat_activity "
+            "WHERE application_name = 'ours' AND wait_event = 'PgSleep'"
+        )
+        return bool(asleep)
 
     await eventually(is_asleep)
     call.cancel()
     await asyncio.wait([call])
-    assert await session_of(opened) != session
+    assert await session_of(opened) != asleep[0]["pid"]
 
 
 async def test_what_a_backend_does_all_day_goes_past_sqlalchemy(
