@@ -13,7 +13,7 @@ from taskiq_sa_pg.models import TaskIdField
 from taskiq_sa_pg.waiting import Waiters
 from tests.conftest import Database, NewDatabase
 from tests.integration.brokers import PAIRS, Brokers, make_tables
-from tests.integration.databases import Checkouts, Databases, Log, address
+from tests.integration.databases import Checkouts, Databases, Log, address, assert_disconnected
 from tests.integration.old_tables import old_backend
 from tests.integration.schedulers import Schedulers
 from tests.integration.shops import Shop
@@ -98,10 +98,11 @@ def checkouts() -> Checkouts:
 
 
 @pytest.fixture
-async def databases(dsn: str) -> AsyncIterator[Databases]:
+async def databases(dsn: str, database: Database) -> AsyncIterator[Databases]:
     databases = Databases(dsn)
     yield databases
     await databases.close()
+    await assert_disconnected(database, collects=True)
 
 
 @pytest.fixture

@@ -152,8 +152,7 @@ async def test_who_is_cancelled_while_it_connects_keeps_no_place(
             assert await session_of(opened)
         turns += 1 + turns // 2
     del calling
-    gc.collect()  # psycopg leaves a connection whose opening is cancelled to it
-    await assert_disconnected(database)
+    await assert_disconnected(database, collects=True)
 
 
 @each_owner

@@ -25,8 +25,8 @@ from tests.conftest import (
     Database,
     assert_comes_to_rest,
     assert_nothing_checked_out,
-    eventually,
 )
+from tests.integration.databases import assert_disconnected
 from tests.tasks import result_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -342,8 +342,4 @@ async def test_a_null_pool_will_do(driver: str, database: Database) -> None:
     await asyncio.gather(*[backend.set_result(i, result_of(i)) for i in MANY[:10]])
     assert set(await backend.get_results(MANY)) == set(MANY[:10])
     await backend.shutdown()
-
-    async def is_disconnected() -> bool:
-        return await database.sessions("null") == []
-
-    await eventually(is_disconnected)
+    await assert_disconnected(database, "null")

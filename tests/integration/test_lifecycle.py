@@ -25,6 +25,7 @@ from taskiq_sa_pg.database import DEFAULT_MAX_CONNECTIONS
 from taskiq_sa_pg.results import pruner, reader, search, status, writer
 from taskiq_sa_pg.timings import Timings
 from tests.conftest import BackendFactory, Database, engine_of, eventually
+from tests.integration.databases import assert_disconnected
 from tests.tasks import result_of
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -61,20 +62,13 @@ async def background_is_quiet() -> bool:
     return asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def assert_disconnected(database: Database) -> None:
-    async def is_disconnected() -> bool:
-        return await database.sessions("owned") == []
-
-    await eventually(is_disconnected)
-
-
 async def test_an_owned_engine_is_disposed_at_shutdown(dsn: str, database: Database) -> None:
     backend = Backend(dsn, run_migrations=True)
     await backend.startup()
     await use(backend)
     assert len(await database.sessions("owned")) == DEFAULT_MAX_CONNECTIONS
     await backend.shutdown()
-    await assert_disconnected(database)
+    await assert_disconnected(database, "owned")
     with pytest.raises(NotStartedError, match="not started"):
         await backend.is_result_ready("a0")
 
@@ -89,7 +83,7 @@ async def test_startup_and_shutdown_may_be_repeated(dsn: str, database: Database
         await use(backend)
         await backend.shutdown()
         await backend.shutdown()
-        await assert_disconnected(database)
+        await assert_disconnected(database, "owned")
 
 
 async def test_no_statement_is_built_before_it_is_needed(
@@ -133,7 +127,7 @@ def test_a_backend_may_start_again_on_another_event_loop(
     for _ in range(2):
         asyncio.run(run())
         # Where nobody shut down, the connections were closed with the loop.
-        asyncio.run(assert_disconnected(database))
+        asyncio.run(assert_disconnected(database, "owned"))
     asyncio.run(backend.shutdown())
     gc.collect()  # what was left open would warn
 
@@ -142,7 +136,7 @@ def test_shutdown_may_run_on_another_event_loop(dsn: str, database: Database) ->
     backend = Backend(dsn, run_migrations=True)
     asyncio.run(backend.startup())
     asyncio.run(backend.shutdown())
-    asyncio.run(assert_disconnected(database))
+    asyncio.run(assert_disconnected(database, "owned"))
 
 
 # Nothing closes what such a loop leaves but the garbage collector, which warns.
@@ -168,7 +162,7 @@ def test_a_loop_that_is_closed_without_ceremony_does_no_harm(
 
     asyncio.run(again())
     gc.collect()
-    asyncio.run(assert_disconnected(database))
+    asyncio.run(assert_disconnected(database, "owned"))
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
@@ -301,13 +295,13 @@ async def test_two_brokers_may_share_a_backend(dsn: str, database: Database) -> 
     await backend.set_result("task", result_of(1))
     assert (await waiting).return_value == 1
     await brokers[1].shutdown()
-    await assert_disconnected(database)
+    await assert_disconnected(database, "owned")
     with pytest.raises(NotStartedError):
         await backend.is_result_ready("task")
     await brokers[0].shutdown()
     await backend.startup()
     await backend.shutdown()
-    await assert_disconnected(database)
+    await assert_disconnected(database, "owned")
 
 
 async def test_the_server_s_own_time_limit_is_a_reason_to_try_again(
@@ -368,7 +362,7 @@ async def test_a_startup_that_fails_leaves_nothing_open_and_may_be_repeated(
         assert "hunter2" not in str(caught.value)
         with pytest.raises(NotStartedError):
             await backend.is_result_ready("a")
-    await assert_disconnected(database)
+    await assert_disconnected(database, "owned")
     current[0] = good
     await backend.startup()
     await use(backend)
@@ -379,7 +373,7 @@ async def test_a_startup_without_tables_leaves_nothing_open(dsn: str, database: 
     backend = Backend(dsn)
     with pytest.raises(SchemaError, match="taskiq_results"):
         await backend.startup()
-    await assert_disconnected(database)
+    await assert_disconnected(database, "owned")
 
 
 async def test_engine_arguments_that_do_not_exist_are_refused_before_anything_connects(

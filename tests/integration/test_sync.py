@@ -38,8 +38,9 @@ from taskiq_sa_pg import (
     SQLAlchemyResultBackend,
 )
 from taskiq_sa_pg.sync import SyncResults
-from tests.conftest import Database, assert_comes_to_rest, eventually
+from tests.conftest import Database, assert_comes_to_rest
 from tests.django_settings import configure_django
+from tests.integration.databases import assert_disconnected
 from tests.integration.shops import Shop, labelled, packing
 from tests.integration.waiters import (
     Backend,
@@ -72,13 +73,6 @@ class Office:
         self.results.call(until_waiting, self.backend, waiters)
 
 
-async def have_gone(backends: Backends) -> None:
-    async def are_gone() -> bool:
-        return await backends.database.sessions(backends.name) == []
-
-    await eventually(are_gone)
-
-
 NewOffice = Callable[..., Office]
 
 
@@ -103,7 +97,7 @@ def new_office(waiting_tables: Database) -> Iterator[NewOffice]:
             office.results.call(until_nobody_waits, office.backend)
             office.results.call(assert_comes_to_rest, office.backend)
         office.results.close()
-        asyncio.run(have_gone(office.backends))
+        asyncio.run(assert_disconnected(office.backends.database, office.backends.name))
 
 
 @pytest.fixture
@@ -484,4 +478,4 @@ def test_a_script_that_forks_and_forgets_to_close(waiting_tables: Database) -> N
     # What Python itself prints of the interrupt in the child.
     assert script.stderr.count("Traceback") == 1
     assert script.stderr.endswith("KeyboardInterrupt\n")
-    asyncio.run(have_gone(backends))
+    asyncio.run(assert_disconnected(backends.database, backends.name))

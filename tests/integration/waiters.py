@@ -1,7 +1,6 @@
 """What the tests of waiting share: backends on common tables, and a look at who listens."""
 
 import asyncio
-import gc
 import pickle
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -19,6 +18,7 @@ from taskiq_sa_pg.models import TaskIdField
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS
 from taskiq_sa_pg.waiting import Listener, Waiters
 from tests.conftest import Database, assert_nothing_checked_out, eventually
+from tests.integration.databases import assert_disconnected
 from tests.tasks import new_id
 
 Backend = SQLAlchemyResultBackend[Any]
@@ -154,15 +154,7 @@ class Backends:
         for engine in self._engines:
             assert_nothing_checked_out(engine)
             await engine.dispose()
-
-        async def is_disconnected() -> bool:
-            sessions = await self.database.sessions(self.name)
-            if sessions:
-                # psycopg leaves a connection whose opening was cancelled to the traceback's end.
-                gc.collect()
-            return sessions == []
-
-        await eventually(is_disconnected)
+        await assert_disconnected(self.database, self.name, collects=True)
 
 
 def table_of(database: Database, kind: str = "VarChar") -> str:
