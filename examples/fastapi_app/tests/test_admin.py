@@ -78,10 +78,16 @@ async def test_the_shops_page_leads_to_the_dashboard(admin: httpx.AsyncClient) -
 async def test_an_order_that_no_worker_has_packed_waits_in_the_queue(
     admin: httpx.AsyncClient,
 ) -> None:
+    before = await waiting(admin)
     await place_order(admin, 2)
+    assert await waiting(admin) == before + 1
+    assert "pack" in (await admin.get("/admin/queues")).text
+
+
+async def waiting(admin: httpx.AsyncClient) -> int:
     page = (await admin.get("/admin/queues")).text
-    assert re.search(r"<dt>Waiting</dt><dd><b[^>]*>1</b>", page)
-    assert "pack" in page
+    shown = re.search(r"<dt>Waiting</dt><dd><b[^>]*>(\d+)</b>", page)
+    return int(shown[1]) if shown else 0
 
 
 async def test_a_failed_order_shows_its_error_and_can_be_forgotten(
