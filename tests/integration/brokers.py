@@ -21,6 +21,7 @@ from taskiq_sa_pg.exceptions import NotStartedError
 from taskiq_sa_pg.models import TaskIdField
 from taskiq_sa_pg.timings import DEFAULT_TIMINGS, Timings
 from tests.conftest import Database, assert_nothing_checked_out, eventually
+from tests.integration.databases import assert_disconnected
 from tests.tasks import new_id
 
 # For what comes at once; what does not come fails its test after this.
@@ -162,11 +163,7 @@ class Brokers:
         for engine in self._engines:
             assert_nothing_checked_out(engine)
             await engine.dispose()
-
-        async def is_disconnected() -> bool:
-            return await self.sessions() == 0
-
-        await eventually(is_disconnected)
+        await assert_disconnected(self.database, self.name)
         for kind in self._kinds:
             config = models_of(kind).config
             names = ", ".join(f'"{n}"' for n in (config.table_name, config.queue_table_name))

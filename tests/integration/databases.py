@@ -119,9 +119,10 @@ async def session_of_transaction(opened: Connected) -> int:
 async def assert_disconnected(
     database: Database, application_name: str = "ours", *, collects: bool = False
 ) -> None:
-    """With `collects`, the garbage collector may have to help.
+    """Waits until the server has no session of that name.
 
-    psycopg leaves a connection whose opening is cancelled to it.
+    With `collects`, the garbage collector runs meanwhile: it has to close a connection of psycopg
+    whose opening is cancelled, and those of a backend that is not shut down.
     """
 
     async def is_disconnected() -> bool:

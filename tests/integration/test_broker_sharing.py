@@ -27,6 +27,7 @@ from tests.integration.brokers import (
     working,
 )
 from tests.integration.conftest import StartBroker
+from tests.integration.databases import assert_disconnected
 from tests.tasks import new_id, result_of
 
 
@@ -213,11 +214,7 @@ async def test_each_may_do_without_notifications(who: str, brokers: Brokers) -> 
         if who == "backend":
             await until_healthy(broker)
     await broker.shutdown()
-
-    async def is_disconnected() -> bool:
-        return await brokers.sessions() == 0
-
-    await eventually(is_disconnected)
+    await assert_disconnected(brokers.database, brokers.name)
 
 
 async def test_another_kind_of_result_backend_is_started_and_ended_with_it(
@@ -271,11 +268,7 @@ async def test_a_failed_startup_leaves_nothing_open(
     assert engine is not None
     assert_nothing_checked_out(engine)
     if each_pair.owner == "owned":
-
-        async def is_disconnected() -> bool:
-            return await each_pair.sessions() == 0
-
-        await eventually(is_disconnected)
+        await assert_disconnected(each_pair.database, each_pair.name)
     is_broken = False
     await broker.startup()
     await send(broker)

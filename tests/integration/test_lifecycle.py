@@ -173,12 +173,7 @@ async def test_a_backend_that_is_forgotten_closes_its_connections(
     await backend.startup()
     await use(backend)
     del backend
-
-    async def is_disconnected() -> bool:
-        gc.collect()  # again and again: what runs in the background has to end first
-        return await database.sessions("owned") == []
-
-    await eventually(is_disconnected)
+    await assert_disconnected(database, "owned", collects=True)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
